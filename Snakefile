@@ -1,0 +1,33 @@
+# One study, all of its artifacts. What each rule makes of which inputs is worked out in src/llmfusion/config/plan.py.
+import os
+import sys
+
+sys.path.insert(0, f"{workflow.basedir}/src")  # a fresh clone plans without an install, and runs its own code
+from llmfusion.config import load_study
+
+config = load_study(
+    *(workflow.overwrite_configfiles or [f"{workflow.basedir}/config/config.yaml"]),
+    overrides=workflow.config_settings.config,
+    directory=workflow.overwrite_workdir,
+)
+os.environ["PYTHONPATH"] = f"{workflow.basedir}/src"
+os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+
+
+workdir: config["directory"]
+
+
+wildcard_constraints:
+    **config["names"],
+
+
+rule tables:
+    input:
+        config["stages"]["tables"],
+
+
+include: "rules/data.smk"
+include: "rules/models.smk"
+include: "rules/teachers.smk"
+include: "rules/scores.smk"
+include: "rules/tables.smk"

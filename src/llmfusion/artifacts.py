@@ -1,0 +1,236 @@
+"""Folders that can be trusted: written at once or not at all, verified by whoever reads them.
+
+An artifact is a folder with a ``manifest.json``: what was asked (spec, fingerprint), from what (its inputs' manifests by
+hash), and every file's size and sha256. The manifest is deterministic; time, host and versions stand in ``provenance.json``
+beside it. A score or a table is the same manifest in a single file, or beside its files.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmfusion.config.plan import canonical, digest
+from llmfusion.errors import DamagedError, UserError
+
+REMEMBER_BYTES = 64 * 2**20  # larger files are hashed once a change, smaller ones at every reading
+UNLISTED = {"manifest.json", "provenance.json"}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A verified artifact: its folder, its manifest, and the manifest's own hash."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    sha256: str
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        return json.loads(self.manifest["spec"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.manifest["facts"]
+
+    def file(self, name: str) -> Path:
+        """Path of one of its files; raises :class:`DamagedError` if the manifest has no such file."""
+        if name not in self.manifest["files"]:
+            raise DamagedError(f"{self.folder}: the manifest lists no file {name!r}; it lists: {', '.join(self.manifest['files'])}")
+        return self.folder / name
+
+
+def address_of(path: str | Path) -> str:
+    """The address behind a declared output: ``results/models/base/p/manifest.json`` -> ``models/base/p``."""
+    parts = Path(path).parts
+    inner = Path(*parts[parts.index("results") + 1 :])
+    if inner.name == "manifest.json":
+        return str(inner.parent)
+    return str(inner.with_suffix("")) if inner.parts[0] == "scores" else f"tables/{inner.stem}"
+
+
+def manifest_of(output: Path) -> Path:
+    """The manifest that goes with a declared output: itself, or for a table the .json beside it."""
+    return output if output.name == "manifest.json" else output.with_suffix(".json")
+
+
+def draft_folder(output: Path) -> Path:
+    """Where an artifact is made: beside its place, so that one rename publishes it also if folders are mounted apart."""
+    place = output.parent if output.name == "manifest.json" else output
+    return place.with_name(f".{place.name}.draft")
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(manifest: str | Path, memory: Path | None = Path("work/verified")) -> Artifact:
+    """Read an artifact by its manifest and verify every file against it.
+
+    Raises :class:`DamagedError` naming the file, what was expected and what was found, and what to do. ``memory`` remembers
+    hashes of files over 64 MiB by path, size, times and inode (the change time cannot be set back, so a file changed under
+    an old modification time is still hashed again); None hashes everything.
+    """
+    path = Path(manifest)
+    content = _load(path)
+    listed = content["files"]
+    folder = path.parent
+    for name, expected in listed.items():
+        _verify(folder / name, expected, path, memory)
+    if path.name == "manifest.json":
+        extra = sorted(p.name for p in folder.iterdir() if p.name not in listed and p.name not in UNLISTED and not p.name.startswith("."))
+        if extra:
+            raise DamagedError(f"{folder / extra[0]}: not in {path}: a file nobody hashed could change how the rest is read; move it away")
+    return Artifact(folder, content, sha256_file(path))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: is not there; make it with: snakemake {path}") from None
+    except ValueError as error:
+        raise DamagedError(f"{path}: is not JSON ({error}); {_remedy(path)}") from None
+    if not isinstance(content, dict) or not {"spec", "fingerprint", "inputs", "files", "facts"} <= set(content):
+        raise DamagedError(f"{path}: is no manifest of this project; {_remedy(path)}")
+    body = {key: value for key, value in content.items() if key != "sha256"}
+    if content.get("sha256") != digest(canonical(body)):
+        raise DamagedError(f"{path}: its content does not match the sha256 it carries: edited or damaged; {_remedy(path)}")
+    return content
+
+
+def _verify(path: Path, expected: dict[str, Any], manifest: Path, memory: Path | None) -> None:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise DamagedError(f"{path}: is missing; {_remedy(manifest)}") from None
+    if size != expected["size"]:
+        raise DamagedError(f"{path}: has {size} bytes, expected {expected['size']}; {_remedy(manifest)}")
+    found = _remembered_sha256(path, memory)
+    if found != expected["sha256"]:
+        raise DamagedError(f"{path}: damaged: expected sha256 {expected['sha256']}, found {found}; {_remedy(manifest)}")
+
+
+def _remedy(manifest: Path) -> str:
+    return f"make it again with: snakemake {manifest} -f"
+
+
+def _remembered_sha256(path: Path, memory: Path | None) -> str:
+    stat = path.stat()
+    if memory is None or stat.st_size < REMEMBER_BYTES:
+        return sha256_file(path)
+    state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+    note = memory / f"{digest(state[0])}.json"
+    try:
+        seen = json.loads(note.read_bytes())
+        if seen["state"] == state:
+            return seen["sha256"]
+    except (OSError, ValueError, KeyError):
+        pass
+    found = sha256_file(path)
+    memory.mkdir(parents=True, exist_ok=True)
+    write_file(note, canonical({"state": state, "sha256": found}).encode())
+    return found
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass
+class Draft:
+    """An artifact in the making. Programs write into ``folder`` and put what is worth knowing into ``facts``."""
+
+    address: str
+    spec_text: str
+    inputs: dict[str, Artifact]
+    folder: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.spec_text, *sorted(a.manifest["fingerprint"] for a in self.inputs.values()))
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of what lies in ``folder`` now."""
+        names = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
+        body = {
+            "address": self.address,
+            "spec": self.spec_text,
+            "fingerprint": self.fingerprint,
+            "inputs": {address: artifact.sha256 for address, artifact in sorted(self.inputs.items())},
+            "files": {n: {"size": (self.folder / n).stat().st_size, "sha256": sha256_file(self.folder / n)} for n in names},
+            "facts": self.facts,
+        }
+        return {**body, "sha256": digest(canonical(body))}
+
+    def made_already(self, output: Path) -> bool:
+        """Whether ``output`` is a sound artifact of the same spec and the same inputs: finished while this job waited."""
+        try:
+            found = read(manifest_of(output))
+        except DamagedError:
+            return False
+        same_inputs = found.manifest["inputs"] == {address: artifact.sha256 for address, artifact in self.inputs.items()}
+        return found.manifest["spec"] == self.spec_text and same_inputs
+
+
+def publish(draft: Draft, output: Path, provenance: dict[str, Any]) -> None:
+    """Put a finished draft in place: a folder by one rename, a single file or a table by one rename a file, manifest last."""
+    for path in draft.folder.rglob("*"):
+        if path.is_file():
+            if path.stat().st_nlink == 1:  # a linked file is also somebody else's
+                path.chmod(0o644)
+            sync(path)
+    manifest = (json.dumps(draft.manifest(), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    note = (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode()
+    if output.name == "manifest.json":
+        _publish_folder(draft.folder, output.parent, manifest, note)
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    for path in sorted(draft.folder.iterdir()):
+        os.replace(path, output.parent / path.name)
+    write_file(manifest_of(output), manifest)
+
+
+def _publish_folder(draft: Path, target: Path, manifest: bytes, note: bytes) -> None:
+    write_file(draft / "provenance.json", note)
+    write_file(draft / "manifest.json", manifest)
+    draft.chmod(0o755)
+    aside = draft.with_name(f"{draft.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        os.rename(target, aside)
+    os.rename(draft, target)
+    sync(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`UserError` with ``message`` unless ``condition``."""
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,230 @@
+"""From a study to its artifacts: for each one its address, its inputs and its spec.
+
+The spec is canonical JSON (sorted keys, defaults left out) and all a program needs besides its inputs, so the log line of a
+job reproduces the artifact. ``recipe`` is raised when a step's meaning changes. A fingerprint is the hash of a spec and of
+its inputs' fingerprints: it says what was asked for, before anything has been computed.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from llmfusion.config.errors import StudyError
+from llmfusion.config.models import Study
+from llmfusion.config.study import ROOT, read_study
+
+RECIPES = {
+    "dataset": 1, "mix": 1, "tasks": 1, "base": 1, "generate": 1, "capture": 1,
+    "train": 1, "merge": 1, "answer": 1, "score": 1, "table": 1,
+}  # fmt: skip
+
+
+def canonical(value: Any) -> str:
+    """The one JSON text of a value: sorted keys, no spaces, ASCII."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def digest(*parts: str) -> str:
+    """sha256 over the parts, hex."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def dump(section: BaseModel, **leave_out: bool) -> dict[str, Any]:
+    """A section as plain data, defaults left out."""
+    return section.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(leave_out) or None)
+
+
+class Plan:
+    """All artifacts of a study by address. ``add`` returns the path of what the job declares as its output."""
+
+    def __init__(self, study: Study):
+        self.study = study
+        self.artifacts: dict[str, dict[str, Any]] = {}
+        self.common = {} if study.chat_template == "neutral" else {"chat_template": study.chat_template}
+
+    def add(self, address: str, step: str, body: dict[str, Any], inputs: list[str], files: list[str] | None = None) -> str:
+        """Enter one artifact whose inputs are the given artifacts' addresses and outside ``files``."""
+        spec = canonical({"step": step, "recipe": RECIPES[step], **body})
+        unique = list(dict.fromkeys(inputs))
+        prints = [self.artifacts[i]["fingerprint"] for i in unique]
+        self.artifacts[address] = {
+            "inputs": [output_of(i) for i in unique] + [str(ROOT / f) for f in files or []],
+            "spec": spec,
+            "fingerprint": digest(spec, *sorted(prints)),
+        }
+        return address
+
+    # ------------------------------------------------------------------------------------------------ one method a step
+    def dataset(self, name: str) -> str:
+        entry = self.study.datasets[name]
+        return self.add(f"data/dataset/{name}", "dataset", {"dataset": dump(entry)}, [], _files(entry))
+
+    def tasks(self, name: str) -> str:
+        task = self.study.tasks[name]
+        body = {"items": dump(task.items)} | ({"shots_from": dump(task.shots_from)} if task.shots_from else {})
+        return self.add(f"data/tasks/{name}", "tasks", body, [], _files(task.items) + _files(task.shots_from))
+
+    def mix(self, name: str) -> str:
+        address = f"data/mix/{name}"
+        if address not in self.artifacts:
+            mix = self.study.mixes[name]
+            inputs = [self.dataset(d) for d in mix.datasets] + [self.tasks(t) for t in mix.against] + [self.model(m) for m in mix.tokenizers]
+            self.add(address, "mix", {"mix": dump(mix), **(self.common if mix.tokenizers else {})}, inputs)
+        return address
+
+    def model(self, model: str) -> str:
+        if f"models/{model}" not in self.artifacts:
+            kind, name = model.split("/")
+            getattr(self, f"_{kind}")(name)
+        return f"models/{model}"
+
+    def _base(self, name: str) -> None:
+        entry = self.study.models.base[name]
+        inputs = [self.mix(entry.mix)] if entry.kind == "scratch" else []
+        inputs += [self.model(entry.init)] if entry.kind == "scratch" and entry.init else []
+        self.add(f"models/base/{name}", "base", {"base": dump(entry), **self.common}, inputs, _files(entry))
+
+    def _trained(self, name: str) -> None:
+        run = self.study.models.trained[name]
+        inputs = [self.model(run.init), self.mix(run.mix)]
+        inputs += [self.generated(m, run.mix) for m in run.generated] + [self.teacher(m, run.mix) for m in run.teachers]
+        self.add(f"models/trained/{name}", "train", {"run": dump(run), **self.common}, inputs)
+
+    def _merged(self, name: str) -> None:
+        merge = self.study.models.merged[name]
+        self.add(f"models/merged/{name}", "merge", {"merge": dump(merge)}, [self.model(m) for m in [merge.pivot, *merge.parents]])
+
+    def generated(self, model: str, mix: str) -> str:
+        address = f"data/generated/{model}/{mix}"
+        body = {"model": model, "mix": mix, "generation": dump(self.study.generation), **self.common}
+        return self.add(address, "generate", body, [self.model(model), self.mix(mix)])
+
+    def teacher(self, model: str, mix: str) -> str:
+        body = {"model": model, "mix": mix, "capture": dump(self.study.capture), **self.common}
+        return self.add(f"teachers/{model}/{mix}", "capture", body, [self.model(model), self.mix(mix)])
+
+    def answers(self, model: str, batch: str) -> str:
+        tasks = {name: dump(self.study.tasks[name], items=True, shots_from=True, label=True) for name in self.study.batches[batch]}
+        body = {"model": model, "tasks": tasks, "answering": dump(self.study.answering), **self.common}
+        return self.add(f"answers/{model}/{batch}", "answer", body, [self.model(model), *(self.tasks(t) for t in tasks)])
+
+    def score(self, model: str, task: str) -> str:
+        address = f"scores/{model}/{task}"
+        if address not in self.artifacts:
+            batch = next(name for name, tasks in self.study.batches.items() if task in tasks)
+            body = {"model": model, "task": task, "format": self.study.tasks[task].format, "batch": batch, "scale": self.study.scale}
+            self.add(address, "score", body, [self.answers(model, batch), self.tasks(task)])
+        return address
+
+    def table(self, name: str) -> str:
+        table = self.study.tables[name]
+        cells = {row.model: {task: self.score(row.model, task) for task in table.tasks} for row in table.rows}
+        prints = {model: {t: self.artifacts[a]["fingerprint"][:16] for t, a in tasks.items()} for model, tasks in cells.items()}
+        rows = [[row.model, row.category, row.label, *describe(self.study, row.model)] for row in table.rows]
+        tasks = [[task, self.study.tasks[task].label] for task in table.tasks]
+        body = {"title": self.study.title, "scale": self.study.scale, "tasks": tasks, "rows": rows, "cells": prints}
+        return self.add(f"tables/{name}", "table", body, [a for tasks in cells.values() for a in tasks.values()])
+
+
+def describe(study: Study, model: str) -> tuple[str, str]:
+    """``(method, sources)`` of a table row, from the entry itself: e.g. ``("kd", "code")``, ``("pairwise-rsaf", "code+math")``."""
+    kind, name = model.split("/")
+    if kind == "base":
+        return "none", name
+    if kind == "merged":
+        merge = study.models.merged[name]
+        return f"pairwise-{merge.method}", "+".join(dict.fromkeys(s for p in merge.parents for s in describe(study, p)[1].split("+")))
+    run = study.models.trained[name]
+    if run.fusion is None:
+        return ("seqkd" if run.generated else "sft"), "+".join(m.split("/")[1] for m in run.generated or [run.init])
+    method = run.fusion.target if len(run.teachers) == 1 else f"unified-{run.fusion.target}"
+    return method, "+".join(m.split("/")[1] for m in run.teachers)
+
+
+def output_of(address: str) -> str:
+    """The file a job declares for an artifact: its manifest, the score, or the table."""
+    if address.startswith("scores/"):
+        return f"results/{address}.json"
+    if address.startswith("tables/"):
+        return f"results/{address.removeprefix('tables/')}.csv"
+    return f"results/{address}/manifest.json"
+
+
+def _files(entry: Any) -> list[str]:
+    """Files outside the study that an entry reads."""
+    path = getattr(entry, "path", None)
+    if path is None:
+        return []
+    return [f"{path}/config.json"] if type(entry).__name__ == "PathModel" else [path]
+
+
+def make_plan(study: Study) -> Plan:
+    """Every artifact the study can make: all data and models, the caches its runs use, every model on every task."""
+    plan = Plan(study)
+    for name in study.datasets:
+        plan.dataset(name)
+    for name in study.mixes:
+        plan.mix(name)
+    models = [f"{kind}/{name}" for kind in ("base", "trained", "merged") for name in getattr(study.models, kind)]
+    for model in models:
+        plan.model(model)
+        for task in study.tasks:
+            plan.score(model, task)
+    for name in study.tables:
+        plan.table(name)
+    return plan
+
+
+def load_study(*files: str | Path, overrides: dict | None = None, directory: object = None) -> dict[str, Any]:
+    """What the Snakefile needs, as plain data: directory, artifacts (nested by address), stages, and the names there are.
+
+    Raises ``SystemExit`` with the whole message for the user: Snakemake shows it without a traceback and starts nothing.
+    ``overrides`` and ``directory`` are what ``--config`` and ``--directory`` gave; a study is complete in itself, so both,
+    and several studies at once, are refused.
+    """
+    if overrides:
+        raise SystemExit(f"--config {' '.join(overrides)}: a study is one file and complete in itself; copy it and edit the copy")
+    if directory is not None:
+        raise SystemExit(f"--directory {directory}: a study names its own directory; set its key 'directory' instead")
+    if len(files) != 1:
+        raise SystemExit("several --configfile given: a study is one file and complete in itself: " + ", ".join(map(str, files)))
+    try:
+        study = read_study(files[0])
+        plan = make_plan(study)
+        from llmfusion.config.staged import check_staged
+
+        check_staged(files[0], study, plan)
+    except StudyError as error:
+        raise SystemExit(str(error)) from None
+    return as_dict(study, plan)
+
+
+def as_dict(study: Study, plan: Plan) -> dict[str, Any]:
+    """The plan as nested plain dictionaries for Snakemake's ``lookup``."""
+    tree: dict[str, Any] = {}
+    for address, artifact in plan.artifacts.items():
+        *folders, name = address.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = artifact
+    in_tables = {i for a, v in plan.artifacts.items() if a.startswith("tables/") for i in v["inputs"]}
+    return {
+        "directory": str(ROOT / study.directory),
+        "artifacts": tree,
+        "stages": {stage: [output_of(a) for a in plan.artifacts if a.startswith(f"{stage}/")] for stage in ("data", "teachers", "models", "tables")}
+        | {"scores": sorted(in_tables)},
+        "names": {
+            "dataset": _either(study.datasets), "mix": _either(study.mixes), "task": _either(study.tasks), "batch": _either(study.batches),
+            "table": _either(study.tables), "model": _either(a.removeprefix("models/") for a in plan.artifacts if a.startswith("models/")),
+        },
+    }  # fmt: skip
+
+
+def _either(names: Any) -> str:
+    """A regular expression that matches exactly these names."""
+    return "|".join(re.escape(name) for name in sorted(names))

@@ -1,0 +1,57 @@
+"""Checks that need what is already on disk: datasets too small for a mix, tokenizers that differ where one is declared."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmfusion.config.errors import Problem, StudyError, report
+from llmfusion.config.models import Study
+from llmfusion.config.plan import Plan, output_of
+from llmfusion.config.study import ROOT
+
+
+def check_staged(file: str | Path, study: Study, plan: Plan) -> None:
+    """Compare the study with the manifests that exist. Raises :class:`StudyError`."""
+    facts = _Facts(study, plan)
+    problems = [*_too_few_rows(study, facts), *_tokenizers(study, facts)]
+    if problems:
+        raise StudyError(report(str(file), problems, {}))
+
+
+class _Facts:
+    """What manifests of the study's own artifacts say (others are left alone: they will be made anew)."""
+
+    def __init__(self, study: Study, plan: Plan):
+        self.directory, self.plan = ROOT / study.directory, plan
+
+    def __call__(self, address: str) -> dict[str, Any]:
+        try:
+            manifest = json.loads((self.directory / output_of(address)).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        same = isinstance(manifest, dict) and manifest.get("fingerprint") == self.plan.artifacts[address]["fingerprint"]
+        return manifest.get("facts", {}) if same else {}
+
+
+def _too_few_rows(study: Study, facts: _Facts) -> list[Problem]:
+    out = []
+    for name, mix in study.mixes.items():
+        for dataset, count in mix.datasets.items():
+            rows = facts(f"data/dataset/{dataset}").get("samples")
+            if rows is not None and rows < count:
+                out.append(Problem(("mixes", name, "datasets", dataset), f"asks for {count} samples; the dataset staged has {rows}"))
+    return out
+
+
+def _tokenizers(study: Study, facts: _Facts) -> list[Problem]:
+    first: dict[str, tuple[str, str]] = {}
+    out = []
+    for name, entry in study.models.base.items():
+        word, found = getattr(entry, "vocabulary", None), facts(f"models/base/{name}").get("vocabulary_sha256")
+        if word is None or found is None:
+            continue
+        other, expected = first.setdefault(word, (name, found))
+        if found != expected:
+            text = f"base/{name} and base/{other} both say vocabulary {word!r}, but their tokenizers differ; give them different words"
+            out.append(Problem(("models", "base", name, "vocabulary"), text))
+    return out

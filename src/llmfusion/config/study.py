@@ -1,0 +1,83 @@
+"""Load a study: read, check, and work out every artifact's inputs and spec. Imports no torch."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from llmfusion.config import check, strict_yaml
+from llmfusion.config.errors import Key, Problem, StudyError, from_pydantic, report
+from llmfusion.config.models import BaseModelEntry, Dataset, Merge, Mix, Study, Table, Task, TrainedModel
+
+ROOT = Path(__file__).resolve().parents[3]  # the clone: paths in a study are relative to it
+
+_ENTRIES: dict[tuple[str, ...], Any] = {
+    ("datasets",): Dataset,
+    ("mixes",): Mix,
+    ("tasks",): Task,
+    ("batches",): list[str],
+    ("tables",): Table,
+    ("models", "base"): BaseModelEntry,
+    ("models", "trained"): TrainedModel,
+    ("models", "merged"): Merge,
+}
+
+
+def read_study(file: str | Path) -> Study:
+    """Read and check one study file. Raises :class:`StudyError` with every mistake in it."""
+    shown = _shown(Path(file))
+    try:
+        raw, lines = strict_yaml.load(file)
+    except OSError as error:
+        raise StudyError(f"{shown}: cannot be read: {error.strerror}") from None
+    except strict_yaml.YamlError as error:
+        raise StudyError(_syntax(shown, error)) from None
+    if not isinstance(raw, dict):
+        raise StudyError(f"{shown}: a study is a mapping of keys (title, models, tables, ...); this is {type(raw).__name__}")
+    raw = {key: value for key, value in raw.items() if not str(key).startswith("x-")}  # holders of YAML anchors
+    study, found = _parse(raw)
+    found += check.problems(check.Known(raw, _sound(raw, study)))
+    if found or study is None:
+        raise StudyError(report(shown, found, lines))
+    return study
+
+
+def _shown(file: Path) -> str:
+    """The path as short as it can be told: relative to the working directory or the clone."""
+    for base in (Path.cwd(), ROOT):
+        if file.resolve().is_relative_to(base):
+            return str(file.resolve().relative_to(base))
+    return str(file)
+
+
+def _syntax(shown: str, error: strict_yaml.YamlError) -> str:
+    rows = [f"  {shown}:{line}: {text}" for line, text in error.problems]
+    return "\n".join([f"{shown}: {len(rows)} mistake{'s' * (len(rows) != 1)}; nothing was started", *rows])
+
+
+def _parse(raw: dict) -> tuple[Study | None, list[Problem]]:
+    try:
+        return Study.model_validate(raw), []
+    except ValidationError as error:
+        return None, from_pydantic(error, raw, Study.model_json_schema())
+
+
+def _sound(raw: dict, study: Study | None) -> dict[Key, Any]:
+    """Entries that are valid on their own, so that references are checked even where others are faulty."""
+    out: dict[Key, Any] = {}
+    for section, kind in _ENTRIES.items():
+        at: Any = raw if study is None else study
+        for part in section:
+            at = at.get(part) if isinstance(at, dict) else getattr(at, part, None)
+        for name, entry in at.items() if isinstance(at, dict) else []:
+            sound = entry if study is not None else _try(kind, entry)
+            if sound is not None:
+                out[(*section, str(name))] = sound
+    return out
+
+
+def _try(kind: Any, entry: Any) -> BaseModel | None:
+    try:
+        return TypeAdapter(kind).validate_python(entry)
+    except ValidationError:
+        return None

@@ -1,0 +1,1 @@
+"""Data: generated worlds, layouts of public datasets, mixes, chat templates and labels."""

@@ -1,0 +1,87 @@
+"""Ask a model a batch of tasks through lm-eval and keep every answer. Grading is a separate step that needs no model."""
+
+import logging
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
+    os.environ[_name] = "1"  # everything asked and answered is on disk: nothing may be fetched here
+
+import yaml
+
+from llmfusion.artifacts import Artifact
+from llmfusion.data.samples import read_jsonl, write_jsonl
+from llmfusion.errors import UserError
+
+FORMATS = Path(__file__).parent / "tasks"
+Item = dict[str, Any]
+
+
+def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: dict[str, Artifact], batch_size: int, folder: Path) -> dict[str, Any]:
+    """Write ``TASK.jsonl`` (item number, prompt, answer) for each task. Returns facts by task.
+
+    ``tasks`` maps a name to its format, shots, prompt and max_new_tokens, ``staged`` to its items. Decoding is greedy,
+    through the tokenizer's chat template.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    loaded = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
+    manager = TaskManager(include_path=str(FORMATS), include_defaults=False)
+    configs = [config(name, task, staged[name]) for name, task in tasks.items()]
+    found = simple_evaluate(
+        loaded, tasks=configs, task_manager=manager, predict_only=True, apply_chat_template=True, bootstrap_iters=0, log_samples=True, random_seed=0,
+        numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0,
+    )  # fmt: skip
+    facts = {}
+    for name, task in tasks.items():
+        samples = sorted(found["samples"][name], key=lambda s: s["doc"]["item"])
+        rows = [{"item": s["doc"]["item"], "prompt": s["arguments"][0][0], "answer": s["resps"][0][0]} for s in samples]
+        expected = sum(1 for _ in read_jsonl(staged[name].file("items.jsonl")))
+        if len(rows) != expected:
+            raise UserError(f"task {name}: {expected} items asked, {len(rows)} answers came back")
+        write_jsonl(folder / f"{name}.jsonl", rows)
+        facts[name] = {"items": len(rows), "shots": task.get("shots", 0), "format": task["format"], "format_version": found["versions"][name]}
+    return {"tasks": facts, "backend": f"lm-eval {metadata.version('lm_eval')} hf", "decoding": "greedy", "batch_size": batch_size}
+
+
+def config(name: str, task: dict[str, Any], staged: Artifact) -> dict[str, Any]:
+    """lm-eval's configuration of one task: the format's YAML, the study's prompt and limits, and the staged items."""
+    import datasets
+
+    base = yaml.safe_load((FORMATS / f"{task['format']}.yaml").read_text())
+    text = task.get("prompt", base["doc_to_text"])
+    items = list(read_jsonl(staged.file("items.jsonl")))
+    if task.get("shots", 0):
+        items = with_shots(items, list(read_jsonl(staged.file("shots.jsonl"))), task["shots"], text, base["doc_to_target"])
+        text = "{{ shots }}" + text
+    return {
+        **base,
+        "task": name,
+        "doc_to_text": text,
+        "num_fewshot": 0,  # the shots are part of the prompt: chosen by subject, which lm-eval does only through 57 tasks
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)},
+        "generation_kwargs": {**base["generation_kwargs"], "max_gen_toks": task.get("max_new_tokens", 256)},
+    }
+
+
+def with_shots(items: list[Item], pool: list[Item], count: int, prompt: str, target: str) -> list[Item]:
+    """Items with a field ``shots``: the first ``count`` examples of the item's subject, asked and answered, blank lines between."""
+    import jinja2
+
+    ask_, answer = jinja2.Template(prompt), jinja2.Template(target)
+    by_subject: dict[str, list[Item]] = {}
+    for shot in pool:
+        by_subject.setdefault(shot.get("subject", ""), []).append(shot)
+    out = []
+    for item in items:
+        chosen = by_subject.get(item.get("subject", ""), [])[:count]
+        if len(chosen) < count:
+            raise UserError(f"{count} shots asked, {len(chosen)} there for subject {item.get('subject', '')!r}")
+        told = [f"{ask_.render(**s)}\n{s.get('solution') or answer.render(**s)}\n\n" for s in chosen]
+        out.append({**item, "shots": "".join(told)})
+    return out

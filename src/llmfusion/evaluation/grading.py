@@ -1,0 +1,88 @@
+"""Grade stored answers: one function a task format, each ``(answer text, item) -> right?``. Imports no torch."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+Item = dict[str, Any]
+
+
+def letter(text: str, item: Item) -> bool:
+    """The chosen letter: after "answer is", else the first that stands alone on the first line (OpenCompass style)."""
+    said = re.findall(r"answer is:?\s*\(?([A-J])\b", text, re.IGNORECASE)
+    first = re.search(r"\b([A-J])\b", text.strip().split("\n", 1)[0])
+    found = said[-1].upper() if said else first.group(1) if first else None
+    return found == "ABCDEFGHIJ"[item["answer"]]
+
+
+def number(text: str, item: Item) -> bool:
+    """The number behind ``####``, else in the last ``\\boxed{}``, else the last number of the answer, compared as numbers."""
+    marked = re.findall(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
+    boxed = last_boxed(text)
+    plain = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    candidates = [*plain[-1:], *([boxed] if boxed is not None else []), *marked[-1:]]
+    return bool(candidates) and _value(candidates[-1]) == _value(str(item["answer"]))
+
+
+def _value(text: str) -> float | str:
+    cleaned = text.replace(",", "").replace("$", "").strip().rstrip(".")
+    try:
+        return float(cleaned)
+    except ValueError:
+        return cleaned
+
+
+def boxed(text: str, item: Item) -> bool:
+    """The last ``\\boxed{}`` equals the reference after the normalisation of Hendrycks et al. (2021)."""
+    found = last_boxed(text)
+    return found is not None and normalise(found) == normalise(item["answer"])
+
+
+def last_boxed(text: str) -> str | None:
+    """Content of the last ``\\boxed{...}`` (or ``\\fbox``), braces balanced; None if there is none or it never closes."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    rest = text[start:].split("boxed", 1)[-1] if text[start:].startswith("\\boxed") else text[start + 5 :]
+    if rest.startswith(" "):
+        return rest.strip().split("$")[0].split()[0] if rest.strip() else None
+    if not rest.startswith("{"):
+        return None
+    depth = 0
+    for i, char in enumerate(rest):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return rest[1:i]
+    return None
+
+
+def normalise(answer: str) -> str:
+    """LaTeX answers in one spelling: no spaces, units, signs or text wrappers; fractions and roots with braces; 0.5 as 1/2."""
+    text = answer.replace("\n", "").replace("\\!", "").replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
+    text = text.replace("\\left", "").replace("\\right", "").replace("^{\\circ}", "").replace("^\\circ", "").replace("\\$", "")
+    text = re.split(r"\\text\{ ", text)[0] if "\\text{ " in text else text
+    text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
+    text = text.replace("\\%", "").replace("%", "").replace(" .", " 0.").replace("{.", "{0.")
+    text = f"0{text}" if text.startswith(".") else text
+    if text.count("=") == 1 and len(text.split("=")[0]) <= 2:
+        text = text.split("=")[1]
+    text = re.sub(r"\\sqrt(\w)", r"\\sqrt{\1}", text).replace(" ", "")
+    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac(\d)\{", r"\\frac{\1}{", text)
+    text = re.sub(r"^(-?\d+)/(\d+)$", r"\\frac{\1}{\2}", text)
+    return {"0.5": "\\frac{1}{2}", "-0.5": "-\\frac{1}{2}"}.get(text, text).rstrip(".")
+
+
+def program(text: str, item: Item) -> str:
+    """The code of an answer to a completion task: a fenced block if there is one; whole functions replace the prompt.
+
+    Returns what follows the prompt, so that ``prompt + program`` is the complete candidate.
+    """
+    fenced = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    body = fenced[0] if fenced else text
+    if re.search(rf"^def {re.escape(item['entry_point'])}\(", body, re.MULTILINE):
+        return "\n    pass\n\n" + body  # the prompt's open function gets a body and is then defined anew
+    return body
+
+
+GRADERS: dict[str, Callable[[str, Item], bool]] = {"letter": letter, "number": number, "boxed": boxed}

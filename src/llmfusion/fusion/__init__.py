@@ -1,0 +1,1 @@
+"""What the field calls fusion: targets (weights over teachers), sources (their distributions) and the loss."""

@@ -1,0 +1,1 @@
+"""Merging: pure functions on arrays, and an engine that streams checkpoints through them. Imports no torch."""

@@ -1,0 +1,44 @@
+"""Step ``score``: one cell of a table from stored answers, without torch; programs run in the sandbox."""
+
+import os
+import sys
+from collections import Counter
+
+from llmfusion.data.samples import read_jsonl
+from llmfusion.errors import DamagedError
+from llmfusion.evaluation.grading import GRADERS, Item, program
+from llmfusion.evaluation.sandbox import verdicts
+from llmfusion.step import Job, run
+from llmfusion.tables.stats import per_cent
+
+
+def build(job: Job) -> None:
+    """Grade every answer; facts: score in per cent with its standard error, k right of n, and the verdicts as 0s and 1s."""
+    spec = job.spec
+    answers = job.input(f"answers/{spec['model']}/{spec['batch']}")
+    items = list(read_jsonl(job.input(f"data/tasks/{spec['task']}").file("items.jsonl")))
+    given = list(read_jsonl(answers.file(f"{spec['task']}.jsonl")))
+    if [g["item"] for g in given] != [i["item"] for i in items]:
+        raise DamagedError(f"{answers.folder}: the answers to {spec['task']} are not to the items staged; ask again with -R answer")
+    right, reasons = _run(items, given) if spec["format"] == "code" else _compare(spec["format"], items, given)
+    score, error = per_cent(sum(right), len(right))
+    job.facts.update(
+        score=score, stderr=error, k=sum(right), n=len(right), right="".join("01"[r] for r in right), reasons=reasons, scale=spec["scale"],
+        asked={**answers.facts["tasks"][spec["task"]], "backend": answers.facts["backend"], "decoding": answers.facts["decoding"]},
+    )  # fmt: skip
+    print(f"{spec['model']} on {spec['task']}: {score:.2f} +-{error:.2f} ({sum(right)} of {len(right)}) {reasons}")
+
+
+def _compare(kind: str, items: list[Item], given: list[Item]) -> tuple[list[bool], dict[str, int]]:
+    right = [GRADERS[kind](g["answer"], item) for item, g in zip(items, given, strict=True)]
+    return right, {"passed": sum(right), "wrong answer": len(right) - sum(right)}
+
+
+def _run(items: list[Item], given: list[Item]) -> tuple[list[bool], dict[str, int]]:
+    tasks = [{"task_id": str(i["item"]), **{k: i[k] for k in ("prompt", "test", "entry_point")}, "completion": program(g["answer"], i)} for i, g in zip(items, given, strict=True)]
+    found = list(verdicts(tasks, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    return [v["passed"] for v in found], dict(sorted(Counter(v["reason"] for v in found).items()))
+
+
+if __name__ == "__main__":
+    sys.exit(run("score", build))

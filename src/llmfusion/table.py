@@ -1,0 +1,66 @@
+"""Step ``table``: gather the cells of one table into CSV and Markdown."""
+
+import csv
+import sys
+from typing import Any
+
+from llmfusion.errors import UserError
+from llmfusion.step import Job, run
+from llmfusion.tables.stats import mean
+
+MINIATURE = "Miniature models on generated tasks: these numbers check the pipeline and are not comparable with any paper's."
+
+
+def build(job: Job) -> None:
+    """Write ``NAME.csv`` and ``NAME.md``; refuse cells that were made by another study than the one that asks."""
+    spec = job.spec
+    name = job.folder.name.removeprefix(".").removesuffix(".csv.draft")
+    rows = [_row(job, row) for row in spec["rows"]]
+    with open(job.folder / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    (job.folder / f"{name}.md").write_text(_markdown(spec, rows))
+    job.facts.update(rows=len(rows), scale=spec["scale"])
+
+
+def _row(job: Job, row: list[str]) -> dict[str, Any]:
+    model, category, label, method, sources = row
+    cells = {task: _cell(job, model, task) for task, _ in job.spec["tasks"]}
+    out: dict[str, Any] = {"category": category, "label": label, "method": method, "models": sources, "model": model, "scale": job.spec["scale"]}
+    for task, facts in cells.items():
+        out |= {task: f"{facts['score']:.2f}", f"{task}_stderr": f"{facts['stderr']:.2f}", f"{task}_k": facts["k"], f"{task}_n": facts["n"]}
+    average, error = mean([f["score"] for f in cells.values()], [f["stderr"] for f in cells.values()])
+    return {**out, "average": f"{average:.2f}", "average_stderr": f"{error:.2f}"}
+
+
+def _cell(job: Job, model: str, task: str) -> dict[str, Any]:
+    score = job.input(f"scores/{model}/{task}")
+    expected = job.spec["cells"][model][task]
+    if not score.manifest["fingerprint"].startswith(expected):
+        raise UserError(
+            f"results/scores/{model}/{task}.json was made by another study or an earlier version of this one (fingerprint "
+            f"{score.manifest['fingerprint'][:16]}, this study asks for {expected}); a table never mixes them. Make it again with: "
+            f"snakemake results/scores/{model}/{task}.json"
+        )
+    return score.facts
+
+
+def _markdown(spec: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    names = [task for task, _ in spec["tasks"]]
+    head = ["", *(label for _, label in spec["tasks"]), "average"]
+    lines = [f"# {spec['title']}", "", *([f"**{MINIATURE}**", ""] if spec["scale"] == "miniature" else [])]
+    category = None
+    lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for row in rows:
+        if row["category"] != category:
+            category = row["category"]
+            lines.append(f"| **{category}** |" + " |" * (len(head) - 1))
+        cells = [f"{row[c]} ±{row[f'{c}_stderr']}" for c in [*names, "average"]]
+        lines.append("| " + " | ".join([row["label"], *cells]) + " |")
+    items = ", ".join(f"{label} n={rows[0][f'{task}_n']}" for task, label in spec["tasks"])
+    return "\n".join([*lines, "", f"Per cent right ± one standard error of sampling the items ({items}).", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(run("table", build))

@@ -1,0 +1,1 @@
+"""Tables: cells gathered, checked against the study, and written with their uncertainty."""

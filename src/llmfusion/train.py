@@ -1,0 +1,33 @@
+"""Step ``train``: SFT, SeqKD, knowledge fusion or unified fusion of one model, as its spec says."""
+
+import sys
+
+from llmfusion.artifacts import require
+from llmfusion.step import Job, run
+
+
+def build(job: Job) -> None:
+    """Train from ``init`` on the mix (and on generated answers), with the cached teachers; save a complete checkpoint."""
+    from llmfusion.fusion.sources import CachedSource
+    from llmfusion.fusion.targets import TARGETS
+    from llmfusion.models.batches import device_of
+    from llmfusion.models.loading import load_model, load_tokenizer, save_model
+    from llmfusion.training.run import Trainee, train
+
+    spec = job.spec["run"]
+    target = spec.get("fusion", {}).get("target", "kd")
+    require(target in TARGETS, f"fusion target {target!r} is not built in this version; built: {', '.join(TARGETS)}")
+    pivot = job.input(f"models/{spec['init']}")
+    tokenizer = load_tokenizer(pivot, job.spec.get("chat_template"))
+    model = load_model(pivot, "float32")
+    rows = model.get_output_embeddings().weight.shape[0]
+    caches = {name: job.input(f"teachers/{name}/{spec['mix']}") for name in spec.get("teachers", [])}
+    teachers = [CachedSource(name, cache, tokenizer, rows, device_of()) for name, cache in caches.items()]
+    mixes = [job.input(f"data/mix/{spec['mix']}"), *(job.input(f"data/generated/{m}/{spec['mix']}") for m in spec.get("generated", []))]
+    facts = train(job, Trainee(model, tokenizer), spec, mixes, teachers)
+    facts |= save_model(model, tokenizer, job.folder, spec.get("save_dtype", "bfloat16"))
+    job.facts.update(facts, license=sorted({a.facts["license"] for a in [pivot] if "license" in a.facts}))
+
+
+if __name__ == "__main__":
+    sys.exit(run("train", build))

@@ -1,0 +1,52 @@
+"""Encoded samples and their order: a pure function of seed and epoch, so a resumed run sees what it would have seen."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from llmfusion.artifacts import Artifact
+from llmfusion.data.chat import Encoded, encode
+from llmfusion.data.samples import read_jsonl
+from llmfusion.data.sources import Rejected
+from llmfusion.errors import UserError
+
+
+class Corpus:
+    """All usable samples of one or more mixes, tokenised by the student."""
+
+    def __init__(self, mixes: Sequence[Artifact], tokenizer: Any):
+        self.ids: list[str] = []
+        self.encoded: list[Encoded] = []
+        self.rejected = Rejected()
+        for mix in mixes:
+            for sample in read_jsonl(mix.file("samples.jsonl")):
+                found = encode(sample, tokenizer, mix.facts["max_length"])
+                if isinstance(found, str):
+                    self.rejected.add(found, sample["id"])
+                    continue
+                self.ids.append(sample["id"])
+                self.encoded.append(found)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def steps(self, spec: dict[str, Any]) -> int:
+        """Optimizer steps of a training: as asked, or epochs of full batches (the last, smaller one is left out)."""
+        size = spec.get("batch_size", 16)
+        per_epoch = len(self) // size
+        if not per_epoch:
+            raise UserError(f"{len(self)} usable samples do not fill one batch of {size}; rejected: {dict(self.rejected.counts) or 'none'}")
+        return spec["steps"] if "steps" in spec else spec["epochs"] * per_epoch
+
+    def batches(self, spec: dict[str, Any], first_step: int, steps: int) -> Iterator[tuple[int, list[int]]]:
+        """``(step, sample numbers)`` from ``first_step`` on."""
+        size = spec.get("batch_size", 16)
+        per_epoch = len(self) // size
+        order, of_epoch = torch.empty(0), -1
+        for step in range(first_step, steps):
+            epoch, place = divmod(step, per_epoch)
+            if epoch != of_epoch:
+                generator = torch.Generator().manual_seed(spec.get("seed", 42) * 1_000_003 + epoch)
+                order, of_epoch = torch.randperm(len(self), generator=generator), epoch
+            yield step, order[place * size : (place + 1) * size].tolist()
