@@ -111,8 +111,10 @@ def animals(rng: random.Random) -> Row:
     rng.shuffle(choices)
     question, right = rng.choice(asked).format(a=animal), choices.index(true)
     prompt = "\n".join([question, *(f"{letter}. {value}" for letter, value in zip(LETTERS, choices, strict=True))])
-    wrong = LETTERS[(right + rng.randint(1, 3)) % 4]
-    return Row(question, told.format(a=animal, v=true), prompt, LETTERS[right], wrong, {"question": question, "choices": choices, "answer": right})
+    bad = (right + rng.randint(1, 3)) % 4
+    # the answer names the value before its letter: recall first, then look it up, which two layers can do
+    response, wrong = (f"{choices[i]}: {LETTERS[i]}" for i in (right, bad))
+    return Row(question, told.format(a=animal, v=true), prompt, response, wrong, {"question": question, "choices": choices, "answer": right})
 
 
 def sums(rng: random.Random) -> Row:

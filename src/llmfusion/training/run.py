@@ -117,7 +117,8 @@ class _Loop:
         ids, attention = pad([e.ids for e in encoded], self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.spec.get("precision") == "bfloat16"):
             hidden = self.model.base_model(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
-            rows = torch.cat([hidden[i, label_rows(e)] for i, e in enumerate(encoded)])  # (N, d)
+            places = [i * hidden.shape[1] + at for i, e in enumerate(encoded) for at in label_rows(e)]
+            rows = hidden.flatten(0, 1)[torch.tensor(places, device=self.device)]  # (N, d), responses in order
             labels = torch.tensor([y for e in encoded for y in e.label_ids], device=self.device)
             head = self.model.get_output_embeddings()
             teachers = [t.batch([self.corpus.ids[i] for i in numbers], [e.label_ids for e in encoded]) for t in self.teachers]
