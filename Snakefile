@@ -5,7 +5,7 @@ import sys
 sys.path.insert(0, f"{workflow.basedir}/src")  # a fresh clone plans without an install, and runs its own code
 from llmfusion.config import load_study
 
-config = load_study(
+study = load_study(
     *(workflow.overwrite_configfiles or [f"{workflow.basedir}/config/config.yaml"]),
     overrides=workflow.config_settings.config,
     directory=workflow.overwrite_workdir,
@@ -14,16 +14,16 @@ os.environ["PYTHONPATH"] = f"{workflow.basedir}/src"
 os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 
 
-workdir: config["directory"]
+workdir: study.directory
 
 
 wildcard_constraints:
-    **config["names"],
+    **study.names,
 
 
 rule tables:
     input:
-        config["stages"]["tables"],
+        study.stages["tables"],
 
 
 include: "rules/data.smk"

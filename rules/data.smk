@@ -1,11 +1,11 @@
 rule data:
     input:
-        config["stages"]["data"],
+        study.stages["data"],
 
 
 rule stage_dataset:
     input:
-        lookup(dpath="artifacts/data/dataset/{dataset}/inputs", within=config),
+        study.inputs("data/dataset/{dataset}"),
     output:
         manifest="results/data/dataset/{dataset}/manifest.json",
     log:
@@ -15,14 +15,14 @@ rule stage_dataset:
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/data/dataset/{dataset}/spec", within=config),
+        spec=study.spec("data/dataset/{dataset}"),
     shell:
         "python -m llmfusion.dataset --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule stage_tasks:
     input:
-        lookup(dpath="artifacts/data/tasks/{task}/inputs", within=config),
+        study.inputs("data/tasks/{task}"),
     output:
         manifest="results/data/tasks/{task}/manifest.json",
     log:
@@ -32,14 +32,14 @@ rule stage_tasks:
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/data/tasks/{task}/spec", within=config),
+        spec=study.spec("data/tasks/{task}"),
     shell:
         "python -m llmfusion.tasks --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule mix_samples:
     input:
-        lookup(dpath="artifacts/data/mix/{mix}/inputs", within=config),
+        study.inputs("data/mix/{mix}"),
     output:
         manifest="results/data/mix/{mix}/manifest.json",
     log:
@@ -49,14 +49,14 @@ rule mix_samples:
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/data/mix/{mix}/spec", within=config),
+        spec=study.spec("data/mix/{mix}"),
     shell:
         "python -m llmfusion.mix --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule generate_answers:
     input:
-        lookup(dpath="artifacts/data/generated/{model}/{mix}/inputs", within=config),
+        study.inputs("data/generated/{model}/{mix}"),
     output:
         manifest="results/data/generated/{model}/{mix}/manifest.json",
     log:
@@ -66,6 +66,6 @@ rule generate_answers:
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/data/generated/{model}/{mix}/spec", within=config),
+        spec=study.spec("data/generated/{model}/{mix}"),
     shell:
         "python -m llmfusion.generate --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"

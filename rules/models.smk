@@ -1,54 +1,54 @@
 rule models:
     input:
-        config["stages"]["models"],
+        study.stages["models"],
 
 
 rule stage_base:
     input:
-        lookup(dpath="artifacts/models/base/{name}/inputs", within=config),
+        study.inputs("models/base/{base}"),
     output:
-        manifest="results/models/base/{name}/manifest.json",
+        manifest="results/models/base/{base}/manifest.json",
     log:
-        "logs/models/base/{name}.log",
+        "logs/models/base/{base}.log",
     benchmark:
-        "logs/benchmarks/models/base/{name}.tsv"
+        "logs/benchmarks/models/base/{base}.tsv"
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/models/base/{name}/spec", within=config),
+        spec=study.spec("models/base/{base}"),
     shell:
         "python -m llmfusion.base --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule train_model:
     input:
-        lookup(dpath="artifacts/models/trained/{name}/inputs", within=config),
+        study.inputs("models/trained/{trained}"),
     output:
-        manifest="results/models/trained/{name}/manifest.json",
+        manifest="results/models/trained/{trained}/manifest.json",
     log:
-        "logs/models/trained/{name}.log",
+        "logs/models/trained/{trained}.log",
     benchmark:
-        "logs/benchmarks/models/trained/{name}.tsv"
+        "logs/benchmarks/models/trained/{trained}.tsv"
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/models/trained/{name}/spec", within=config),
+        spec=study.spec("models/trained/{trained}"),
     shell:
         "python -m llmfusion.train --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule merge_models:
     input:
-        lookup(dpath="artifacts/models/merged/{name}/inputs", within=config),
+        study.inputs("models/merged/{merged}"),
     output:
-        manifest="results/models/merged/{name}/manifest.json",
+        manifest="results/models/merged/{merged}/manifest.json",
     log:
-        "logs/models/merged/{name}.log",
+        "logs/models/merged/{merged}.log",
     benchmark:
-        "logs/benchmarks/models/merged/{name}.tsv"
+        "logs/benchmarks/models/merged/{merged}.tsv"
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/models/merged/{name}/spec", within=config),
+        spec=study.spec("models/merged/{merged}"),
     shell:
         "python -m llmfusion.merge --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"

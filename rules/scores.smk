@@ -1,11 +1,11 @@
 rule scores:
     input:
-        config["stages"]["scores"],
+        study.stages["scores"],
 
 
 rule answer:
     input:
-        lookup(dpath="artifacts/answers/{model}/{batch}/inputs", within=config),
+        study.inputs("answers/{model}/{batch}"),
     output:
         manifest="results/answers/{model}/{batch}/manifest.json",
     log:
@@ -15,14 +15,14 @@ rule answer:
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/answers/{model}/{batch}/spec", within=config),
+        spec=study.spec("answers/{model}/{batch}"),
     shell:
         "python -m llmfusion.answer --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule score:
     input:
-        lookup(dpath="artifacts/scores/{model}/{task}/inputs", within=config),
+        study.inputs("scores/{model}/{task}"),
     output:
         cell="results/scores/{model}/{task}.json",
     log:
@@ -32,6 +32,6 @@ rule score:
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/scores/{model}/{task}/spec", within=config),
+        spec=study.spec("scores/{model}/{task}"),
     shell:
         "python -m llmfusion.score --spec {params.spec:q} --out {output.cell} --inputs {input:q} > {log} 2>&1"

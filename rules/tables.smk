@@ -4,7 +4,7 @@ localrules:
 
 rule table:
     input:
-        lookup(dpath="artifacts/tables/{table}/inputs", within=config),
+        study.inputs("tables/{table}"),
     output:
         csv="results/{table}.csv",
         markdown="results/{table}.md",
@@ -16,6 +16,6 @@ rule table:
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/tables/{table}/spec", within=config),
+        spec=study.spec("tables/{table}"),
     shell:
         "python -m llmfusion.table --spec {params.spec:q} --out {output.csv} --inputs {input:q} > {log} 2>&1"

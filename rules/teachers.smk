@@ -1,11 +1,11 @@
 rule teachers:
     input:
-        config["stages"]["teachers"],
+        study.stages["teachers"],
 
 
 rule capture_teacher:
     input:
-        lookup(dpath="artifacts/teachers/{model}/{mix}/inputs", within=config),
+        study.inputs("teachers/{model}/{mix}"),
     output:
         manifest="results/teachers/{model}/{mix}/manifest.json",
     log:
@@ -15,6 +15,6 @@ rule capture_teacher:
     conda:
         "../envs/llmfusion.yaml"
     params:
-        spec=lookup(dpath="artifacts/teachers/{model}/{mix}/spec", within=config),
+        spec=study.spec("teachers/{model}/{mix}"),
     shell:
         "python -m llmfusion.capture --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"

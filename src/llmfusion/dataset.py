@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from llmfusion.data import sources
-from llmfusion.data.layouts import LAYOUTS
+from llmfusion.data.layouts import LAYOUTS, split
 from llmfusion.data.samples import Sample, sample_id, text_of, write_jsonl
 from llmfusion.errors import UserError
 from llmfusion.step import Job, run
@@ -41,12 +41,13 @@ def _converted(spec: dict, rejected: sources.Rejected, counted: dict[str, int]) 
         if body is None:
             rejected.add("malformed", number)
             continue
-        key = hash(text_of(body))
-        if key in seen:
-            rejected.add("duplicate", number)
-            continue
-        seen.add(key)
-        yield {"id": sample_id(origin, number, body), "domain": spec["domain"], **body}
+        for part in split(body, spec.get("split_characters")):
+            key = hash(text_of(part))
+            if key in seen:
+                rejected.add("duplicate", number)
+                continue
+            seen.add(key)
+            yield {"id": sample_id(origin, number, part), "domain": spec["domain"], **part}
 
 
 if __name__ == "__main__":

@@ -6,9 +6,7 @@ import sys
 
 from llmfusion.config.errors import StudyError
 from llmfusion.config.models import Study
-from llmfusion.config.plan import make_plan
-from llmfusion.config.staged import check_staged
-from llmfusion.config.study import read_study
+from llmfusion.config.plan import checked
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,9 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check(file: str) -> int:
     try:
-        study = read_study(file)
-        plan = make_plan(study)
-        check_staged(file, study, plan)
+        study, plan = checked(file)
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2

@@ -43,7 +43,7 @@ class HubSource(Licensed):
     repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$", description="repository id, e.g. meta-math/MetaMathQA")
     revision: Commit = Field(description="the repository's commit, 40 hex digits: the data cannot change under the study")
     split: str = Field("train", description="split to read")
-    subset: str | None = Field(None, description="the repository's configuration (subset), if it has several")
+    subset: str | list[str] | None = Field(None, description="the repository's configuration (subset), if it has several; a list reads them one after another")
     files: str | None = Field(None, description="read only this data file of the repository")
     layout: Layout = Field(description="how its columns become samples or items (docs/extending.md)")
     columns: Columns | None = Field(None, description="for layout pair: the columns that hold prompt and response")
@@ -71,11 +71,17 @@ class Domain(Section):
     domain: Name = Field(description="what it teaches (general, math, code, ...): counted in the mix's manifest")
 
 
-class HubDataset(HubSource, Domain):
+class Conversations(Domain):
+    split_characters: Positive | None = Field(
+        None, description="cut conversations longer than this between turns into several samples (FuseChat's blocks); default: never"
+    )
+
+
+class HubDataset(HubSource, Conversations):
     """Samples from the hub."""
 
 
-class PathDataset(PathSource, Domain):
+class PathDataset(PathSource, Conversations):
     """Samples from a file of your own."""
 
 

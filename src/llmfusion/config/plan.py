@@ -8,6 +8,7 @@ its inputs' fingerprints: it says what was asked for, before anything has been c
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +180,34 @@ def make_plan(study: Study) -> Plan:
     return plan
 
 
-def load_study(*files: str | Path, overrides: dict | None = None, directory: object = None) -> dict[str, Any]:
-    """What the Snakefile needs, as plain data: directory, artifacts (nested by address), stages, and the names there are.
+class StudyPlan:
+    """What the Snakefile needs of a study: where it lives, its stages, the names there are, and each artifact's inputs and spec.
+
+    ``inputs`` and ``spec`` give Snakemake a function of a rule's wildcards. Snakemake's own ``lookup`` does the same but walks
+    the whole tree at every call: 18 s instead of 3 s to plan 366 jobs.
+    """
+
+    def __init__(self, study: Study, plan: Plan):
+        artifacts = self._artifacts = plan.artifacts
+        self.directory = str(ROOT / study.directory)
+        self.stages = {stage: [output_of(a) for a in artifacts if a.startswith(f"{stage}/")] for stage in ("data", "teachers", "models", "tables")}
+        self.stages["scores"] = sorted({i for a in artifacts if a.startswith("tables/") for i in artifacts[a]["inputs"]})
+        kinds = {kind: getattr(study.models, kind) for kind in ("base", "trained", "merged")}
+        names = {"dataset": study.datasets, "mix": study.mixes, "task": study.tasks, "batch": study.batches, "table": study.tables, **kinds}
+        names["model"] = [f"{kind}/{name}" for kind, entries in kinds.items() for name in entries]
+        self.names = {wildcard: "|".join(map(re.escape, sorted(found))) or "(?!)" for wildcard, found in names.items()}
+
+    def inputs(self, pattern: str) -> Callable[[Any], list[str]]:
+        """The input function of artifacts at ``pattern``, e.g. ``scores/{model}/{task}``."""
+        return lambda wildcards: self._artifacts[pattern.format(**wildcards)]["inputs"]
+
+    def spec(self, pattern: str) -> Callable[[Any], str]:
+        """The params function that gives the spec of artifacts at ``pattern``."""
+        return lambda wildcards: self._artifacts[pattern.format(**wildcards)]["spec"]
+
+
+def load_study(*files: str | Path, overrides: dict | None = None, directory: object = None) -> StudyPlan:
+    """Read, check and plan the one study of a run.
 
     Raises ``SystemExit`` with the whole message for the user: Snakemake shows it without a traceback and starts nothing.
     ``overrides`` and ``directory`` are what ``--config`` and ``--directory`` gave; a study is complete in itself, so both,
@@ -193,38 +220,16 @@ def load_study(*files: str | Path, overrides: dict | None = None, directory: obj
     if len(files) != 1:
         raise SystemExit("several --configfile given: a study is one file and complete in itself: " + ", ".join(map(str, files)))
     try:
-        study = read_study(files[0])
-        plan = make_plan(study)
-        from llmfusion.config.staged import check_staged
-
-        check_staged(files[0], study, plan)
+        return StudyPlan(*checked(files[0]))
     except StudyError as error:
         raise SystemExit(str(error)) from None
-    return as_dict(study, plan)
 
 
-def as_dict(study: Study, plan: Plan) -> dict[str, Any]:
-    """The plan as nested plain dictionaries for Snakemake's ``lookup``."""
-    tree: dict[str, Any] = {}
-    for address, artifact in plan.artifacts.items():
-        *folders, name = address.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = artifact
-    in_tables = {i for a, v in plan.artifacts.items() if a.startswith("tables/") for i in v["inputs"]}
-    return {
-        "directory": str(ROOT / study.directory),
-        "artifacts": tree,
-        "stages": {stage: [output_of(a) for a in plan.artifacts if a.startswith(f"{stage}/")] for stage in ("data", "teachers", "models", "tables")}
-        | {"scores": sorted(in_tables)},
-        "names": {
-            "dataset": _either(study.datasets), "mix": _either(study.mixes), "task": _either(study.tasks), "batch": _either(study.batches),
-            "table": _either(study.tables), "model": _either(a.removeprefix("models/") for a in plan.artifacts if a.startswith("models/")),
-        },
-    }  # fmt: skip
+def checked(file: str | Path) -> tuple[Study, Plan]:
+    """A study and its plan after all checks, those against staged files included. Raises :class:`StudyError`."""
+    from llmfusion.config.staged import check_staged
 
-
-def _either(names: Any) -> str:
-    """A regular expression that matches exactly these names."""
-    return "|".join(re.escape(name) for name in sorted(names))
+    study = read_study(file)
+    plan = make_plan(study)
+    check_staged(file, study, plan)
+    return study, plan

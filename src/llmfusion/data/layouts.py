@@ -64,6 +64,21 @@ def chat(turns: list[tuple[Any, Any]]) -> Row | None:
     return {"messages": [{"role": role, "content": content} for role, content in named]}
 
 
+def split(sample: Row, limit: int | None) -> list[Row]:
+    """Cut a conversation of more than ``limit`` characters between turns; every part keeps the system turn."""
+    if limit is None or "messages" not in sample:
+        return [sample]
+    system = [m for m in sample["messages"] if m["role"] == "system"]
+    turns = [m for m in sample["messages"] if m["role"] != "system"]
+    parts: list[list[Row]] = []
+    for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+        size = sum(len(m["content"]) for m in parts[-1]) if parts else limit
+        if not parts or size + len(asked["content"]) + len(answered["content"]) > limit:
+            parts.append([])
+        parts[-1] += [asked, answered]
+    return [{"messages": [*system, *part]} for part in parts]
+
+
 LAYOUTS: dict[str, Callable[[Row, dict[str, str], random.Random], Row | None]] = {
     "pair": pair, "messages": messages, "conversations": conversations, "chatml": chatml, "clusters": clusters, "text": text,
 }  # fmt: skip

@@ -37,17 +37,21 @@ def origin(source: Row) -> str:
 def _hub(source: Row) -> Iterator[Row]:
     import datasets
 
+    subset = source.get("subset")
+    names = subset if isinstance(subset, list) else [subset]
     try:
-        table = datasets.load_dataset(
-            source["repo"], source.get("subset"), split=source.get("split", "train"), revision=source["revision"], data_files=source.get("files")
-        )
+        tables = [
+            datasets.load_dataset(source["repo"], name, split=source.get("split", "train"), revision=source["revision"], data_files=source.get("files"))
+            for name in names
+        ]
     except Exception as error:  # the hub's client raises dozens of kinds; the user needs its words and the way out
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{source['repo']} at {source['revision'][:12]}: could not be loaded: {told}. Is this machine online, the licence accepted "
             "on the hub and HF_TOKEN set? Offline, download it elsewhere and use kind: path"
         ) from error
-    yield from table
+    for table in tables:
+        yield from table
 
 
 def _file(path: Path) -> Iterator[Row]:
