@@ -83,7 +83,8 @@ def read(manifest: str | Path, memory: Path | None = Path("work/verified")) -> A
     for name, expected in listed.items():
         _verify(folder / name, expected, path, memory)
     if path.name == "manifest.json":
-        extra = sorted(p.name for p in folder.iterdir() if p.name not in listed and p.name not in UNLISTED and not p.name.startswith("."))
+        there = (str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() and not p.name.startswith("."))
+        extra = sorted(name for name in there if name not in listed and name not in UNLISTED)
         if extra:
             raise DamagedError(f"{folder / extra[0]}: not in {path}: a file nobody hashed could change how the rest is read; move it away")
     return Artifact(folder, content, sha256_file(path))

@@ -5,6 +5,7 @@ once when its process is gone on this host. Taking over a stale lease moves it a
 are told apart by the token inside, and whoever lost finds out at the latest in :meth:`Lease.check`, before publishing.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -55,7 +56,8 @@ class Lease:
             raise UserError(f"{self.path}: another process took over while this one did not answer for {STALE_SECONDS:.0f} s; nothing was published")
 
     def _take(self) -> bool:
-        text = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "job": os.environ.get("SLURM_JOB_ID"), "token": self.token})
+        pid, job = os.getpid(), os.environ.get("SLURM_JOB_ID")
+        text = json.dumps({"host": socket.gethostname(), "pid": pid, "started": _started(pid), "job": job, "token": self.token})
         private = self.path.with_name(f"{self.path.name}.{self.token}")
         private.write_text(text)
         try:
@@ -74,10 +76,8 @@ class Lease:
             return
         moved = _read(aside) or {}
         if moved.get("token") != stale.get("token"):  # somebody else took over between our look and our move
-            try:
+            with contextlib.suppress(FileExistsError):
                 os.link(aside, self.path)
-            except FileExistsError:
-                pass
         aside.unlink(missing_ok=True)
 
     def _touch(self) -> None:

@@ -56,7 +56,8 @@ def _gpu() -> str | None:
 def _git() -> str | None:
     """Commit of the clone, with ``+changes`` if tracked files differ from it."""
     try:
-        run = [subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20) for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])]
+        asked = ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]
+        run = [subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20) for words in asked]
     except (OSError, subprocess.TimeoutExpired):
         return None
     if run[0].returncode:

@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         require(given.tasks.is_file(), f"{given.tasks}: is not there")
+        require(given.verdicts.parent.is_dir(), f"{given.verdicts.parent}: is no folder; make it first")
         tasks = list(read_jsonl(given.tasks))
         for number, task in enumerate(tasks, 1):
             missing = [f for f in FIELDS if not isinstance(task, dict) or f not in task]

@@ -58,13 +58,19 @@ def run(step: str, build: Callable[[Job], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not _disk_full(error):
             raise
         free = shutil.disk_usage(".").free
         print(f"error: the disk is full while making {given.out}: {free / 2**20:.0f} MiB free in {Path.cwd()}; free some and run again", file=sys.stderr)
         return 1
     return 0
+
+
+def _disk_full(error: Exception) -> bool:
+    """Also a full quota, and safetensors, whose errors are no OSErrors."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
 
 
 def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
@@ -89,7 +95,7 @@ def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
 
 
 def _clear(work: Path) -> None:
-    """Drop resume state of a finished artifact; the lease goes with its ``with``."""
+    """Drop resume state of a finished artifact; the lease goes with its ``with``, and what begins with "lease" may be a waiting writer's."""
     for path in work.iterdir():
-        if path.name != "lease":
+        if not path.name.startswith("lease"):
             shutil.rmtree(path) if path.is_dir() else os.unlink(path)

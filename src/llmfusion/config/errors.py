@@ -59,8 +59,8 @@ def from_pydantic(error: ValidationError, raw: Any, schema: dict) -> list[Proble
 
 
 def _problem(error: Any, raw: Any, schema: dict) -> Problem:
-    key = _plain_key(error["loc"], raw)
     given, kind = error["input"], error["type"]
+    key = _plain_key(error["loc"], raw, absent=kind == "missing")
     if kind == "extra_forbidden":
         return Problem(key, f"unknown key; {nearest(key[-1], _properties(error['loc'][:-1], schema))}")
     if kind == "missing":
@@ -78,9 +78,12 @@ def _problem(error: Any, raw: Any, schema: dict) -> Problem:
         return Problem(key, message)
     if kind == "literal_error":
         expected = [e.strip(" '") for e in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")]
-        return Problem(key, f"got {_show(given)}; allowed: {message}; {nearest(given, expected)}" if len(expected) > 3 else f"got {_show(given)}; allowed: {message}")
+        near = f"; {nearest(given, expected)}" if len(expected) > 3 else ""
+        return Problem(key, f"got {_show(given)}; allowed: {message}{near}")
     if kind == "string_pattern_mismatch":
         message = PATTERNS.get(error["ctx"]["pattern"], message)
+    if kind.endswith(("too_short", "too_long")):
+        message = message.split("should have ")[-1].split(" after validation")[0]
     return Problem(key, f"got {_show(given)}; expected {message}")
 
 
@@ -92,22 +95,27 @@ PATTERNS = {
 }
 
 
+TAGS = ("kind", "method", "target")  # keys that choose between kinds of an entry
+
+
 def _show(value: object) -> str:
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
-def _plain_key(loc: tuple, raw: Any) -> Key:
-    """pydantic puts union tags into the path; keep only what the user wrote (and a missing or unknown last part)."""
+def _plain_key(loc: tuple, raw: Any, absent: bool) -> Key:
+    """pydantic puts union tags into the path; keep only what the user wrote (and the last part if it is ``absent``)."""
     key: list[str | int] = []
-    at = raw
+    at, told = raw, None
     for i, part in enumerate(loc):
         if part == "[key]":
             continue
-        if isinstance(at, dict) and part in at or isinstance(at, list) and isinstance(part, int) and part < len(at):
+        if isinstance(at, dict) and at is not told and isinstance(part, str) and part in [at.get(tag) for tag in TAGS]:
+            told = at  # this part is the tag (kind: path), the next may be a key of the same name
+        elif (isinstance(at, dict) and part in at) or (isinstance(at, list) and isinstance(part, int) and part < len(at)):
             at = at[part]
             key.append(part)
-        elif i == len(loc) - 1 and isinstance(at, dict):
+        elif absent and i == len(loc) - 1 and isinstance(at, dict):
             key.append(part)
     return tuple(key)
 

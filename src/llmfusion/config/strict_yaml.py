@@ -72,15 +72,15 @@ def load(path: str | Path) -> tuple[Any, dict[Path_, int]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlError([(mark.line + 1 if mark else 1, error.problem or str(error))]) from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise YamlError([(1, str(error).splitlines()[0])]) from None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # the last two: PyYAML on "!!bool x"
+        raise YamlError([(1, (str(error).splitlines() or [type(error).__name__])[0])]) from None
     finally:
         loader.dispose()
 
 
 def load_text(text: str) -> Any:
     """A value given on the command line, read by the same rules: ``1e-6`` is a number, ``no`` a word."""
-    return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, _Loader)  # a SafeLoader
 
 
 def _walk(node: yaml.Node, path: Path_, lines: dict, problems: list, open_nodes: set[int]) -> None:

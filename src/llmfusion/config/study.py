@@ -1,5 +1,6 @@
 """Load a study: read, check, and work out every artifact's inputs and spec. Imports no torch."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ def _parse(raw: dict) -> tuple[Study | None, list[Problem]]:
     try:
         return Study.model_validate(raw), []
     except ValidationError as error:
-        return None, from_pydantic(error, raw, Study.model_json_schema())
+        return None, from_pydantic(error, raw, _schema())
+
+
+@cache
+def _schema() -> dict[str, Any]:
+    return Study.model_json_schema()
 
 
 def _sound(raw: dict, study: Study | None) -> dict[Key, Any]:

@@ -8,10 +8,11 @@ Item = dict[str, Any]
 
 
 def letter(text: str, item: Item) -> bool:
-    """The chosen letter: after "answer is", else the first that stands alone on the first line (OpenCompass style)."""
+    """The chosen letter: after the last "answer is", else the first that stands alone at a line's start or behind a
+    colon at its end, as in ``B``, ``(B)``, ``B. blue`` or ``Answer: B``."""
     said = re.findall(r"answer is:?\s*\(?([A-J])\b", text, re.IGNORECASE)
-    first = re.search(r"\b([A-J])\b", text.strip().split("\n", 1)[0])
-    found = said[-1].upper() if said else first.group(1) if first else None
+    alone = re.findall(r"(?:^|:)\s*\(?([A-J])(?:[.)]|\s*$)", text, re.MULTILINE)
+    found = said[-1].upper() if said else alone[0] if alone else None
     return found == "ABCDEFGHIJ"[item["answer"]]
 
 
@@ -45,7 +46,8 @@ def last_boxed(text: str) -> str | None:
         return None
     rest = text[start:].split("boxed", 1)[-1] if text[start:].startswith("\\boxed") else text[start + 5 :]
     if rest.startswith(" "):
-        return rest.strip().split("$")[0].split()[0] if rest.strip() else None
+        words = rest.strip().split("$")[0].split()
+        return words[0] if words else None
     if not rest.startswith("{"):
         return None
     depth = 0

@@ -5,8 +5,10 @@ other process, and hard limits; it never sees the test. The test runs here, in t
 through a pipe, so it cannot be read, patched or talked into passing.
 """
 
+import contextlib
 import json
 import os
+import re
 import selectors
 import shutil
 import subprocess
@@ -16,12 +18,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from llmfusion.errors import UserError
 from llmfusion.evaluation import candidate
 
 MEMORY = 1 << 30
+TOLD = re.compile(r"\w{1,60}( while loading)?|the reply is too long")  # what candidate.py says of itself; anything else is forged
 
 
 @cache
@@ -72,7 +76,8 @@ class Candidate:
         self.deadline = time.monotonic() + timeout
         self.process = subprocess.Popen(command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, start_new_session=True)
         self.pending = b""
-        os.set_blocking(self.process.stdout.fileno(), False)
+        for pipe in (self.process.stdin, self.process.stdout):
+            os.set_blocking(pipe.fileno(), False)
         cpu = max(1, int(timeout) + 1)
         limits = {"RLIMIT_AS": MEMORY, "RLIMIT_CPU": cpu, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 32, "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0}
         try:
@@ -91,17 +96,22 @@ class Candidate:
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            try:
+            with contextlib.suppress(OSError):
                 pipe.close()
-            except OSError:
-                pass
 
     def _send(self, message: Any) -> None:
-        try:
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
-            raise Failed("the program ended") from None
+        """Write one request; a program that never reads it cannot hold us beyond the deadline."""
+        left = memoryview(json.dumps(message).encode() + b"\n")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdin, selectors.EVENT_WRITE)
+            while left:
+                wait = self.deadline - time.monotonic()
+                if wait <= 0 or not selector.select(wait):
+                    raise Failed("time limit")
+                try:
+                    left = left[os.write(self.process.stdin.fileno(), left) :]
+                except OSError:
+                    raise Failed("the program ended") from None
 
     def _receive(self, kind: str) -> Any:
         with selectors.DefaultSelector() as selector:
@@ -123,21 +133,22 @@ class Candidate:
             raise Failed("no proper reply") from None
         if not isinstance(message, dict) or kind not in message:
             told = message.get("error") if isinstance(message, dict) else None
-            raise Failed(told if isinstance(told, str) else "no proper reply")
+            raise Failed(told if isinstance(told, str) and TOLD.fullmatch(told) and told != "passed" else "no proper reply")
         return message[kind]
 
 
 def verdict(task: dict[str, Any], timeout: float = 10.0) -> dict[str, Any]:
     """Run one ``{task_id, prompt, completion, test, entry_point}``; returns ``{task_id, passed, reason}``."""
-    reason = "passed"
+    passed, reason = False, "passed"
     try:
         tested = Candidate(task["prompt"] + task["completion"], task["entry_point"], timeout)
         try:
             names: dict[str, Any] = {}
-            exec(compile(task["prompt"], "<prompt>", "exec"), names)  # prompt and test are the data set's, not the model's;
+            exec(_helpers(task["prompt"]), names)  # prompt and test are the data set's, not the model's;
             exec(compile(task["test"], "<test>", "exec"), names)  # some tests use helpers that the prompt defines,
             names[task["entry_point"]] = tested  # or call the function by its name
             names["check"](tested)
+            passed = True
         finally:
             tested.close()
     except AssertionError:
@@ -146,7 +157,15 @@ def verdict(task: dict[str, Any], timeout: float = 10.0) -> dict[str, Any]:
         reason = str(error)
     except Exception as error:  # whatever a test does with an unexpected value
         reason = f"the test could not use the answer: {type(error).__name__}"
-    return {"task_id": task["task_id"], "passed": reason == "passed", "reason": reason}
+    return {"task_id": task["task_id"], "passed": passed, "reason": reason}
+
+
+def _helpers(prompt: str) -> CodeType:
+    """What the prompt defines by itself. It may end in an open function without a docstring: that gets a body."""
+    try:
+        return compile(prompt, "<prompt>", "exec")
+    except SyntaxError:
+        return compile(f"{prompt.rstrip()}\n    pass\n", "<prompt>", "exec")
 
 
 def verdicts(tasks: Iterable[dict[str, Any]], jobs: int = 1, timeout: float = 10.0) -> Iterator[dict[str, Any]]:

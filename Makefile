@@ -1,0 +1,50 @@
+# make table2   a fresh machine: environment, then Table 2 on miniature models, then print it
+# make test     a fresh machine: environment, then every check and test
+PYTHON ?= python3.11
+export OMP_NUM_THREADS = 1
+export TOKENIZERS_PARALLELISM = false
+BIN := .venv/bin
+
+.PHONY: table2 test test-all check unit workflow e2e lock schema clean
+
+table2: .venv/ready
+	$(BIN)/snakemake --profile profiles/mini results/table2.csv
+	@cat runs/mini/results/table2.md
+
+test: check unit workflow e2e
+
+test-all: test
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+	$(BIN)/python -m llmfusion.config config/*.yaml config/examples/*.yaml
+
+unit: .venv/ready
+	$(BIN)/python -m pytest tests/unit
+
+workflow: .venv/ready
+	SLURM_CONF=/dev/null $(BIN)/python -m pytest tests/workflow
+
+e2e: .venv/ready
+	$(BIN)/python -m pytest tests/e2e
+
+.venv/ready: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+lock: # pins everything; torch is the plain PyPI version number, which the CPU build satisfies too
+	$(BIN)/pip-compile --quiet --all-extras --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+	  --no-header --annotation-style=line --output-file requirements.lock pyproject.toml
+	sed -i 's/^\(torch==[0-9.]*\)+cpu /\1     /' requirements.lock
+
+schema:
+	$(BIN)/python -m llmfusion.config --schema > config/schema.json
+
+clean:
+	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

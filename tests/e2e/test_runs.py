@@ -1,0 +1,87 @@
+"""The workflow run for real: every rule, again, elsewhere, changed, and from one cell."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+from tests.e2e.conftest import ROWS, TARGET, Project
+from tests.project import BIN, ROOT, jobs, outputs, snakemake
+
+PROFILE = ("--profile", "profiles/tiny")
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """Everything that must be the same in two runs: tables, scores and manifests by name."""
+    base = folder / "runs/tiny/results"
+    return {str(p.relative_to(base)): p.read_bytes() for p in sorted(base.rglob("*")) if p.is_file() and p.suffix in (".json", ".csv", ".md") and p.name != "provenance.json"}
+
+
+def test_every_rule_is_executed(made: Path) -> None:
+    rules = {name for file in (ROOT / "rules").glob("*.smk") for name in re.findall(r"^rule (\w+):", file.read_text(), re.MULTILINE)}
+    stages = {"data", "models", "teachers", "scores", "tables"}
+    assert set(jobs((made / "run.log").read_text())) == rules - stages
+
+
+def test_the_table_has_its_rows_and_says_that_it_is_miniature(made: Path) -> None:
+    rows = list(csv.DictReader((made / "runs/tiny/results/table2.csv").open()))
+    assert [row["model"] for row in rows] == list(ROWS)
+    for row in rows:
+        assert row["scale"] == "miniature"
+        assert abs(float(row["mmlu"]) - 100 * int(row["mmlu_k"]) / int(row["mmlu_n"])) < 0.005
+        assert abs(float(row["average"]) - (float(row["mmlu"]) + float(row["humaneval"])) / 2) < 0.011
+    assert "not comparable" in (made / "runs/tiny/results/table2.md").read_text()
+
+
+def test_a_second_run_has_nothing_to_do(made: Path) -> None:
+    assert "Nothing to be done" in snakemake(made, *PROFILE, TARGET)
+
+
+def test_touching_every_file_re_runs_nothing(made: Path) -> None:
+    for path in [*(made / "runs/tiny").rglob("*"), *(made / "src").rglob("*.py"), *(made / "config").glob("*")]:
+        if path.is_file() and ".snakemake" not in path.parts:
+            path.touch()
+    assert "Nothing to be done" in snakemake(made, *PROFILE, TARGET)
+
+
+def test_a_changed_learning_rate_re_plans_exactly_its_descendants(made: Path) -> None:
+    content = yaml.safe_load((made / "config/tiny.yaml").read_text())
+    content["models"]["trained"]["kd-code"]["lr"] = 0.003
+    changed = made / "config/changed.yaml"
+    changed.write_text(yaml.safe_dump(content))
+    plan = snakemake(made, "-n", "--cores", "2", TARGET, "--configfile", str(changed))
+    models = ("trained/kd-code", "merged/ta-homogeneous")
+    expected = {f"results/models/{m}/manifest.json" for m in models} | {f"results/answers/{m}/all/manifest.json" for m in models}
+    expected |= {f"results/scores/{m}/{task}.json" for m in models for task in ("mmlu", "humaneval")} | {TARGET}
+    assert outputs(plan) == expected
+
+
+def test_one_cell_again_is_one_job_with_the_same_result(made: Path) -> None:
+    cell = "results/scores/merged/ta-homogeneous/humaneval.json"
+    before = results(made)
+    assert jobs(snakemake(made, *PROFILE, cell, "-f")) == {"score": 1}
+    assert results(made) == before
+
+
+def test_another_copy_one_job_at_a_time_gives_the_same_bytes(made: Path, project: Project) -> None:
+    other = project("other")
+    snakemake(other, *PROFILE, "--cores", "1", TARGET)
+    mine, theirs = results(made), results(other)
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if mine[name] != theirs[name]] == []
+
+
+def test_results_name_no_place_on_this_machine(made: Path) -> None:
+    for name, content in results(made).items():
+        assert str(made).encode() not in content, name
+        assert str(BIN).encode() not in content, name
+
+
+def test_every_cell_says_how_it_was_asked(made: Path) -> None:
+    cell = json.loads((made / "runs/tiny/results/scores/base/code/humaneval.json").read_text())["facts"]
+    assert cell["asked"]["format"] == "code"
+    assert cell["asked"]["decoding"] == "greedy"
+    assert cell["k"] == cell["right"].count("1")
+    assert cell["n"] == 24 == sum(cell["reasons"].values())
