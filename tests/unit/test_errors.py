@@ -41,10 +41,10 @@ def test_a_path_models_missing_key_is_named_although_its_kind_is_called_path_too
 
 def test_a_path_models_faulty_path_and_unknown_key_keep_their_own_places() -> None:
     data = small()
-    data["models"]["base"]["own"] = {"kind": "path", "path": 5, "vocabulary": "x", "license": "mit", "lisence": "mit"}
+    data["models"]["base"]["own"] = {"kind": "path", "path": 5, "vocabulary": "x", "license": "mit", "licence": "mit"}
     assert told(data) == {
         ("models", "base", "own", "path"): "got 5 (int); expected a valid string",
-        ("models", "base", "own", "lisence"): "unknown key; did you mean 'license'?",
+        ("models", "base", "own", "licence"): "unknown key; did you mean 'license'?",
     }
 
 
@@ -60,7 +60,7 @@ def test_an_entry_without_its_kind_or_that_is_no_mapping_says_so() -> None:
     data["models"]["merged"]["ta-homogeneous"] = "ta"
     assert told(data) == {
         ("datasets", "text-facts", "kind"): "is missing",
-        ("models", "merged", "ta-homogeneous", "method"): "expected a mapping with key method, got 'ta' (str)",
+        ("models", "merged", "ta-homogeneous"): "got 'ta' (str); expected a mapping of keys",
     }
 
 

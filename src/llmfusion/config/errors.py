@@ -82,6 +82,8 @@ def _problem(error: Any, raw: Any, schema: dict) -> Problem:
         return Problem(key, f"got {_show(given)}; allowed: {message}{near}")
     if kind == "string_pattern_mismatch":
         message = PATTERNS.get(error["ctx"]["pattern"], message)
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        message = "a mapping of keys"
     if kind.endswith(("too_short", "too_long")):
         message = message.split("should have ")[-1].split(" after validation")[0]
     return Problem(key, f"got {_show(given)}; expected {message}")

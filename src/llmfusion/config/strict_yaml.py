@@ -59,8 +59,9 @@ def load(path: str | Path) -> tuple[Any, dict[Path_, int]]:
         text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise YamlError([(1, f"not UTF-8: byte {error.start} is {error.object[error.start]:#x}")]) from None
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)  # looks for characters that are not allowed
         node = loader.get_single_node()
         problems: list[tuple[int, str]] = []
         lines: dict[Path_, int] = {}
@@ -75,7 +76,8 @@ def load(path: str | Path) -> tuple[Any, dict[Path_, int]]:
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError) as error:  # the last two: PyYAML on "!!bool x"
         raise YamlError([(1, (str(error).splitlines() or [type(error).__name__])[0])]) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def load_text(text: str) -> Any:
@@ -116,6 +118,8 @@ def _walk_mapping(node: yaml.MappingNode, path: Path_, lines: dict, problems: li
         _walk(value, (*path, key.value), lines, problems, open_nodes)
     for merged in merges:
         for source in merged.value if isinstance(merged, yaml.SequenceNode) else [merged]:
+            if id(source) in open_nodes:
+                problems.append((merged.start_mark.line + 1, "an anchor contains itself"))
             inherited: dict[Path_, int] = {}
             _walk(source, path, inherited, [], open_nodes)
             for inner, line in inherited.items():

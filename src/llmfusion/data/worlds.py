@@ -110,10 +110,9 @@ def animals(rng: random.Random) -> Row:
     choices = [true, *rng.sample([v for v in values if v != true], 3)]
     rng.shuffle(choices)
     question, right = rng.choice(asked).format(a=animal), choices.index(true)
-    lines = [f"{value}: {letter}" for letter, value in zip(LETTERS, choices, strict=True)]
-    bad = (right + rng.randint(1, 3)) % 4
-    # the answer repeats the line of the right value: recall the value, then copy what follows it, which two layers can do
-    prompt, response, wrong = "\n".join([question, *lines]), lines[right], lines[bad]
+    prompt = "\n".join([question, *(f"{letter}. {value}" for letter, value in zip(LETTERS, choices, strict=True))])
+    # the answer is the value, not its letter: two layers learn to recall facts, not to look letters up
+    response, wrong = true, choices[(right + rng.randint(1, 3)) % 4]
     return Row(question, told.format(a=animal, v=true), prompt, response, wrong, {"question": question, "choices": choices, "answer": right})
 
 

@@ -8,11 +8,13 @@ Item = dict[str, Any]
 
 
 def letter(text: str, item: Item) -> bool:
-    """The chosen letter: after the last "answer is", else the first that stands alone at a line's start or behind a
-    colon at its end, as in ``B``, ``(B)``, ``B. blue`` or ``Answer: B``."""
+    """Whether the right choice was named: by its letter after the last "answer is"; else by the first letter that stands
+    alone at a line's start or behind a colon at its end (``B``, ``(B)``, ``B. blue``, ``Answer: B``); else by its text alone."""
     said = re.findall(r"answer is:?\s*\(?([A-J])\b", text, re.IGNORECASE)
     alone = re.findall(r"(?:^|:)\s*\(?([A-J])(?:[.)]|\s*$)", text, re.MULTILINE)
     found = said[-1].upper() if said else alone[0] if alone else None
+    if found is None:
+        return text.strip().lower() == str(item["choices"][item["answer"]]).strip().lower()
     return found == "ABCDEFGHIJ"[item["answer"]]
 
 

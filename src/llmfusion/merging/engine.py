@@ -34,7 +34,7 @@ def merge(pivot: Path, models: Sequence[Path], method: str, options: dict[str, A
         if path.suffix != ".safetensors" and path.name not in ("manifest.json", "provenance.json", "metrics.jsonl", "merge_report.csv") and path.is_file():
             shutil.copyfile(path, out / path.name)
     with open(out / "merge_report.csv", "w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(report[0]))
+        writer = csv.DictWriter(handle, list(report[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(report)
     values = sum(row["values"] for row in report)

@@ -1,0 +1,109 @@
+"""Checks between sections, on small parsed studies: what is accepted, and what a fault elsewhere must not hide."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from llmfusion.config.check import Known, problems
+from llmfusion.config.models import Study
+from llmfusion.config.study import _parse, _sound
+
+from mini_study import small
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def found(change: Change) -> list[tuple[str, str]]:
+    data = small()
+    change(data)
+    study, _ = _parse(data)
+    return sorted({(".".join(map(str, p.key)), p.text) for p in problems(Known(data, _sound(data, study)))})
+
+
+def trained(name: str, **keys: Any) -> Change:
+    return lambda data: data["models"]["trained"].setdefault(name, {"init": "base/pivot", "mix": "student", "steps": 1, "lr": 0.1}).update(keys)
+
+
+def merged(name: str, **keys: Any) -> Change:
+    return lambda data: data["models"]["merged"].setdefault(name, {"pivot": "base/pivot", "method": "sce"}).update(keys)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: None,
+        trained("uni", teachers=["base/code", "base/math"], fusion={"target": "udf"}),
+        trained("chain", init="trained/sft"),
+        trained("from-merge", init="merged/ta-homogeneous", teachers=["base/code"], fusion={"target": "kd"}),
+        trained("both", generated=["base/code"], teachers=["base/code"], fusion={"target": "kd"}),
+        merged("again", parents=["merged/ta-homogeneous", "trained/kd-code"]),
+        merged("base-parents", parents=["base/code", "base/math"]),
+    ],
+)
+def test_what_fits_together_is_accepted(change: Change) -> None:
+    assert found(change) == []
+
+
+def test_references_are_checked_although_another_entry_is_faulty() -> None:
+    def change(data: dict) -> None:
+        data["models"]["trained"]["sft"]["lr"] = "fast"
+        data["models"]["trained"]["kd-code"]["teachers"] = ["base/cod"]
+
+    assert [key for key, _ in found(change)] == ["models.trained.kd-code.teachers.0"]
+
+
+def test_a_reference_to_a_faulty_entry_is_no_second_mistake() -> None:
+    assert found(lambda data: data["mixes"]["student"].update(max_length=-1)) == []
+
+
+def test_a_parent_that_starts_elsewhere_or_nowhere_is_told_apart() -> None:
+    def change(data: dict) -> None:
+        trained("far", init="base/code", save_dtype="float32")(data)
+        data["models"]["base"]["own"] = {"kind": "path", "path": "x", "vocabulary": "x", "license": "mit"}
+        merged("m", parents=["trained/far", "base/own"])(data)
+
+    first, second = (text for key, text in found(change))
+    assert first.startswith("'trained/far' starts from 'base/code', the merge's pivot is 'base/pivot'")
+    assert second.startswith("'base/own' was not trained from it")
+
+
+def test_a_parents_default_dtype_is_the_papers_and_is_refused() -> None:
+    def change(data: dict) -> None:
+        trained("half")(data)
+        merged("m", parents=["trained/half"])(data)
+
+    ((key, text),) = found(change)
+    assert key == "models.merged.m.parents.0"
+    assert "saved in bfloat16" in text
+
+
+def test_a_long_cycle_is_told_once_with_its_way() -> None:
+    def change(data: dict) -> None:
+        trained("a", init="trained/c")(data)
+        trained("b", init="trained/a")(data)
+        trained("c", init="trained/b")(data)
+
+    ((key, text),) = found(change)
+    assert key == "models.trained.a"
+    assert text == "needs itself: trained/a <- trained/c <- trained/b <- trained/a"
+
+
+def test_a_path_dataset_may_be_smaller_than_the_mix_says_until_it_is_staged() -> None:
+    def change(data: dict) -> None:
+        data["datasets"]["own"] = {"kind": "path", "path": "a.jsonl", "layout": "messages", "license": "mit", "domain": "x"}
+        data["mixes"]["raw"]["datasets"]["own"] = 10**9
+
+    assert found(change) == []
+
+
+def test_columns_belong_to_layout_pair_alone() -> None:
+    own = {"kind": "path", "path": "a.jsonl", "layout": "messages", "license": "mit", "domain": "x", "columns": {"prompt": "q", "response": "a"}}
+    assert found(lambda data: data["datasets"].update(own=own)) == [("datasets.own.columns", "has no meaning with layout 'messages'")]
+    assert found(lambda data: data["datasets"].update(own={**own, "layout": "pair"})) == []
+
+
+def test_the_study_type_is_what_the_checks_read() -> None:
+    study, mistakes = _parse(small())
+    assert isinstance(study, Study)
+    assert mistakes == []

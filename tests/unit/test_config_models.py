@@ -1,0 +1,87 @@
+"""Sections on their own: strict types, defaults, aliases; and the published schema."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jsonschema
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from llmfusion.config import ROOT, strict_yaml
+from llmfusion.config.merging import Merge
+from llmfusion.config.models import Study
+
+from mini_study import small, small_study
+
+SCHEMA: dict[str, Any] = json.loads((ROOT / "config/schema.json").read_text())
+STUDIES = sorted((ROOT / "config").glob("*.yaml"))
+
+
+def test_the_schema_file_is_what_the_models_say() -> None:
+    assert Study.model_json_schema() == SCHEMA, "run: python -m llmfusion.config --schema > config/schema.json"
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.name)
+def test_the_schema_accepts_every_study(file: Any) -> None:
+    data, _ = strict_yaml.load(file)
+    data = {key: value for key, value in data.items() if not key.startswith("x-")}
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(data, SCHEMA)
+
+
+@pytest.mark.parametrize(("section", "change"), [("datasets", {"x": {"kind": "hub"}}), ("batches", {"a": "mmlu"}), ("unknown", 1), ("scale", "huge")])
+def test_the_schema_refuses_what_the_models_refuse(section: str, change: Any) -> None:
+    data = {**small(), section: change}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(data, SCHEMA)
+    with pytest.raises(ValidationError):
+        Study.model_validate(data)
+
+
+def _keys(node: Any, at: str = "") -> Iterator[tuple[str, dict]]:
+    if isinstance(node, dict):
+        for name, key in node.get("properties", {}).items():
+            yield f"{at}.{name}", key
+        for part, inner in node.items():
+            yield from _keys(inner, f"{at}/{part}")
+    elif isinstance(node, list):
+        for i, inner in enumerate(node):
+            yield from _keys(inner, f"{at}/{i}")
+
+
+def test_every_key_of_the_schema_is_described() -> None:
+    keys = dict(_keys(SCHEMA))
+    assert len(keys) > 100
+    assert [place for place, key in keys.items() if len(key.get("description", "")) < 5] == []
+
+
+def test_lambda_is_read_under_its_name_in_the_papers() -> None:
+    merge = TypeAdapter(Merge).validate_python({"method": "ta", "pivot": "base/p", "parents": ["trained/a"], "lambda": 0.3})
+    assert merge.scale == 0.3
+    assert merge.model_dump(by_alias=True)["lambda"] == 0.3
+
+
+def test_a_whole_number_is_a_share_but_true_and_text_are_not() -> None:
+    merge = {"method": "rsaf", "pivot": "base/p", "parents": ["trained/a"]}
+    assert TypeAdapter(Merge).validate_python({**merge, "tau": 1}).tau == 1.0
+    for given in (True, "0.1", None, float("inf")):
+        with pytest.raises(ValidationError):
+            TypeAdapter(Merge).validate_python({**merge, "tau": given})
+
+
+def test_a_study_cannot_be_changed_after_it_is_read() -> None:
+    study = small_study()
+    with pytest.raises(ValidationError):
+        study.title = "another"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("micro", [3, 32])
+def test_micro_batches_must_divide_the_batch(micro: int) -> None:
+    with pytest.raises(ValidationError, match=f"no multiple of micro_batch_size {micro}"):
+        small_study(lambda d: d["models"]["trained"]["sft"].update(micro_batch_size=micro))
+
+
+def test_a_vocabulary_cannot_be_smaller_than_the_bytes() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 260"):
+        small_study(lambda d: d["models"]["base"]["pivot"]["tokenizer"].update(vocabulary_size=259))
