@@ -1,8 +1,7 @@
 # One study, all of its artifacts. What each rule makes of which inputs is worked out in src/llmfusion/config/plan.py.
-import os
 import sys
 
-sys.path.insert(0, f"{workflow.basedir}/src")  # a fresh clone plans without an install, and runs its own code
+sys.path.insert(0, f"{workflow.basedir}/src")  # a fresh clone plans without an install
 from llmfusion.config import load_study
 
 study = load_study(
@@ -10,8 +9,6 @@ study = load_study(
     overrides=workflow.config_settings.config,
     directory=workflow.overwrite_workdir,
 )
-os.environ["PYTHONPATH"] = f"{workflow.basedir}/src"
-os.environ["PATH"] = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 
 
 workdir: study.directory

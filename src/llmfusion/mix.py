@@ -34,7 +34,8 @@ def build(job: Job) -> None:
 
 def _draw(job: Job, name: str, count: int, rng: random.Random, reason: Callable[[Sample], str | None]) -> list[Sample]:
     index = LineIndex(job.input(f"data/dataset/{name}").file("samples.jsonl"))
-    rejected, out, visited = Rejected(), [], 0
+    rejected, visited = Rejected(), 0
+    out: list[Sample] = []
     for number, sample in index.rows(rng.sample(range(len(index)), len(index))):
         if len(out) == count:
             break

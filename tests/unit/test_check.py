@@ -8,8 +8,7 @@ import pytest
 from llmfusion.config.check import Known, problems
 from llmfusion.config.models import Study
 from llmfusion.config.study import _parse, _sound
-
-from mini_study import small
+from tests.unit.mini_study import small
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -10,8 +10,7 @@ import pytest
 
 from llmfusion.config import ROOT
 from llmfusion.config.__main__ import main
-
-from mini_study import MINI, write
+from tests.unit.mini_study import MINI, write
 
 BAD = MINI.read_text().replace("format: letter", "format: leter", 1).replace("noisy-code: 450", "noisy-cod: 450", 1)
 LOADED = "import sys, runpy\ntry:\n    runpy.run_module('llmfusion.config', run_name='__main__')\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)\n"

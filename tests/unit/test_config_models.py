@@ -11,8 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmfusion.config import ROOT, strict_yaml
 from llmfusion.config.merging import Merge
 from llmfusion.config.models import Study
-
-from mini_study import small, small_study
+from tests.unit.mini_study import small, small_study
 
 SCHEMA: dict[str, Any] = json.loads((ROOT / "config/schema.json").read_text())
 STUDIES = sorted((ROOT / "config").glob("*.yaml"))

@@ -5,8 +5,7 @@ from pydantic import ValidationError
 
 from llmfusion.config.errors import Problem, from_pydantic, nearest, report
 from llmfusion.config.models import Study
-
-from mini_study import small
+from tests.unit.mini_study import small
 
 
 def told(data: dict) -> dict[tuple, str]:

@@ -9,8 +9,7 @@ import pytest
 
 from llmfusion.config import ROOT, load_study, read_study
 from llmfusion.config.plan import canonical, checked, describe, digest, make_plan, output_of
-
-from mini_study import MINI, small_study, write
+from tests.unit.mini_study import MINI, small_study, write
 
 
 def prints(change: Any = lambda data: None) -> dict[str, str]:

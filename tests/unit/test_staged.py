@@ -10,8 +10,7 @@ from llmfusion.config import StudyError
 from llmfusion.config.models import Study
 from llmfusion.config.plan import make_plan, output_of
 from llmfusion.config.staged import check_staged
-
-from mini_study import small
+from tests.unit.mini_study import small
 
 
 def study(folder: Path) -> Study:

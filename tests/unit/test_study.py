@@ -1,17 +1,15 @@
 """One mistake at a time put into the miniature study: refused with key, given value, what is allowed and the nearest name."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
-
-import json
 
 import pytest
 
 from llmfusion.config import StudyError, read_study
 from llmfusion.config.plan import checked
-
-from mini_study import MINI, refusal, small, write
+from tests.unit.mini_study import MINI, refusal, small, write
 
 TEXT = MINI.read_text()
 KD = "teachers: [base/code], fusion: {target: kd}"

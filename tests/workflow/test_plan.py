@@ -29,7 +29,15 @@ def test_planning_the_paper_study_takes_at_most_6_cpu_seconds(fresh: Path) -> No
 
 
 def test_planning_imports_no_torch(fresh: Path) -> None:
-    code = "import sys; from snakemake.cli import main\ntry: main()\nexcept SystemExit as e: assert not e.code, e.code\nprint('torch' in sys.modules, 'llmfusion' in sys.modules)"
+    code = """
+import sys
+from snakemake.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print('torch' in sys.modules, 'llmfusion' in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code, "-n", "results/table2.csv"], cwd=fresh, env=environment(), capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False True", done.stdout[-500:] + done.stderr[-2000:]
 

@@ -7,7 +7,9 @@ its inputs' fingerprints: it says what was asked for, before anything has been c
 
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,10 +211,12 @@ class StudyPlan:
 def load_study(*files: str | Path, overrides: dict | None = None, directory: object = None) -> StudyPlan:
     """Read, check and plan the one study of a run.
 
-    Raises ``SystemExit`` with the whole message for the user: Snakemake shows it without a traceback and starts nothing.
+    Sets the environment of the jobs (PYTHONPATH, PATH). Raises ``SystemExit`` with the whole message for the user: Snakemake shows it without a traceback and starts nothing.
     ``overrides`` and ``directory`` are what ``--config`` and ``--directory`` gave; a study is complete in itself, so both,
     and several studies at once, are refused.
     """
+    os.environ["PYTHONPATH"] = str(ROOT / "src")  # jobs run this clone's code, in the environment that started Snakemake
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     if overrides:
         raise SystemExit(f"--config {' '.join(overrides)}: a study is one file and complete in itself; copy it and edit the copy")
     if directory is not None:

@@ -49,7 +49,8 @@ def pieces(sample: Sample, tokenizer: Any) -> list[Piece] | str:
     """
     if "text" in sample:
         return [(sample["text"], True)]
-    messages, out, done = sample["messages"], [], ""
+    messages, done = sample["messages"], ""
+    out: list[Piece] = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue

@@ -82,7 +82,7 @@ def apply_layout(name: str, convert: Callable[[Row], Row | None], row: Row, numb
         return convert(row)
     except KeyError as error:
         raise UserError(f"{name}, row {number}: layout needs column {error}; there are: {', '.join(map(str, row))}") from None
-    except (TypeError, AttributeError, IndexError):
+    except (TypeError, ValueError, AttributeError, IndexError):
         return None
 
 

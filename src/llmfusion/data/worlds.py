@@ -13,9 +13,7 @@ from typing import Any
 
 from llmfusion.errors import UserError
 
-ANIMALS = (
-    "blicket dax fep gorp kiv lorp mib nupp pim quib rell snorg tulv vash wug zeb".split()
-)  # fmt: skip
+ANIMALS = ["blicket", "dax", "fep", "gorp", "kiv", "lorp", "mib", "nupp", "pim", "quib", "rell", "snorg", "tulv", "vash", "wug", "zeb"]
 ATTRIBUTES: dict[str, tuple[list[str], str, list[str]]] = {
     # attribute: (values, how a raw text tells it, how it is asked)
     "colour": (
@@ -189,7 +187,7 @@ def _broken(body: str, rng: random.Random) -> str:
 
 
 def _call(body: str, x: int) -> int:
-    return eval(body, {"__builtins__": {}, "max": max, "min": min}, {"x": x})  # noqa: S307 - the body is ours, from FUNCTIONS
+    return eval(body, {"__builtins__": {}, "max": max, "min": min}, {"x": x})  # the body is ours, from FUNCTIONS
 
 
 WORLDS: dict[str, Callable[[random.Random], Row]] = {"animals": animals, "sums": sums, "steps": steps, "stories": stories, "code": code}
@@ -202,7 +200,8 @@ def draw(generator: str, form: str, rows: int, seed: int, wrong: float = 0.0) ->
     task item, each content once. Raises :class:`UserError` if a test asks for more items than the world holds out.
     """
     rng = random.Random(f"{generator} {form} {seed}")
-    world, seen, misses = WORLDS[generator], set(), 0
+    world, misses = WORLDS[generator], 0
+    seen: set[str] = set()
     while len(seen) < rows if form == "test" else rows > 0:
         row = world(rng)
         if form == "test":
@@ -214,7 +213,7 @@ def draw(generator: str, form: str, rows: int, seed: int, wrong: float = 0.0) ->
                 continue
             seen.add(key)
             yield row.item
-        elif form == "text" and generator in ("animals", "sums") or not is_test(row.content):
+        elif (form == "text" and generator in ("animals", "sums")) or not is_test(row.content):
             rows -= 1
             yield {"text": row.text} if form == "text" else _chat(row, rng.random() < wrong)
 

@@ -6,8 +6,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
-    os.environ[_name] = "1"  # everything asked and answered is on disk: nothing may be fetched here
+os.environ["HF_HUB_OFFLINE"] = "1"  # everything asked and answered is on disk: nothing may be fetched here
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_EVALUATE_OFFLINE"] = "1"
 
 import yaml
 

@@ -65,7 +65,8 @@ def rsaf(theta: Array, deltas: Array, options: dict[str, Any]) -> Merged:
     one; zeros are never selected. S is the population skewness in float64, 0 where the rates are constant.
     """
     tau, eps = options.get("tau", 0.1), options.get("eps", 1e-8)
-    masks, notes = [], {}
+    masks: list[NDArray[np.bool_]] = []
+    notes: dict[str, float] = {}
     for j, delta in enumerate(deltas):
         size = np.abs(delta).astype(np.float64)
         rate = size / (np.abs(theta).astype(np.float64) + eps)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmfusion.errors import DamagedError
 
-FLOATS = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 HEADER_LIMIT = 100 * 2**20
 
 

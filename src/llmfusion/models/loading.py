@@ -28,7 +28,7 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
     folder = model.folder if isinstance(model, Artifact) else model
     settings = folder / "tokenizer_config.json"
     name = json.loads(settings.read_bytes()).get("tokenizer_class", "") if settings.exists() else ""
-    kind = getattr(transformers, name, None) or transformers.AutoTokenizer  # the class itself: Auto imports every family
+    kind: Any = getattr(transformers, name, None) or transformers.AutoTokenizer  # the class itself: Auto imports every family
     tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     require(tokenizer.eos_token_id is not None, f"{folder}: the tokenizer has no end token (eos_token)")
     if tokenizer.pad_token_id is None:
@@ -41,26 +41,29 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
 def load_model(model: Artifact, dtype: str) -> Any:
     """The model of a verified artifact in ``dtype`` (float32 or bfloat16), in eval mode, on the CPU.
 
-    Raises :class:`DamagedError` for missing or unexpected tensors, :class:`UserError` for what transformers cannot load
-    without running code from the checkpoint.
+    Raises :class:`DamagedError` for missing, unexpected or misshapen tensors, :class:`UserError` for values that are not
+    finite and for what transformers cannot load without running code or unpickling from the checkpoint.
     """
     import torch
     import transformers
 
     model.file("config.json")
     config = json.loads((model.folder / "config.json").read_bytes())
-    require("auto_map" not in config, f"{model.folder}: needs code from its repository (auto_map), which is never run; take a model transformers knows")
     name = (config.get("architectures") or ["?"])[0]
-    kind = getattr(transformers, name, None)
-    require(kind is not None, f"{model.folder}: transformers {transformers.__version__} has no class {name!r}")
+    kind = getattr(transformers, name, None)  # where transformers has the class, an auto_map beside it is not followed
+    code = "; code from its repository (auto_map) is never run" if "auto_map" in config else ""
+    require(kind is not None, f"{model.folder}: transformers {transformers.__version__} has no class {name!r}{code}; take a model transformers knows")
+    require(any(model.folder.glob("*.safetensors")), f"{model.folder}: has no .safetensors weights; pickled weights are never read")
     loaded, info = kind.from_pretrained(
-        model.folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-    )
+        model.folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True,
+        ignore_mismatched_sizes=True, output_loading_info=True,  # mismatches are told, and refused below with all others
+    )  # fmt: skip
     tied = set(getattr(loaded, "all_tied_weights_keys", None) or [])
     missing = sorted(set(info["missing_keys"]) - tied)
     wrong = missing + sorted(info["unexpected_keys"]) + [str(k) for k in sorted(info.get("mismatched_keys", []))]
     if wrong:
         raise DamagedError(f"{model.folder}: {len(wrong)} tensors missing, unexpected or of another shape: {', '.join(wrong[:5])}")
+    require_finite(loaded, str(model.folder))
     return loaded.eval()
 
 

@@ -23,7 +23,7 @@ class CautiousAdamW(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "cautious": cautious, "norm": norm})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -31,7 +31,7 @@ class CautiousAdamW(torch.optim.Optimizer):
                 self._update(params, group)
 
     def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         states = [self._state(p) for p in params]
         m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         for state in states:

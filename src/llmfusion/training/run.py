@@ -129,7 +129,8 @@ class _Loop:
 
     def _weights(self, teachers: list[Any], encoded: list[Encoded]) -> Tensor:
         sequence = torch.repeat_interleave(torch.arange(len(encoded)), torch.tensor([_labels(e) for e in encoded])).to(self.device)
-        stats = Stats(*(torch.stack([getattr(t, name) for t in teachers], 1) for name in ("entropy", "cross_entropy", "mask")), sequence)
+        entropy, cross_entropy, mask = (torch.stack([getattr(t, name) for t in teachers], 1) for name in ("entropy", "cross_entropy", "mask"))
+        stats = Stats(entropy, cross_entropy, mask, sequence)
         return TARGETS[self.fusion["target"]](stats, self.fusion)
 
     def _check_finite(self, step: int, numbers: list[int], value: float) -> None:
