@@ -2,13 +2,9 @@
 import sys
 
 sys.path.insert(0, f"{workflow.basedir}/src")  # a fresh clone plans without an install
-from llmfusion.config import load_study
+from llmfusion.config import study_of
 
-study = load_study(
-    *(workflow.overwrite_configfiles or [f"{workflow.basedir}/config/config.yaml"]),
-    overrides=workflow.config_settings.config,
-    directory=workflow.overwrite_workdir,
-)
+study = study_of(workflow)
 
 
 workdir: study.directory

@@ -19,11 +19,11 @@ def build(job: Job) -> None:
     require(target in TARGETS, f"fusion target {target!r} is not built in this version; built: {', '.join(TARGETS)}")
     pivot = job.input(f"models/{spec['init']}")
     tokenizer = load_tokenizer(pivot, job.spec.get("chat_template"))
-    model = load_model(pivot, "float32")
-    rows = model.get_output_embeddings().weight.shape[0]
+    rows = pivot.facts["vocabulary_size"]
     caches = {name: job.input(f"teachers/{name}/{spec['mix']}") for name in spec.get("teachers", [])}
     teachers = [CachedSource(name, cache, tokenizer, rows, device_of()) for name, cache in caches.items()]
     mixes = [job.input(f"data/mix/{spec['mix']}"), *(job.input(f"data/generated/{m}/{spec['mix']}") for m in spec.get("generated", []))]
+    model = load_model(pivot, "float32")  # last: everything that can be refused is refused before
     facts = train(job, Trainee(model, tokenizer), spec, mixes, teachers)
     facts |= save_model(model, tokenizer, job.folder, spec.get("save_dtype", "bfloat16"))
     job.facts.update(facts, license=sorted({a.facts["license"] for a in [pivot] if "license" in a.facts}))

@@ -19,7 +19,12 @@ def answer_all(model: Any, tokenizer: Any, samples: Sequence[Sample], max_length
     end token (``unfinished``) and without text (``empty``).
     """
     prompts = {i: tokenizer(prompt_text(s["messages"][:-1], tokenizer), add_special_tokens=False)["input_ids"] for i, s in enumerate(samples)}
+    for i in [i for i, prompt in prompts.items() if len(prompt) >= max_length]:
+        rejected.add("too long", samples[i]["id"])
+        del prompts[i]
     answers: dict[int, str] = {}
+    # generate() takes what its settings leave open from the model's own, which may bring a repetition penalty: greedy has none
+    model.generation_config = GenerationConfig()
     by_length = sorted(prompts, key=lambda i: len(prompts[i]))
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
@@ -33,22 +38,19 @@ def answer_all(model: Any, tokenizer: Any, samples: Sequence[Sample], max_length
 
 @torch.inference_mode()
 def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], max_length: int) -> list[str | None]:
-    """Greedy continuations of equally padded prompts; None where no end token came within ``max_length``."""
-    longest = max(map(len, prompts))
-    if longest >= max_length:
-        return [None] * len(prompts)
+    """Greedy continuations of equally padded prompts; None where no end token came within ``max_length``, padding not counted."""
+    longest, room = max(map(len, prompts)), max_length - min(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)  # padded on the left: the answer follows the prompt
         mask[row, longest - len(prompt) :] = 1
     device = next(model.parameters()).device
-    # a settings object of our own: the model's may bring a repetition penalty or sampling, and greedy means neither
-    settings = GenerationConfig(do_sample=False, max_length=max_length, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
     answers = []
-    for tokens in out[:, longest:].tolist():
-        end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None
+    for prompt, tokens in zip(prompts, out[:, longest:].tolist(), strict=True):
+        end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens[: max_length - len(prompt)] else None
         answers.append(None if end is None else tokenizer.decode(tokens[:end], skip_special_tokens=True))
     return answers
 
