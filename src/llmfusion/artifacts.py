@@ -126,7 +126,7 @@ def _remembered_sha256(path: Path, memory: Path | None) -> str:
     if memory is None or stat.st_size < REMEMBER_BYTES:
         return sha256_file(path)
     state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
-    note = memory / f"{digest(state[0])}.json"
+    note = memory / f"{digest(str(state[0]))}.json"
     try:
         seen = json.loads(note.read_bytes())
         if seen["state"] == state:
@@ -176,6 +176,11 @@ class Draft:
     def fingerprint(self) -> str:
         return digest(self.spec_text, *sorted(a.manifest["fingerprint"] for a in self.inputs.values()))
 
+    @property
+    def key(self) -> str:
+        """What resume state belongs to: this spec over the very content of these inputs."""
+        return digest(self.spec_text, *sorted(a.sha256 for a in self.inputs.values()))
+
     def manifest(self) -> dict[str, Any]:
         """The manifest of what lies in ``folder`` now."""
         names = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
@@ -214,6 +219,7 @@ def publish(draft: Draft, output: Path, provenance: dict[str, Any]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     for path in sorted(draft.folder.iterdir()):
         os.replace(path, output.parent / path.name)
+    write_file(output.with_suffix(".provenance.json"), note)
     write_file(manifest_of(output), manifest)
 
 

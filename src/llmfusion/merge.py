@@ -11,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from llmfusion.artifacts import require
@@ -29,7 +30,9 @@ def build(job: Job) -> None:
     spec = job.spec["merge"]
     pivot, parents = job.input(f"models/{spec['pivot']}"), [job.input(f"models/{p}") for p in spec["parents"]]
     facts = merge(pivot.folder, [p.folder for p in parents], spec["method"], spec, job.folder)
-    same = {key: pivot.facts[key] for key in ("architecture", "hidden_size", "vocabulary_size", "vocabulary_sha256", "tokenizer_size", "eos_token", "max_positions")}
+    same = {
+        key: pivot.facts[key] for key in ("architecture", "hidden_size", "vocabulary_size", "vocabulary_sha256", "tokenizer_size", "eos_token", "max_positions")
+    }
     job.facts.update({**same, **facts})
     print(f"{facts['tensors']} tensors, {facts['parameters']:,} values, {facts['changed']:.1%} of them changed")
 
@@ -41,9 +44,10 @@ def by_hand(arguments: list[str]) -> int:
     parser.add_argument("--pivot", required=True, type=Path, help="folder of the model all others started from")
     parser.add_argument("--models", required=True, nargs="+", type=Path, help="folders of the models to merge")
     parser.add_argument("--out", required=True, type=Path, help="folder to write; must not exist")
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the method, e.g. weight=0.5,0.5")
+    parser.add_argument("--set", nargs="*", action="extend", default=[], metavar="KEY=VALUE", help="options of the method, e.g. weight=0.5,0.5")
     given = parser.parse_args(arguments)
-    draft = given.out.with_name(f".{given.out.name}.draft")
+    place = given.out.resolve()
+    draft = place.parent / f".{place.name}.draft"
     try:
         options = parse_options(given.method, given.set, len(given.models))
         require(not given.out.exists(), f"{given.out}: exists already; take another name or move it away")
@@ -69,14 +73,19 @@ def parse_options(method: str, pairs: list[str], count: int) -> dict:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         require(bool(equals), f"--set {pair}: expected KEY=VALUE")
-        entry[key] = load_text(f"[{value}]" if "," in value else value)
+        require(key not in ("method", "pivot", "parents"), f"--set {pair}: {key} is no option of the method; give --method, --pivot or --models")
+        try:
+            entry[key] = load_text(f"[{value}]" if "," in value else value)
+        except (yaml.YAMLError, ValueError, LookupError, AttributeError):  # the last two: PyYAML on "!!bool x"
+            raise UserError(f"--set {pair}: expected a number, a word or a list of numbers with commas between") from None
     adapter = TypeAdapter(Merge)
     try:
         checked = adapter.validate_python(entry)
     except ValidationError as error:
         raise UserError("\n  ".join(f"{'.'.join(map(str, p.key))}: {p.text}" for p in from_pydantic(error, entry, adapter.json_schema()))) from None
     weight = getattr(checked, "weight", None)
-    require(not isinstance(weight, list) or len(weight) == count, f"weight: {len(weight or [])} values for {count} models; give one value, or one each")
+    if isinstance(weight, list):
+        require(len(weight) == count, f"weight: {len(weight)} values for {count} models; give one value, or one each")
     return {key: value for key, value in json.loads(json.dumps(dump(checked))).items() if key not in ("pivot", "parents")}
 
 

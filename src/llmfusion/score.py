@@ -35,7 +35,10 @@ def _compare(kind: str, items: list[Item], given: list[Item]) -> tuple[list[bool
 
 
 def _run(items: list[Item], given: list[Item]) -> tuple[list[bool], dict[str, int]]:
-    tasks = [{"task_id": str(i["item"]), **{k: i[k] for k in ("prompt", "test", "entry_point")}, "completion": program(g["answer"], i)} for i, g in zip(items, given, strict=True)]
+    tasks = [
+        {"task_id": str(i["item"]), **{k: i[k] for k in ("prompt", "test", "entry_point")}, "completion": program(g["answer"], i)}
+        for i, g in zip(items, given, strict=True)
+    ]
     found = list(verdicts(tasks, int(os.environ.get("OMP_NUM_THREADS", "1"))))
     return [v["passed"] for v in found], dict(sorted(Counter(v["reason"] for v in found).items()))
 

@@ -29,7 +29,7 @@ class Job:
     folder: Path
     work: Path
     facts: dict[str, Any]
-    fingerprint: str
+    key: str
     minutes: float | None
 
     def input(self, address: str) -> Artifact:
@@ -86,7 +86,7 @@ def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
         shutil.rmtree(draft.folder, ignore_errors=True)
         draft.folder.mkdir(parents=True)
         try:
-            build(Job(json.loads(given.spec), inputs, draft.folder, work, draft.facts, draft.fingerprint, given.minutes))
+            build(Job(json.loads(given.spec), inputs, draft.folder, work, draft.facts, draft.key, given.minutes))
             lease.check()
             artifacts.publish(draft, given.out, provenance.collect(started))
         finally:

@@ -1,5 +1,6 @@
 """Kills, orphans and damage: nothing wrong reaches a table, nothing finished is lost."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,15 +16,24 @@ from tests.project import environment, snakemake
 
 def test_a_killed_main_process_and_an_immediate_re_run_have_one_writer(made: Path, project: Project) -> None:
     folder = project("killed")
-    main = subprocess.Popen(["snakemake", *PROFILE, "--cores", "2", TARGET], cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    main = subprocess.Popen(
+        ["snakemake", *PROFILE, "--cores", "2", TARGET], cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     log = folder / "runs/tiny/logs/models/base/code.log"
     wait(lambda: log.exists() and "step 1/" in log.read_text(), main)
+    orphan = json.loads((folder / "runs/tiny/work/models/base/code/lease").read_text())["pid"]
+    os.kill(orphan, signal.SIGSTOP)  # alive, and slow enough for the second run to meet it
     main.send_signal(signal.SIGKILL)
     main.wait()
     snakemake(folder, *PROFILE, "--unlock")
-    snakemake(folder, *PROFILE, "--cores", "2", TARGET)
-    assert "waiting for work/models/base/code/lease" in log.read_text()
-    assert "finished meanwhile; adopted" in log.read_text()
+    again = subprocess.Popen(
+        ["snakemake", *PROFILE, "--cores", "2", TARGET], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait(lambda: "waiting for work/models/base/code/lease" in log.read_text(errors="replace"), again)
+    os.kill(orphan, signal.SIGCONT)
+    output, _ = again.communicate()
+    assert again.returncode == 0, output[-4000:]
+    assert "finished meanwhile; adopted" in log.read_text(errors="replace")
     assert results(folder) == results(made)
     assert list((folder / "runs/tiny/results").rglob(".*.draft")) == []
 

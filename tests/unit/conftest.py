@@ -1,29 +1,31 @@
 """Shared fixtures: a tokenizer trained on the generated worlds and two-layer Llamas of width 16, each made once a session."""
 
 import os
-
-for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
-    os.environ[_name] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # helper modules are imported by name
-from unit_helpers import ARCHITECTURE, artifact, question
+from tests.unit.stand_ins import ARCHITECTURE, artifact, question
 
 MIXED_LENGTHS = [
     *(question(f"s{i:02d}", f"What is {i} plus {2 * i}?", f"{i} + {2 * i} = {3 * i}\n#### {3 * i}") for i in range(20)),
     *(question(f"c{i:02d}", f"def f(x):\n    return x + {i}", "It adds " + " and ".join(["one"] * (i + 1)) + ".") for i in range(6)),
     question("twice", "Name the colour of the fep.", "red: A", "And its home?", "The fep lives in caves.", "Sure?", "Yes."),
-    {"id": "system", "domain": "general", "messages": [{"role": "system", "content": "Be brief."}, *question("", "What does the dax eat?", "figs: B")["messages"]]},
+    {
+        "id": "system",
+        "domain": "general",
+        "messages": [{"role": "system", "content": "Be brief."}, *question("", "What does the dax eat?", "figs: B")["messages"]],
+    },
     {"id": "raw", "domain": "text", "text": "The dax is red. 3 + 4 = 7"},
 ]
+
+
+def pytest_configure() -> None:
+    """No test asks the network; set before any module that reads it at import."""
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file
-from unit_helpers import artifact, job
 
 from llmfusion.capture import build
 from llmfusion.data.chat import encode
@@ -16,6 +15,7 @@ from llmfusion.models.loading import load_model
 from llmfusion.teachers import capture as module
 from llmfusion.teachers.cache import Cache, statistics
 from llmfusion.teachers.capture import capture
+from tests.unit.stand_ins import artifact, job
 
 
 def tensors_of(folder):

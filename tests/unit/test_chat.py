@@ -1,9 +1,9 @@
 import copy
 
 import pytest
-from unit_helpers import question
 
 from llmfusion.data.chat import encode, prompt_text
+from tests.unit.stand_ins import question
 
 ONE = question("1", "What is 2 plus 3?", "2 + 3 = 5")
 MANY = question("2", "Hi", "Hello!", "How many?", "12 apples", "Bye", "Bye.")

@@ -35,13 +35,17 @@ def merged(name: str, **keys: Any) -> Change:
         trained("uni", teachers=["base/code", "base/math"], fusion={"target": "udf"}),
         trained("chain", init="trained/sft"),
         trained("from-merge", init="merged/ta-homogeneous", teachers=["base/code"], fusion={"target": "kd"}),
-        trained("both", generated=["base/code"], teachers=["base/code"], fusion={"target": "kd"}),
         merged("again", parents=["merged/ta-homogeneous", "trained/kd-code"]),
         merged("base-parents", parents=["base/code", "base/math"]),
     ],
 )
 def test_what_fits_together_is_accepted(change: Change) -> None:
     assert found(change) == []
+
+
+def test_generated_answers_and_teachers_do_not_go_together() -> None:
+    change = trained("both", generated=["base/code"], teachers=["base/code"], fusion={"target": "kd"})
+    assert [key for key, text in found(change) if "cannot go with teachers" in text] == ["models.trained.both.generated"]
 
 
 def test_references_are_checked_although_another_entry_is_faulty() -> None:

@@ -13,7 +13,9 @@ from llmfusion.config.__main__ import main
 from tests.unit.mini_study import MINI, write
 
 BAD = MINI.read_text().replace("format: letter", "format: leter", 1).replace("noisy-code: 450", "noisy-cod: 450", 1)
-LOADED = "import sys, runpy\ntry:\n    runpy.run_module('llmfusion.config', run_name='__main__')\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)\n"
+LOADED = (
+    "import sys, runpy\ntry:\n    runpy.run_module('llmfusion.config', run_name='__main__')\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)\n"
+)
 
 
 def cpu_seconds() -> float:

@@ -1,11 +1,11 @@
 import json
 
 import pytest
-from unit_helpers import job
 
 from llmfusion import dataset
 from llmfusion.data.samples import read_jsonl
 from llmfusion.errors import UserError
+from tests.unit.stand_ins import job
 
 
 def build(tmp_path, spec, name="job"):
@@ -16,7 +16,15 @@ def build(tmp_path, spec, name="job"):
 
 def source(tmp_path, rows, **more):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {"kind": "path", "path": str(tmp_path / "a.jsonl"), "layout": "pair", "columns": {"prompt": "q", "response": "a"}, "domain": "math", "license": "mit", **more}
+    return {
+        "kind": "path",
+        "path": str(tmp_path / "a.jsonl"),
+        "layout": "pair",
+        "columns": {"prompt": "q", "response": "a"},
+        "domain": "math",
+        "license": "mit",
+        **more,
+    }
 
 
 def test_rows_become_samples_and_what_is_left_out_is_counted(tmp_path):

@@ -2,7 +2,6 @@ import copy
 
 import pytest
 import torch
-from unit_helpers import artifact, question
 
 from llmfusion.data.chat import encode
 from llmfusion.data.samples import write_jsonl
@@ -13,6 +12,7 @@ from llmfusion.models.batches import label_rows
 from llmfusion.models.loading import load_model, save_model
 from llmfusion.models.scratch import make_model, make_tokenizer
 from llmfusion.teachers.capture import capture
+from tests.unit.stand_ins import artifact, question
 
 IDS = ["s03", "twice", "c02", "raw"]
 
@@ -38,7 +38,7 @@ def test_kd_from_the_cache_is_kd_from_the_model(cache, teacher, pivot, tokenizer
     labels = [e.label_ids for e in encoded]
     rows = CachedSource("t", cache, tokenizer, 300, "cpu").batch(IDS, labels)
     student, own = load_model(pivot, "float32"), load_model(teacher, "float32")
-    flat = torch.tensor(sum(labels, []))
+    flat = torch.tensor([y for sample in labels for y in sample])
     found = fused_loss(states(student, encoded), student.lm_head.weight, None, flat, [rows], torch.ones(len(flat), 1), 1.0, temperature)
     log_q, log_p = ((logits(m, encoded).double() / temperature).log_softmax(-1) for m in (own, student))
     assert found.loss.item() / len(flat) == pytest.approx(float((log_q.exp() * (log_q - log_p)).sum()) / len(flat), abs=1e-5)
@@ -115,6 +115,11 @@ def test_a_sample_the_cache_lacks_or_labels_otherwise_is_named(cache, tokenizer,
     with pytest.raises(UserError, match="no rows for sample missing"):
         source.batch(["missing"], [[1]])
     labels = encoded_of(samples, tokenizer, ["s03"])[0].label_ids
-    for wrong in ([*labels[:2], (labels[2] + 1) % 300, *labels[3:]], labels[:-1], [*labels, labels[-1]], encode(question("x", "a", "b"), tokenizer, 99).label_ids):
+    for wrong in (
+        [*labels[:2], (labels[2] + 1) % 300, *labels[3:]],
+        labels[:-1],
+        [*labels, labels[-1]],
+        encode(question("x", "a", "b"), tokenizer, 99).label_ids,
+    ):
         with pytest.raises(UserError, match="teacher t: sample s03: its cached labels are not the student's"):
             source.batch(["s03"], [wrong])

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from transformers import GenerationConfig
-from unit_helpers import job, question
 
 from llmfusion import generate
 from llmfusion.data.chat import prompt_text
@@ -10,6 +9,7 @@ from llmfusion.data.sources import Rejected
 from llmfusion.errors import UserError
 from llmfusion.models.loading import load_model, save_model
 from llmfusion.teachers.generation import answer_all
+from tests.unit.stand_ins import job, question
 
 LENGTH = 60
 
@@ -17,11 +17,11 @@ LENGTH = 60
 @pytest.fixture(scope="module")
 def source(tied_teacher, tokenizer, tmp_path_factory):
     """A random model that now and then ends, and now and then says nothing."""
-    from unit_helpers import artifact
+    from tests.unit.stand_ins import artifact
 
     model = load_model(tied_teacher, "float32")
     with torch.no_grad():
-        model.model.embed_tokens.weight[tokenizer.eos_token_id] *= 2.5
+        model.model.embed_tokens.weight[tokenizer.eos_token_id] *= 5
         model.model.embed_tokens.weight[tokenizer.convert_tokens_to_ids("Ċ")] *= 1.5
     folder = tmp_path_factory.mktemp("source")
     return artifact(folder, **save_model(model, tokenizer, folder, "float32"))
@@ -69,7 +69,9 @@ def test_answers_are_greedy_and_what_is_dropped_is_counted_whatever_the_batch(so
 
 def test_settings_that_come_with_the_model_do_not_change_greedy_answers(source, tokenizer, asked, truth):
     model = load_model(source, "float32")
-    model.generation_config = GenerationConfig(repetition_penalty=8.0, no_repeat_ngram_size=1, suppress_tokens=[tokenizer.eos_token_id], do_sample=True, temperature=9.0)
+    model.generation_config = GenerationConfig(
+        repetition_penalty=8.0, no_repeat_ngram_size=1, suppress_tokens=[tokenizer.eos_token_id], do_sample=True, temperature=9.0
+    )
     kept = answer_all(model, tokenizer, asked, LENGTH, 16, Rejected())
     assert [s["messages"][-1]["content"] for s in kept] == [text for outcome, text in truth.values() if outcome == "answered"]
 
@@ -90,7 +92,7 @@ def test_the_step_answers_the_questions_of_a_mix_and_counts(tmp_path, source, mi
 
 
 def test_a_mix_without_questions_and_a_model_without_answers_are_refused(tmp_path, pivot, mix):
-    from unit_helpers import artifact
+    from tests.unit.stand_ins import artifact
 
     spec = {"model": "base/p", "mix": "m", "generation": {"dtype": "float32"}}
     (tmp_path / "samples.jsonl").write_text('{"id": "1", "text": "raw"}\n')

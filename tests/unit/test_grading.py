@@ -62,7 +62,9 @@ def test_equal_answers_have_one_spelling(given: str, reference: str) -> None:
     assert boxed(f"so \\boxed{{{given}}}", {"answer": reference})
 
 
-@pytest.mark.parametrize(("given", "reference"), [("1", "2"), ("\\frac{1}{3}", "\\frac{1}{2}"), ("(1,2)", "(2,1)"), ("-5", "5"), ("", "0"), ("\\sqrt{2}", "2"), ("12", "1")])
+@pytest.mark.parametrize(
+    ("given", "reference"), [("1", "2"), ("\\frac{1}{3}", "\\frac{1}{2}"), ("(1,2)", "(2,1)"), ("-5", "5"), ("", "0"), ("\\sqrt{2}", "2"), ("12", "1")]
+)
 def test_different_answers_stay_different(given: str, reference: str) -> None:
     assert not boxed(f"\\boxed{{{given}}}", {"answer": reference})
 
@@ -72,7 +74,10 @@ def test_an_answer_outside_the_box_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("kind", GRADERS)
-@pytest.mark.parametrize("text", ["\\boxed", "\\boxed $", "\\boxed{", "####", "#### $", "answer is", "\0", "é", "{" * 50, "\\frac", "=", "==", "\\text{ ", "-", ",", "$" * 9, "1e999"])
+@pytest.mark.parametrize(
+    "text",
+    ["\\boxed", "\\boxed $", "\\boxed{", "####", "#### $", "answer is", "\0", "é", "{" * 50, "\\frac", "=", "==", "\\text{ ", "-", ",", "$" * 9, "1e999"],
+)
 def test_no_text_crashes_a_grader(kind: str, text: str) -> None:
     item = {"answer": 0, "choices": ["red", "blue"]} if kind == "letter" else {"answer": "5"}
     assert GRADERS[kind](text, item) is False

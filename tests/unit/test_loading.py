@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from unit_helpers import artifact
 
 from llmfusion.data.chat import TEMPLATES
 from llmfusion.errors import DamagedError, UserError
 from llmfusion.models.loading import count_parameters, load_model, load_tokenizer, model_facts, save_model, vocabulary_sha256
+from tests.unit.stand_ins import artifact
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -102,7 +102,10 @@ def test_the_facts_of_a_model_are_those_of_its_files(pivot, tokenizer):
     assert (facts["architecture"], facts["hidden_size"], facts["vocabulary_size"], facts["eos_token"]) == ("LlamaForCausalLM", 16, 300, "<|end|>")
 
 
-@pytest.mark.parametrize(("own", "asked", "used"), [(None, None, TEMPLATES["neutral"]), (None, "neutral", TEMPLATES["neutral"]), (None, "{{ 1 }}", "{{ 1 }}"), ("{{ 2 }}", "{{ 1 }}", "{{ 2 }}")])
+@pytest.mark.parametrize(
+    ("own", "asked", "used"),
+    [(None, None, TEMPLATES["neutral"]), (None, "neutral", TEMPLATES["neutral"]), (None, "{{ 1 }}", "{{ 1 }}"), ("{{ 2 }}", "{{ 1 }}", "{{ 2 }}")],
+)
 def test_a_tokenizer_without_a_chat_template_gets_the_studys(tmp_path, tokenizer, own, asked, used):
     other = copy.deepcopy(tokenizer)
     other.chat_template = own
@@ -137,6 +140,10 @@ def test_added_tokens_and_templates_do_not_change_a_vocabulary(tokenizer):
     other.add_special_tokens({"bos_token": "<|begin|>"})
     other.chat_template = "{{ 1 }}"
     assert vocabulary_sha256(other) == vocabulary_sha256(tokenizer)
+    renamed = copy.deepcopy(tokenizer)  # an end token of another name, which the base vocabulary holds, too
+    renamed._tokenizer = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str().replace("<|end|>", "<|stop|>"))
+    assert "<|stop|>" in renamed.get_vocab()
+    assert vocabulary_sha256(renamed) == vocabulary_sha256(tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 import pytest
-from unit_helpers import artifact, job, question
 
 from llmfusion import mix
 from llmfusion.data.chat import encode
 from llmfusion.data.samples import read_jsonl, text_of, write_jsonl
 from llmfusion.errors import UserError
+from tests.unit.stand_ins import artifact, job, question
 
 TEST_QUESTION = "if a train with two engines and five cars leaves the old town at noon when does it arrive"
 
@@ -75,5 +75,7 @@ def test_the_share_of_english_letters_is_kept(tmp_path, inputs):
 
 def test_too_few_usable_rows_are_told_with_what_they_were_lost_to(tmp_path, inputs):
     spec = {"datasets": {"mixed": 7}, "against": ["gsm8k"], "decontaminate": "remove", "english": 0.9}
-    with pytest.raises(UserError, match=r"dataset mixed: 7 samples asked, 5 of 7 can be used; lost to .*'(not english|overlaps a test)': 1, '(not english|overlaps a test)': 1"):
+    with pytest.raises(
+        UserError, match=r"dataset mixed: 7 samples asked, 5 of 7 can be used; lost to .*'(not english|overlaps a test)': 1, '(not english|overlaps a test)': 1"
+    ):
         build(tmp_path, spec, inputs)

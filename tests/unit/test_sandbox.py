@@ -101,9 +101,11 @@ def test_an_endless_program_ends_at_the_time_limit(completion: str) -> None:
 
 
 def test_a_program_that_forges_replies_and_never_reads_cannot_hold_the_scorer() -> None:
-    forged = FORGE.format(line='b\'{"ready": null}\\n\' + b\'{"value": true}\\n\' * 9') + "import time\ntime.sleep(60)\n"
+    forged = FORGE.format(line="b'{\"ready\": null}\\n' + b'{\"value\": true}\\n' * 9") + "import time\ntime.sleep(60)\n"
     long = "def check(candidate):\n    for _ in range(5):\n        candidate([0] * 100000)\n"
+    began = time.monotonic()
     assert judged(forged, long, timeout=1) == (False, "time limit")
+    assert time.monotonic() - began < 30  # not 60: the scorer did not wait to be read
 
 
 def test_nothing_a_program_started_outlives_it() -> None:
@@ -174,7 +176,11 @@ def test_values_arrive_with_their_types() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "completion"),
-    [("def f(x):\n", "    return 2 * x\n"), ("", "def f(x):\n    return 2 * x\n"), ("def g(x):\n    return x + x\n\ndef f(x):\n    '''Double.'''\n", "    return g(x)\n")],
+    [
+        ("def f(x):\n", "    return 2 * x\n"),
+        ("", "def f(x):\n    return 2 * x\n"),
+        ("def g(x):\n    return x + x\n\ndef f(x):\n    '''Double.'''\n", "    return g(x)\n"),
+    ],
     ids=["no docstring", "empty", "with a helper"],
 )
 def test_prompts_of_every_shape(prompt: str, completion: str) -> None:

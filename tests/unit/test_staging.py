@@ -5,13 +5,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from unit_helpers import artifact, job
 
 from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
 from llmfusion.models.loading import load_model, load_tokenizer
 from llmfusion.models.scratch import make_model
 from llmfusion.models.staging import KINDS
+from tests.unit.stand_ins import artifact, job
 
 
 def stage(tmp_path, kind, place):

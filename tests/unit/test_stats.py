@@ -8,7 +8,9 @@ import pytest
 from llmfusion.tables.stats import mean, per_cent
 
 
-@pytest.mark.parametrize(("k", "n", "score", "error"), [(82, 164, 50.0, 3.904344), (0, 10, 0.0, 0.0), (10, 10, 100.0, 0.0), (1, 4, 25.0, 21.650635), (1, 3, 33.333333, 27.216553)])
+@pytest.mark.parametrize(
+    ("k", "n", "score", "error"), [(82, 164, 50.0, 3.904344), (0, 10, 0.0, 0.0), (10, 10, 100.0, 0.0), (1, 4, 25.0, 21.650635), (1, 3, 33.333333, 27.216553)]
+)
 def test_per_cent_by_hand(k: int, n: int, score: float, error: float) -> None:
     assert per_cent(k, n) == (score, error)
 

@@ -12,6 +12,7 @@ import pytest
 
 from llmfusion import step
 from llmfusion.artifacts import draft_folder, read
+from llmfusion.config.plan import digest
 from llmfusion.errors import UserError
 from llmfusion.lease import Lease
 from llmfusion.step import Job, run
@@ -199,8 +200,8 @@ def test_the_writer_holds_the_lease_while_it_builds(start: Callable) -> None:
     assert seen["pid"] == os.getpid()
 
 
-def test_minutes_and_fingerprint_reach_the_build(start: Callable) -> None:
+def test_minutes_and_the_key_of_resume_state_reach_the_build(start: Callable) -> None:
     seen = []
-    assert start(lambda job: seen.append((job.minutes, job.fingerprint)), OUT, "{}", "--minutes", "7.5") == 0
-    assert seen == [(7.5, read(OUT).manifest["fingerprint"])]
+    assert start(lambda job: seen.append((job.minutes, job.key)), OUT, "{}", "--minutes", "7.5") == 0
+    assert seen == [(7.5, digest("{}"))]  # no inputs: the spec alone
     assert step.Job is Job

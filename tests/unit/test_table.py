@@ -11,7 +11,12 @@ from llmfusion.errors import UserError
 from llmfusion.step import Job
 from llmfusion.table import MINIATURE, build
 
-CELLS = {("base/p", "a"): (1, 4, 25.0, 21.650635), ("base/p", "b"): (3, 4, 75.0, 21.650635), ("merged/m", "a"): (4, 4, 100.0, 0.0), ("merged/m", "b"): (0, 4, 0.0, 0.0)}
+CELLS = {
+    ("base/p", "a"): (1, 4, 25.0, 21.650635),
+    ("base/p", "b"): (3, 4, 75.0, 21.650635),
+    ("merged/m", "a"): (4, 4, 100.0, 0.0),
+    ("merged/m", "b"): (0, 4, 0.0, 0.0),
+}
 ROWS = [["base/p", "Pivot", "The pivot", "none", "p"], ["merged/m", "Fused", "A merge", "pairwise-ta", "code+math"]]
 
 

@@ -1,11 +1,11 @@
 import json
 
 import pytest
-from unit_helpers import job
 
 from llmfusion import tasks
 from llmfusion.data.samples import read_jsonl
 from llmfusion.errors import UserError
+from tests.unit.stand_ins import job
 
 
 def gsm8k(path, rows):

@@ -70,6 +70,8 @@ def _data(known: Known) -> Iterator[Problem]:
             yield Problem((*key, "shots_from"), f"is missing: {task.shots} shots must come from somewhere")
         if task.items.kind == "generated" and task.items.form != "test":
             yield Problem((*key, "items", "form"), f"got {task.items.form!r}; a task's items need form: test")
+        if task.shots_from is not None and task.shots_from.kind == "generated" and task.shots_from.form != "test":
+            yield Problem((*key, "shots_from", "form"), f"got {task.shots_from.form!r}; examples of a task need form: test")
         yield from _layout((*key, "items"), task.items, get_args(TaskLayout))
         yield from _layout((*key, "shots_from"), task.shots_from, get_args(TaskLayout))
 
@@ -132,8 +134,10 @@ def _fusions(known: Known) -> Iterator[Problem]:
             for i, source in enumerate(sources):
                 if source == run.init:
                     yield Problem((*key, field, i), f"{source!r} is the model this one starts from; a source must be another model")
+        if run.generated and run.teachers:
+            yield Problem((*key, "generated"), "cannot go with teachers: their caches hold the mix's own answers, not generated ones")
         if run.fusion is not None and run.fusion.target == "kd" and len(run.teachers) > 1:
-            yield Problem((*key, "fusion", "target"), f"kd has one teacher, {len(run.teachers)} are given; use naive, minilogit, mince or udf")
+            yield Problem((*key, "fusion", "target"), f"kd has one teacher, {len(run.teachers)} are given; use naive, mince or udf")
         if run.fusion is not None and run.fusion.target != "kd" and len(run.teachers) == 1:
             yield Problem((*key, "teachers"), f"{run.fusion.target} needs two teachers or more, one is given; use kd")
 

@@ -9,7 +9,7 @@ _Weight = Annotated[list[float] | float | None, Field(description="weight of eac
 
 
 class _Merge(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     pivot: _Address = Field(description="the model all parents started from")
     parents: list[_Address] = Field(min_length=1, description="models to merge")
 

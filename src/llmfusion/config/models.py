@@ -20,7 +20,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """Strict: no unknown keys, no silent conversion of types."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Licensed(Section):
@@ -59,9 +59,7 @@ class PathSource(Licensed):
 class GeneratedSource(Section):
     kind: Literal["generated"] = Field(description="made by this package: the miniature study's own texts and questions")
     generator: Literal["animals", "sums", "steps", "stories", "code"] = Field(description="which little world")
-    form: Literal["text", "chat", "test"] = Field(
-        description="raw text, question and answer, or held-out test items (disjoint from the other two by content)"
-    )
+    form: Literal["text", "chat", "test"] = Field(description="raw text, question and answer, or held-out test items (disjoint from the other two by content)")
     rows: Positive = Field(description="how many rows to draw; tests are drawn without repetition")
     seed: int = Field(42, description="seed of the draws")
     wrong: Share = Field(0.0, description="share of answers replaced by wrong ones (label noise); chat only")
@@ -124,7 +122,7 @@ class Training(Section):
     mix: Name = Field(description="the mix it is trained on")
     epochs: Positive | None = Field(None, description="passes over the data; give epochs or steps")
     steps: Positive | None = Field(None, description="optimizer steps; give epochs or steps")
-    batch_size: Positive = Field(16, description="samples in an optimizer step, over all processes")
+    batch_size: Positive = Field(16, description="samples in an optimizer step")
     micro_batch_size: Positive | None = Field(None, description="samples in one forward pass; smaller means less memory. Default: batch_size")
     optimizer: Literal["c_adamw", "adamw"] = Field("c_adamw", description="cautious AdamW (the paper's) or AdamW")
     cautious_norm: Literal["mean_clamp", "numel_plus_1"] = Field(
@@ -235,7 +233,7 @@ class NaiveTarget(_Fusion):
 
 class MinceTarget(_Fusion):
     target: Literal["mince"] = Field(description="the teacher with the lowest cross-entropy on the response (FuseLLM)")
-    granularity: Literal["sequence", "token"] = Field("sequence", description="choose once a response (FuseLLM's code) or at every token")
+    granularity: Literal["sequence", "token"] = Field("sequence", description="choose once a sample (FuseLLM's code) or at every token")
 
 
 class UdfTarget(_Fusion):

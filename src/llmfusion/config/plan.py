@@ -213,7 +213,12 @@ class StudyPlan:
         artifacts = self._artifacts = plan.artifacts
         self.directory = str(ROOT / study.directory)
         self._refused, self._is_dry_run = unbuilt(study), is_dry_run
-        folders = {"data": ("data/dataset/", "data/tasks/", "data/mix/"), "teachers": ("teachers/", "data/generated/"), "models": ("models/",), "tables": ("tables/",)}
+        folders = {
+            "data": ("data/dataset/", "data/tasks/", "data/mix/"),
+            "teachers": ("teachers/", "data/generated/"),
+            "models": ("models/",),
+            "tables": ("tables/",),
+        }
         self.stages = {stage: [output_of(a) for a in artifacts if a.startswith(under)] for stage, under in folders.items()}
         self.stages["scores"] = sorted({i for a in artifacts if a.startswith("tables/") for i in artifacts[a]["inputs"]})
         kinds = {kind: getattr(study.models, kind) for kind in ("base", "trained", "merged")}

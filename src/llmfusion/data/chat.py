@@ -1,7 +1,7 @@
 """From a sample to token ids and labels, through a model's own chat template.
 
 Each piece of text is tokenised alone and the ids are joined: a response gets the same ids behind any prompt, so teachers
-and students that share a vocabulary share label positions (METHODS: same vocabulary). Labels are the responses and the end
+and students that share a vocabulary share label positions (docs/methods.md). Labels are the responses and the end
 token behind each; they are marked by position, so a pad token equal to the end token does no harm.
 """
 

@@ -197,7 +197,7 @@ def draw(generator: str, form: str, rows: int, seed: int, wrong: float = 0.0) ->
     """Draw ``rows`` rows of a world.
 
     ``form`` text gives ``{"text"}``, chat ``{"messages"}`` (a share ``wrong`` of the answers is wrong), test the fields of a
-    task item, each content once. Raises :class:`UserError` if a test asks for more items than the world holds out.
+    task item, each prompt once. Raises :class:`UserError` if a test asks for more items than the world holds out.
     """
     rng = random.Random(f"{generator} {form} {seed}")
     world, misses = WORLDS[generator], 0

@@ -46,7 +46,7 @@ def decode(value, depth=0):
     ((tag, body),) = value.items()
     if tag in ("list", "tuple", "set", "frozenset"):
         kind = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[tag]
-        return kind([decode(v, depth + 1) for v in body])
+        return kind([decode(v, depth + 1) for v in body])  # type: ignore[operator]
     if tag == "dict":
         return {decode(k, depth + 1): decode(v, depth + 1) for k, v in body}
     if tag == "c":
@@ -54,7 +54,7 @@ def decode(value, depth=0):
     simple = {"i": int, "f": float, "b": bytes.fromhex}
     if tag not in simple or not isinstance(body, str):
         raise ValueError("unknown tag")
-    return simple[tag](body)
+    return simple[tag](body)  # type: ignore[operator]
 
 
 def main():
@@ -87,7 +87,7 @@ def main():
     for line in requests:
         arguments, keywords = (decode(part) for part in json.loads(line))
         try:
-            reply("value", encode(function(*arguments, **keywords)))
+            reply("value", encode(function(*arguments, **keywords)))  # type: ignore[operator]
         except BaseException as error:
             reply("error", type(error).__name__)
 

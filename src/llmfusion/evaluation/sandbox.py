@@ -75,8 +75,10 @@ class Candidate:
     def __init__(self, program: str, entry_point: str, timeout: float):
         self.deadline = time.monotonic() + timeout
         self.process = subprocess.Popen(command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, start_new_session=True)
-        self.pending = b""
-        for pipe in (self.process.stdin, self.process.stdout):
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None  # both are pipes
+        self.requests, self.replies, self.pending = self.process.stdin, self.process.stdout, b""
+        for pipe in (self.requests, self.replies):
             os.set_blocking(pipe.fileno(), False)
         cpu = max(1, int(timeout) + 1)
         limits = {"RLIMIT_AS": MEMORY, "RLIMIT_CPU": cpu, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 32, "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0}
@@ -95,7 +97,7 @@ class Candidate:
         """End the sandbox and everything in it."""
         self.process.kill()
         self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.requests, self.replies):
             with contextlib.suppress(OSError):
                 pipe.close()
 
@@ -103,24 +105,24 @@ class Candidate:
         """Write one request; a program that never reads it cannot hold us beyond the deadline."""
         left = memoryview(json.dumps(message).encode() + b"\n")
         with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdin, selectors.EVENT_WRITE)
+            selector.register(self.requests, selectors.EVENT_WRITE)
             while left:
                 wait = self.deadline - time.monotonic()
                 if wait <= 0 or not selector.select(wait):
                     raise Failed("time limit")
                 try:
-                    left = left[os.write(self.process.stdin.fileno(), left) :]
+                    left = left[os.write(self.requests.fileno(), left) :]
                 except OSError:
                     raise Failed("the program ended") from None
 
     def _receive(self, kind: str) -> Any:
         with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
+            selector.register(self.replies, selectors.EVENT_READ)
             while b"\n" not in self.pending:
                 left = self.deadline - time.monotonic()
                 if left <= 0 or not selector.select(left):
                     raise Failed("time limit")
-                chunk = self.process.stdout.read(65536)
+                chunk = self.replies.read(65536)
                 if not chunk:
                     raise Failed("the program ended")
                 self.pending += chunk

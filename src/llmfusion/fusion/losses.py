@@ -47,7 +47,7 @@ def fused_loss(
     """``sum_t (1 - lam) CE(y_t, p) + lam sum_k w_tk KL(P^k_T || p_T)``, p = softmax(hidden head^T + bias), in float32.
 
     ``hidden (N, d)`` are the student's final states at the positions that predict ``labels (N,)``, ``head (V, d)``,
-    ``weights (N, K)`` from a target (METHODS: a fusion target is a weight function; InfiFusion eq. 7). The temperature
+    ``weights (N, K)`` from a target (:mod:`llmfusion.fusion.targets`; InfiFusion eq. 7). The temperature
     softens both sides of the KL only, without a factor T^2. Divide by the global count of label tokens to get the mean.
     """
     logits = functional.linear(hidden, head, bias).float()  # (N, V)

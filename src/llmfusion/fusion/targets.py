@@ -17,7 +17,7 @@ class Stats:
     """What teachers say about N label tokens, in nats and at temperature 1.
 
     ``entropy (N, K)`` of each teacher's distribution, ``cross_entropy (N, K)`` = -log P^k(y), ``mask (N, K)`` 1 where the
-    teacher is usable, ``sequence (N,)`` the number of the response a token belongs to, from 0 without gaps.
+    teacher is usable, ``sequence (N,)`` the number of the sample a token belongs to, from 0 without gaps.
     """
 
     entropy: Tensor
@@ -40,7 +40,7 @@ def naive(stats: Stats, options: dict[str, Any]) -> Tensor:
 def mince(stats: Stats, options: dict[str, Any]) -> Tensor:
     """Weight 1 on the teacher with the lowest cross-entropy (FuseLLM's MinCE), 0 on the others.
 
-    ``granularity: sequence`` compares the means over a response's usable tokens and chooses once, ``token`` chooses at every
+    ``granularity: sequence`` compares the means over a sample's usable tokens and chooses once, ``token`` chooses at every
     token. A tie goes to the teacher named first.
     """
     cost = stats.cross_entropy.masked_fill(stats.mask == 0, torch.inf)
@@ -51,7 +51,7 @@ def mince(stats: Stats, options: dict[str, Any]) -> Tensor:
 
 
 def _sequence_mean(stats: Stats) -> Tensor:
-    """Mean cross-entropy of each response under each teacher, (S, K); infinite for a teacher without a usable token."""
+    """Mean cross-entropy of each sample under each teacher, (S, K); infinite for a teacher without a usable token."""
     count = int(stats.sequence.max()) + 1 if len(stats.sequence) else 0
     shape = (count, stats.mask.shape[1])
     total = torch.zeros(shape, dtype=torch.float64).index_add_(0, stats.sequence.cpu(), (stats.cross_entropy * stats.mask).double().cpu())

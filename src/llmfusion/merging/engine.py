@@ -11,9 +11,11 @@ import numpy as np
 from llmfusion.artifacts import require
 from llmfusion.errors import UserError
 from llmfusion.merging.methods import METHODS
-from llmfusion.merging.tensors import FLOATS, Entry, as_float32, entries_of, from_float32, raw, write
+from llmfusion.merging.tensors import FLOATS, OVERFLOW, Entry, as_float32, entries_of, from_float32, raw, write
 
 Checkpoint = dict[str, Entry]
+NOTES = ("manifest.json", "provenance.json", "metrics.jsonl", "merge_report.csv")  # about the pivot, not the merge
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # the pivot's, unmerged
 
 
 def merge(pivot: Path, models: Sequence[Path], method: str, options: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -28,10 +30,10 @@ def merge(pivot: Path, models: Sequence[Path], method: str, options: dict[str, A
     report: list[dict[str, Any]] = []
     for file in sorted({e.file for e in base.values()}):
         names = [name for name, entry in base.items() if entry.file == file]
-        layout = {n: _out_layout(base[n], [o[n] for o in others]) for n in names}
+        layout = {n: _out_layout(base[n]) for n in names}
         write(out / file.name, layout, _merged(names, base, others, method, options, layout, report))
     for path in sorted(pivot.iterdir()):
-        if path.suffix != ".safetensors" and path.name not in ("manifest.json", "provenance.json", "metrics.jsonl", "merge_report.csv") and path.is_file():
+        if path.suffix not in WEIGHTS and path.name not in NOTES and path.is_file():
             shutil.copyfile(path, out / path.name)
     with open(out / "merge_report.csv", "w", newline="") as handle:
         writer = csv.DictWriter(handle, list(report[0]), lineterminator="\n")
@@ -42,7 +44,7 @@ def merge(pivot: Path, models: Sequence[Path], method: str, options: dict[str, A
 
 
 def check_alike(pivot: Path, base: Checkpoint, models: Sequence[Path], others: Sequence[Checkpoint]) -> None:
-    """Raise :class:`UserError` naming every tensor that is missing, extra or of another shape, with both folders."""
+    """Raise :class:`UserError` naming every tensor that is missing, extra, of another shape or of a dtype that is not merged."""
     require(bool(base), f"{pivot}: has no .safetensors weights")
     wrong = []
     for folder, other in zip(models, others, strict=True):
@@ -53,15 +55,24 @@ def check_alike(pivot: Path, base: Checkpoint, models: Sequence[Path], others: S
             for name, entry in base.items()
             if name in other and other[name].shape != entry.shape
         ]
+    for folder, checkpoint in zip((pivot, *models), (base, *others), strict=True):
+        wrong += [
+            f"{name} of {folder} is {entry.dtype}, the pivot's {base[name].dtype}; floating-point tensors must be {', '.join(FLOATS)}"
+            for name, entry in checkpoint.items()
+            if name in base and (_unknown_float(entry) or (entry.dtype in FLOATS) != (base[name].dtype in FLOATS))
+        ]
     if wrong:
         raise UserError(f"these checkpoints cannot be merged; {len(wrong)} differences:\n  " + "\n  ".join(wrong))
 
 
-def _out_layout(pivot: Entry, parents: Sequence[Entry]) -> tuple[str, tuple[int, ...], int]:
-    """The pivot's dtype; where all parents are finer (float32), so is the merge: their deltas would be rounded away else."""
-    dtype = parents[0].dtype if pivot.dtype in FLOATS and all(p.dtype == "F32" for p in parents) else pivot.dtype
-    size = int(np.prod(pivot.shape, dtype=np.int64)) * FLOATS[dtype].itemsize if dtype in FLOATS else pivot.end - pivot.start
-    return dtype, pivot.shape, size
+def _unknown_float(entry: Entry) -> bool:
+    """Whether a tensor is floating-point or complex of a kind that is not merged (F64, F8_E4M3, C64)."""
+    return entry.dtype not in FLOATS and entry.dtype[0] in "FC"
+
+
+def _out_layout(pivot: Entry) -> tuple[str, tuple[int, ...], int]:
+    """The pivot's dtype, whatever the parents have: arithmetic is float32, rounded once."""
+    return pivot.dtype, pivot.shape, pivot.end - pivot.start
 
 
 def _merged(
@@ -75,8 +86,8 @@ def _merged(
         theta = _finite(name, base[name])
         deltas = np.stack([_finite(name, other[name]) - theta for other in others])  # (J, n)
         result, notes = METHODS[method](theta, deltas, options)
-        if not np.isfinite(result).all():
-            raise UserError(f"tensor {name}: the merge is not finite; nothing was published")
+        if result.size and not max(result.max(), -result.min()) < OVERFLOW[layout[name][0]]:  # false for NaN, too
+            raise UserError(f"tensor {name}: the merge is not finite in {layout[name][0]}; nothing was published")
         content = from_float32(result.astype(np.float32, copy=False), layout[name][0])
         report.append(
             {"tensor": name, "values": theta.size, "changed": float(np.mean(result != theta)) if theta.size else 0.0,

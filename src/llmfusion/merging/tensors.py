@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from llmfusion.errors import DamagedError
 
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+OVERFLOW = {"F32": float("inf"), "BF16": (2 - 2.0**-8) * 2.0**127, "F16": 65520.0}  # the least that rounds to infinity
 HEADER_LIMIT = 100 * 2**20
 
 

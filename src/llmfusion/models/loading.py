@@ -50,7 +50,7 @@ def load_model(model: Artifact, dtype: str) -> Any:
     model.file("config.json")
     config = json.loads((model.folder / "config.json").read_bytes())
     name = (config.get("architectures") or ["?"])[0]
-    kind = getattr(transformers, name, None)  # where transformers has the class, an auto_map beside it is not followed
+    kind: Any = getattr(transformers, name, None)  # where transformers has the class, an auto_map beside it is not followed
     code = "; code from its repository (auto_map) is never run" if "auto_map" in config else ""
     require(kind is not None, f"{model.folder}: transformers {transformers.__version__} has no class {name!r}{code}; take a model transformers knows")
     require(any(model.folder.glob("*.safetensors")), f"{model.folder}: has no .safetensors weights; pickled weights are never read")
@@ -107,7 +107,9 @@ def vocabulary_sha256(tokenizer: Any) -> str:
     body = json.loads(tokenizer.backend_tokenizer.to_str())
     same = {key: body.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
     added = {token["content"] for token in body.get("added_tokens", [])}
-    same["model"]["vocab"] = {k: v for k, v in same["model"]["vocab"].items() if k not in added} if isinstance(same["model"].get("vocab"), dict) else same["model"].get("vocab")
+    same["model"]["vocab"] = (
+        {k: v for k, v in same["model"]["vocab"].items() if k not in added} if isinstance(same["model"].get("vocab"), dict) else same["model"].get("vocab")
+    )
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
 

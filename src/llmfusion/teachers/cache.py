@@ -5,7 +5,7 @@ Row i of a sample is the state that *predicts* its i-th label token, the end tok
 - ``shard-NNNNN.safetensors``: ``hidden (n, d)`` bf16 or fp32, ``label_logprob``, ``entropy``, ``logsumexp (n,)`` fp32 in
   nats, ``label_id (n,)`` int32: 2d + 16 bytes a row in bf16. Statistics are of the rounded states through the saved head.
 - ``index.parquet``: per sample ``id``, ``shard``, ``start``, ``length``, and per response ``segment_starts`` (row within
-  the sample) and ``segment_prompts`` (the token before it), so that every row's input token is known.
+  the sample) and ``segment_prompts`` (the token before it), so that every row's input token is known, and ``response_sha256``.
 - ``head.safetensors``: ``weight (V, d)``, ``bias`` if there is one, ``embedding`` unless it is tied to the head.
 """
 

@@ -130,7 +130,9 @@ class _Writer:
             own = logits[i, label_rows(encoded)].log_softmax(-1).gather(1, labels[:, None])[:, 0]
             again = statistics(hidden[i, label_rows(encoded)], self.weight, self.bias, labels, self.known)["label_logprob"]
             worst = max(worst, float((own - again).abs().max()))
-        require(worst < 0.1, f"the states through the saved head miss the model's own log-probabilities by {worst:.3g} nats: its head does more than a linear map")
+        require(
+            worst < 0.1, f"the states through the saved head miss the model's own log-probabilities by {worst:.3g} nats: its head does more than a linear map"
+        )
         return round(worst, 9)
 
 

@@ -48,7 +48,13 @@ def train(job: Job, trainee: Trainee, spec: dict[str, Any], mixes: Sequence[Arti
     loop.run()
     with open(job.folder / "metrics.jsonl", "w") as file:
         file.writelines(json.dumps(record, sort_keys=True) + "\n" for record in loop.records)
-    return {"steps": steps, "samples": len(corpus), "rejected": corpus.rejected.facts(), "label_tokens": sum(map(_labels, corpus.encoded)), "loss": loop.records[-1]["loss"]}
+    return {
+        "steps": steps,
+        "samples": len(corpus),
+        "rejected": corpus.rejected.facts(),
+        "label_tokens": sum(map(_labels, corpus.encoded)),
+        "loss": loop.records[-1]["loss"],
+    }
 
 
 def _labels(encoded: Encoded) -> int:
@@ -73,13 +79,13 @@ class _Loop:
         signal.signal(signal.SIGTERM, self._ask_to_stop)
         torch.manual_seed(self.spec.get("seed", 42))
         state = self.job.work / "state"
-        first, self.records = checkpoint.restore(state, self.job.fingerprint, self.model, self.optimizer)
+        first, self.records = checkpoint.restore(state, self.job.key, self.model, self.optimizer)
         if first:
             print(f"going on after step {first} of {self.steps}", flush=True)
         for step, numbers in self.corpus.batches(self.spec, first, self.steps):
             self._step(step, numbers)
             if self._must_save() and step + 1 < self.steps:
-                checkpoint.save(state, step + 1, self.job.fingerprint, self.model, self.optimizer, self.records)
+                checkpoint.save(state, step + 1, self.job.key, self.model, self.optimizer, self.records)
                 self.saved = time.monotonic()
                 if self.stop:
                     print(f"stopped after step {step + 1} of {self.steps}; the state is saved in {state}", flush=True)
@@ -101,9 +107,9 @@ class _Loop:
         size = self.spec.get("micro_batch_size") or len(numbers)
         sums: dict[str, Any] = {}
         for start in range(0, len(numbers), size):
-            result, weights = self._micro(numbers[start : start + size])
+            result, weight, usable = self._micro(numbers[start : start + size])
             (result.loss / tokens).backward()
-            _accumulate(sums, result, weights)
+            _accumulate(sums, result, weight, usable)
         self._check_finite(step, numbers, float(sums["loss"]))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.get("clip_norm", 1.0))
         self._check_finite(step, numbers, float(norm))
@@ -112,26 +118,28 @@ class _Loop:
         if step % RECORD_EVERY == 0 or step + 1 == self.steps:
             self._record(step, tokens, sums, float(norm))
 
-    def _micro(self, numbers: list[int]) -> tuple[FusedLoss, Tensor | None]:
+    def _micro(self, numbers: list[int]) -> tuple[FusedLoss, Tensor, Tensor]:
+        """The loss of some samples, and per teacher the summed weights and the number of usable rows."""
         encoded = [self.corpus.encoded[i] for i in numbers]
         ids, attention = pad([e.ids for e in encoded], self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.spec.get("precision") == "bfloat16"):
             hidden = self.model.base_model(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
-            places = [i * hidden.shape[1] + at for i, e in enumerate(encoded) for at in label_rows(e)]
-            rows = hidden.flatten(0, 1)[torch.tensor(places, device=self.device)]  # (N, d), responses in order
-            labels = torch.tensor([y for e in encoded for y in e.label_ids], device=self.device)
-            head = self.model.get_output_embeddings()
-            teachers = [t.batch([self.corpus.ids[i] for i in numbers], [e.label_ids for e in encoded]) for t in self.teachers]
-            weights = self._weights(teachers, encoded) if teachers else None
-            lam = self.fusion.get("lambda", 0.5) if teachers else 0.0
-            result = fused_loss(rows, head.weight, head.bias, labels, teachers, weights, lam, self.fusion.get("temperature", 1.0))
-        return result, weights
+        places = [i * hidden.shape[1] + at for i, e in enumerate(encoded) for at in label_rows(e)]
+        rows = hidden.flatten(0, 1)[torch.tensor(places, device=self.device)].float()  # (N, d), responses in order
+        labels = torch.tensor([y for e in encoded for y in e.label_ids], device=self.device)
+        head = self.model.get_output_embeddings()
+        teachers = [t.batch([self.corpus.ids[i] for i in numbers], [e.label_ids for e in encoded]) for t in self.teachers]
+        if not teachers:
+            return fused_loss(rows, head.weight, head.bias, labels), rows.new_zeros(0), rows.new_zeros(0)
+        stats = self._stats(teachers, encoded)
+        weights = TARGETS[self.fusion["target"]](stats, self.fusion)
+        lam, temperature = self.fusion.get("lambda", 0.5), self.fusion.get("temperature", 1.0)
+        return fused_loss(rows, head.weight, head.bias, labels, teachers, weights, lam, temperature), weights.sum(0), stats.mask.sum(0)
 
-    def _weights(self, teachers: list[Any], encoded: list[Encoded]) -> Tensor:
+    def _stats(self, teachers: list[Any], encoded: list[Encoded]) -> Stats:
         sequence = torch.repeat_interleave(torch.arange(len(encoded)), torch.tensor([_labels(e) for e in encoded])).to(self.device)
         entropy, cross_entropy, mask = (torch.stack([getattr(t, name) for t in teachers], 1) for name in ("entropy", "cross_entropy", "mask"))
-        stats = Stats(entropy, cross_entropy, mask, sequence)
-        return TARGETS[self.fusion["target"]](stats, self.fusion)
+        return Stats(entropy, cross_entropy, mask, sequence)
 
     def _check_finite(self, step: int, numbers: list[int], value: float) -> None:
         if not torch.isfinite(torch.tensor(value)):
@@ -140,19 +148,26 @@ class _Loop:
             raise UserError(f"step {step + 1} of {self.steps}: loss or gradient is {value} at learning rate {rate:.3g}; samples {names}. Nothing was published")
 
     def _record(self, step: int, tokens: int, sums: dict[str, Any], norm: float) -> None:
-        record = {"step": step + 1, "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": norm, "loss": float(sums["loss"]) / tokens, "sft": float(sums["sft"]) / tokens}
+        record = {
+            "step": step + 1,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "grad_norm": norm,
+            "loss": float(sums["loss"]) / tokens,
+            "sft": float(sums["sft"]) / tokens,
+        }
         if self.teachers:
             names = [t.name for t in self.teachers]
             record["fusion"] = float(sums["fusion"]) / tokens
             record["weight"] = dict(zip(names, (sums["weight"] / tokens).tolist(), strict=True))
+            record["usable"] = dict(zip(names, (sums["usable"] / tokens).tolist(), strict=True))
             record["student_cross_entropy"] = dict(zip(names, (sums["cross"] / tokens).tolist(), strict=True))
         self.records.append(record)
         if step % 100 == 0 or step + 1 == self.steps:
             print(f"step {step + 1}/{self.steps} loss {record['loss']:.4f} lr {record['lr']:.3g} {(time.monotonic() - self.began):.0f} s", flush=True)
 
 
-def _accumulate(sums: dict[str, Any], result: FusedLoss, weights: Tensor | None) -> None:
-    parts = {"loss": result.loss.detach(), "sft": result.sft, "fusion": result.fusion, "cross": result.cross_entropy.sum(0)}
-    parts["weight"] = weights.sum(0) if weights is not None else torch.zeros(0)
+def _accumulate(sums: dict[str, Any], result: FusedLoss, weight: Tensor, usable: Tensor) -> None:
+    cross = result.cross_entropy.sum(0)
+    parts = {"loss": result.loss.detach(), "sft": result.sft, "fusion": result.fusion, "cross": cross, "weight": weight, "usable": usable}
     for name, value in parts.items():
         sums[name] = sums[name] + value if name in sums else value

@@ -20,7 +20,7 @@ def artifact(folder: Path, **facts: Any) -> Artifact:
 
 def job(tmp_path: Path, spec: dict[str, Any] | None = None, inputs: dict[str, Artifact] | None = None, name: str = "job", **changed: Any) -> Job:
     """A job writing into ``tmp_path/NAME/out``; the same name gives the same place for resume state."""
-    given = {"fingerprint": "f", "minutes": None, **changed}
+    given = {"key": "f", "minutes": None, **changed}
     out = Job(spec or {}, inputs or {}, tmp_path / name / "out", tmp_path / name / "work", {}, **given)
     out.folder.mkdir(parents=True, exist_ok=True)
     out.work.mkdir(exist_ok=True)

@@ -1,0 +1,105 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from llmfusion.training.optim import CautiousAdamW, learning_rate
+
+
+def start(shapes=((3, 4), (5,)), seed=0):
+    random = np.random.default_rng(seed)
+    gradients = [[random.normal(size=shape) for shape in shapes] for _ in range(6)]
+    gradients[3][0][0] = gradients[5][1][:2] = 0.0  # no sign to agree with
+    return [random.normal(size=shape) for shape in shapes], gradients
+
+
+def by_hand(values, gradients, lr, b1, b2, eps, decay, norm):
+    """Liang et al.'s update in float64, one number at a time where it matters."""
+    values = [v.copy() for v in values]
+    m, v = [np.zeros_like(x) for x in values], [np.zeros_like(x) for x in values]
+    for t, step in enumerate(gradients, 1):
+        for i, g in enumerate(step):
+            values[i] *= 1 - lr * decay
+            m[i], v[i] = b1 * m[i] + (1 - b1) * g, b2 * v[i] + (1 - b2) * g**2
+            mask = (m[i] * g > 0).astype(float)
+            if norm is None:
+                mask[:] = 1
+            elif norm == "numel_plus_1":
+                mask *= mask.size / (mask.sum() + 1)
+            else:
+                mask /= max(mask.mean(), 1e-3)
+            values[i] -= lr * math.sqrt(1 - b2**t) / (1 - b1**t) * m[i] * mask / (np.sqrt(v[i]) + eps)
+    return values
+
+
+def trained(values, gradients, **options):
+    parameters = [torch.nn.Parameter(torch.tensor(v)) for v in values]
+    optimizer = CautiousAdamW(parameters, **options)
+    for step in gradients:
+        for parameter, g in zip(parameters, step, strict=True):
+            parameter.grad = torch.tensor(g)
+        optimizer.step()
+    return [p.detach().numpy() for p in parameters]
+
+
+@pytest.mark.parametrize("norm", ["mean_clamp", "numel_plus_1", None])
+def test_updates_are_those_of_the_formula(norm):
+    values, gradients = start()
+    options = {"cautious": False} if norm is None else {"norm": norm}
+    found = trained(values, gradients, lr=0.1, betas=(0.9, 0.99), eps=1e-3, weight_decay=0.2, **options)
+    for a, b in zip(found, by_hand(values, gradients, 0.1, 0.9, 0.99, 1e-3, 0.2, norm), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_without_caution_it_is_torchs_adamw():
+    values, gradients = start()
+    theirs = [torch.nn.Parameter(torch.tensor(v)) for v in values]
+    optimizer = torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.99), eps=1e-12, weight_decay=0.2)
+    for step in gradients:
+        for parameter, g in zip(theirs, step, strict=True):
+            parameter.grad = torch.tensor(g)
+        optimizer.step()
+    found = trained(values, gradients, lr=0.1, betas=(0.9, 0.99), eps=1e-12, weight_decay=0.2, cautious=False)
+    for a, b in zip(found, theirs, strict=True):
+        np.testing.assert_allclose(a, b.detach().numpy(), rtol=1e-9)
+
+
+def test_where_all_signs_agree_caution_changes_nothing():
+    values, gradients = start()
+    positive = [[abs(g) + 0.1 for g in step] for step in gradients]
+    cautious, plain = (trained(values, positive, lr=0.1, cautious=flag) for flag in (True, False))
+    for a, b, v in zip(cautious, plain, values, strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert (a != v).all()
+    reckless = trained(values, gradients, lr=0.1, cautious=False)
+    assert any((a != b).any() for a, b in zip(trained(values, gradients, lr=0.1), reckless, strict=True))
+
+
+@pytest.mark.parametrize("norm", ["mean_clamp", "numel_plus_1"])
+def test_where_no_sign_agrees_only_weight_decay_acts(norm):
+    values, _ = start()
+    up, down = [np.ones_like(v) for v in values], [np.full_like(v, -1e-3) for v in values]
+    before, after = (trained(values, steps, lr=0.1, weight_decay=0.5, norm=norm) for steps in ([up], [up, down]))
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_allclose(b, a * (1 - 0.1 * 0.5), rtol=1e-15)
+
+
+def test_a_parameter_without_a_gradient_stays():
+    used, unused = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = CautiousAdamW([used, unused], lr=0.1, weight_decay=0.5)
+    used.grad = torch.ones(2)
+    optimizer.step()
+    assert unused.tolist() == [1, 1]
+    assert used[0] < 0.95
+
+
+def test_the_rate_rises_to_its_peak_and_falls_along_half_a_cosine():
+    rates = [learning_rate(step, 100, 2.0, 0.5, 0.1) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], 0.2 * np.arange(1, 11))
+    assert rates[10] == 2.0
+    assert rates[55] == pytest.approx(1.25)  # half-way between peak and lowest
+    assert all(a > b for a, b in pairwise(rates[10:]))
+    assert 0.5 < rates[-1] < 0.501
+    assert learning_rate(0, 100, 2.0, 0.0, 0.0) == 2.0

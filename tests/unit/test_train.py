@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from llmfusion.data.samples import write_jsonl
+from llmfusion.errors import UserError
+from llmfusion.models.loading import load_model
+from llmfusion.train import build
+from tests.unit.stand_ins import artifact, job
+
+RUN = {"init": "base/pivot", "mix": "m", "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
+
+
+@pytest.fixture
+def inputs(pivot, mix, cache, tied_cache):
+    return {"models/base/pivot": pivot, "data/mix/m": mix, "teachers/base/one/m": cache, "teachers/base/two/m": tied_cache}
+
+
+def test_a_fused_model_is_a_complete_checkpoint(tmp_path, inputs, pivot):
+    made = job(tmp_path, {"run": {**RUN, "steps": 2, "teachers": ["base/one", "base/two"], "fusion": {"target": "mince"}}}, inputs)
+    build(made)
+    model = load_model(artifact(made.folder), "float32")
+    before = load_model(pivot, "float32")
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert made.facts["steps"] == 2
+    assert {key: made.facts[key] for key in ("architecture", "vocabulary_sha256", "parameters")} == {
+        key: pivot.facts[key] for key in ("architecture", "vocabulary_sha256", "parameters")
+    }
+    assert (made.folder / "metrics.jsonl").exists()
+    assert "Assistant" in (made.folder / "chat_template.jinja").read_text()
+
+
+def test_generated_answers_double_the_steps_of_the_same_epochs(tmp_path, inputs, samples):
+    folder = tmp_path / "generated"
+    folder.mkdir()
+    write_jsonl(folder / "samples.jsonl", [{**s, "id": f"g{s['id']}"} for s in samples])
+    inputs = {**inputs, "data/generated/base/one/m": artifact(folder, max_length=128)}
+    one, two = (
+        job(tmp_path, {"run": {**RUN, "epochs": 1}}, inputs, "sft"),
+        job(tmp_path, {"run": {**RUN, "epochs": 1, "generated": ["base/one"]}}, inputs, "seqkd"),
+    )
+    build(one)
+    build(two)
+    assert (one.facts["steps"], two.facts["steps"]) == (29 // 4, 58 // 4)
+    assert two.facts["label_tokens"] == 2 * one.facts["label_tokens"]
+
+
+def test_an_unknown_target_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(UserError, match="fusion target 'magic' is not built in this version; built: kd, naive"):
+        build(job(tmp_path, {"run": {**RUN, "steps": 2, "fusion": {"target": "magic"}}}))
