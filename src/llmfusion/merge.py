@@ -30,6 +30,8 @@ def build(job: Job) -> None:
     spec = job.spec["merge"]
     pivot, parents = job.input(f"models/{spec['pivot']}"), [job.input(f"models/{p}") for p in spec["parents"]]
     facts = merge(pivot.folder, [p.folder for p in parents], spec["method"], spec, job.folder)
+    options = {key: value for key, value in spec.items() if key not in ("method", "pivot", "parents")}
+    write_card(job.folder, spec["method"], spec["pivot"], spec["parents"], options)
     same = {
         key: pivot.facts[key] for key in ("architecture", "hidden_size", "vocabulary_size", "vocabulary_sha256", "tokenizer_size", "eos_token", "max_positions")
     }

@@ -46,7 +46,11 @@ def test_a_state_of_another_training_is_not_taken(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("spoil", [lambda b: b[:-9], lambda b: b"", lambda b: b"\xff" * len(b)], ids=["truncated", "empty", "overwritten"])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda b: b[:-9], lambda b: b"", lambda b: b"\xff" * len(b), lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]],
+    ids=["truncated", "empty", "overwritten", "one bit"],
+)
 def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, spoil):
     for steps in (1, 2):
         path = checkpoint.save(tmp_path, steps, "print", *trained(steps), [{"step": steps}])
@@ -59,7 +63,7 @@ def test_a_damaged_state_gives_way_to_the_one_before(tmp_path, spoil):
 def test_the_last_two_states_are_kept_and_no_temporary_file(tmp_path):
     for step in (1, 2, 3, 4):
         checkpoint.save(tmp_path, step, "print", *trained(1), [])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003.safetensors", "step-00000004.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"step-0000000{n}.{end}" for n in (3, 4) for end in ("safetensors", "sha256")]
 
 
 def test_without_any_state_a_training_begins(tmp_path):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from llmfusion.config import ROOT, load_study, read_study
-from llmfusion.config.plan import canonical, checked, describe, digest, make_plan, output_of
+from llmfusion.config.plan import canonical, describe, digest, make_plan, output_of
+from llmfusion.config.workflow import checked
 from tests.unit.mini_study import MINI, small_study, write
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llmfusion.config import StudyError, read_study
-from llmfusion.config.plan import checked
+from llmfusion.config.workflow import checked
 from tests.unit.mini_study import MINI, refusal, small, write
 
 TEXT = MINI.read_text()

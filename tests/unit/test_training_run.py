@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmfusion.artifacts import sha256_file
 from llmfusion.data.chat import encode
 from llmfusion.errors import UserError
 from llmfusion.fusion.sources import CachedSource
@@ -77,12 +78,13 @@ def test_a_run_that_was_stopped_and_goes_on_is_bit_for_bit_the_undisturbed_one(s
 
 
 def test_without_the_optimizers_state_it_would_differ(start, stopped_after_five, tmp_path, monkeypatch):
-    [state] = (tmp_path / "stopped" / "work" / "state").iterdir()
+    [state] = (tmp_path / "stopped" / "work" / "state").glob("*.safetensors")
     from safetensors import safe_open
 
     with safe_open(state, framework="pt") as file:
         note = file.metadata()
     save_file({name: t for name, t in load_file(state).items() if not name.startswith("exp_avg")}, state, metadata=note)
+    state.with_suffix(".sha256").write_text(sha256_file(state))
     _, _, weights, _ = stopped_after_five()
     monkeypatch.undo()
     assert not equal(weights, start("whole")[2])
@@ -97,7 +99,7 @@ def test_the_end_of_a_jobs_time_saves_after_the_step_in_hand(start, tmp_path):
     with pytest.raises(SystemExit) as left:
         start("short", minutes=0.0)
     assert left.value.code == 143
-    assert [p.name for p in (tmp_path / "short" / "work" / "state").iterdir()] == ["step-00000001.safetensors"]
+    assert [p.name for p in (tmp_path / "short" / "work" / "state").glob("*.safetensors")] == ["step-00000001.safetensors"]
 
 
 def test_a_finished_training_has_changed_every_tensor_and_tells_its_facts(start, pivot, mix, tokenizer, samples):

@@ -6,7 +6,7 @@ import sys
 
 from llmfusion.config.errors import StudyError
 from llmfusion.config.models import Study
-from llmfusion.config.plan import checked
+from llmfusion.config.workflow import checked
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from llmfusion.config.data import SampleLayout, TaskLayout
 from llmfusion.config.errors import Key, Problem, nearest
-from llmfusion.config.models import SampleLayout, ScratchModel, TaskLayout, TrainedModel
+from llmfusion.config.models import ScratchModel, TrainedModel
 
 
 class Known:

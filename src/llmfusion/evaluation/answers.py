@@ -30,7 +30,10 @@ def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: di
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from transformers import GenerationConfig
 
+    # settings of our own: the model's may bring a repetition penalty or sampling, and greedy means neither
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
     manager = TaskManager(include_path=str(FORMATS), include_defaults=False)

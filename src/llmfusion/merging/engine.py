@@ -11,7 +11,7 @@ import numpy as np
 from llmfusion.artifacts import require
 from llmfusion.errors import UserError
 from llmfusion.merging.methods import METHODS
-from llmfusion.merging.tensors import FLOATS, OVERFLOW, Entry, as_float32, entries_of, from_float32, raw, write
+from llmfusion.merging.tensors import FLOATS, OVERFLOW, Entry, as_float32, entries_of, from_float32, raw, widen, write
 
 Checkpoint = dict[str, Entry]
 NOTES = ("manifest.json", "provenance.json", "metrics.jsonl", "merge_report.csv")  # about the pivot, not the merge
@@ -89,9 +89,10 @@ def _merged(
         if result.size and not max(result.max(), -result.min()) < OVERFLOW[layout[name][0]]:  # false for NaN, too
             raise UserError(f"tensor {name}: the merge is not finite in {layout[name][0]}; nothing was published")
         content = from_float32(result.astype(np.float32, copy=False), layout[name][0])
+        rounded = widen(np.frombuffer(content, np.uint8), layout[name][0])
         report.append(
-            {"tensor": name, "values": theta.size, "changed": float(np.mean(result != theta)) if theta.size else 0.0,
-             "delta_norms": " ".join(f"{float(np.linalg.norm(d)):.6g}" for d in deltas), "merged_norm": f"{float(np.linalg.norm(result - theta)):.6g}", **notes}
+            {"tensor": name, "values": theta.size, "changed": float(np.mean(rounded != theta)) if theta.size else 0.0,
+             "delta_norms": " ".join(f"{float(np.linalg.norm(d)):.6g}" for d in deltas), "merged_norm": f"{float(np.linalg.norm(rounded - theta)):.6g}", **notes}
         )  # fmt: skip
         yield name, content
 

@@ -51,6 +51,8 @@ def entries_of(folder: Path) -> dict[str, Entry]:
             start, end = info["data_offsets"]
             if base + end > file.stat().st_size:
                 raise DamagedError(f"{file}: tensor {name} ends at byte {base + end}, the file at {file.stat().st_size}: truncated")
+            if name in out:
+                raise DamagedError(f"{file}: tensor {name} is also in {out[name].file.name}: which one counts is not told")
             out[name] = Entry(file, info["dtype"], tuple(info["shape"]), base + start, base + end)
     return out
 
@@ -62,8 +64,13 @@ def raw(entry: Entry) -> NDArray[np.uint8]:
 
 def as_float32(entry: Entry) -> NDArray[np.float32]:
     """A floating-point tensor as a flat float32 array (exact for bf16 and fp16)."""
-    values = raw(entry).view(FLOATS[entry.dtype])
-    if entry.dtype == "BF16":
+    return widen(raw(entry), entry.dtype)
+
+
+def widen(content: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
+    """The values behind a floating-point tensor's bytes as float32."""
+    values = content.view(FLOATS[dtype])
+    if dtype == "BF16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)
 

@@ -27,7 +27,7 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
 
     folder = model.folder if isinstance(model, Artifact) else model
     settings = folder / "tokenizer_config.json"
-    name = json.loads(settings.read_bytes()).get("tokenizer_class", "") if settings.exists() else ""
+    name = json.loads(settings.read_bytes()).get("tokenizer_class") or "" if settings.exists() else ""
     kind: Any = getattr(transformers, name, None) or transformers.AutoTokenizer  # the class itself: Auto imports every family
     tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     require(tokenizer.eos_token_id is not None, f"{folder}: the tokenizer has no end token (eos_token)")

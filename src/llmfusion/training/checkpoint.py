@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmfusion.artifacts import sync
+from llmfusion.artifacts import sha256_file, sync, write_file
 
 KEPT = 2  # the last one, and the one before in case the last is damaged
 
@@ -32,10 +32,11 @@ def save(folder: Path, step: int, fingerprint: str, model: Any, optimizer: torch
     path, temporary = folder / f"step-{step:08d}.safetensors", folder / f".step-{step:08d}.{os.getpid()}.tmp"
     save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata=note)
     sync(temporary)
+    hashed = sha256_file(temporary)
     os.replace(temporary, path)
-    sync(folder)
+    write_file(_hash_of(path), hashed.encode())  # last: a state without its hash is not trusted
     for old in _states(folder)[:-KEPT]:
-        old.unlink()
+        _forget(old)
     return path
 
 
@@ -45,21 +46,29 @@ def restore(folder: Path, fingerprint: str, model: Any, optimizer: torch.optim.O
     States of another spec or other inputs (``fingerprint``) are removed; without a usable one the answer is ``(0, [])``.
     """
     for path in reversed(_states(folder)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                note = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (SafetensorError, OSError):
-            print(f"{path} is damaged; taking the one before")
-            path.unlink()
+        if not _hash_of(path).exists() or sha256_file(path) != _hash_of(path).read_text():
+            print(f"{path} is damaged or was not finished; taking the one before")
+            _forget(path)
             continue
+        with safe_open(path, framework="pt") as file:
+            note = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if note["fingerprint"] != fingerprint:
             print(f"{path} belongs to another spec or other inputs; removed")
-            path.unlink()
+            _forget(path)
             continue
         _load(tensors, model, optimizer, int(note["step"]))
         return int(note["step"]), json.loads(note["records"])
     return 0, []
+
+
+def _hash_of(state: Path) -> Path:
+    return state.with_suffix(".sha256")
+
+
+def _forget(state: Path) -> None:
+    state.unlink()
+    _hash_of(state).unlink(missing_ok=True)
 
 
 def _states(folder: Path) -> list[Path]:
