@@ -46,10 +46,23 @@ class Artifact:
 def address_of(path: str | Path) -> str:
     """The address behind a declared output: ``results/models/base/p/manifest.json`` -> ``models/base/p``."""
     parts = Path(path).parts
-    inner = Path(*parts[parts.index("results") + 1 :])
+    inner = Path(*parts[results_of(path) + 1 :])
     if inner.name == "manifest.json":
         return str(inner.parent)
     return str(inner.with_suffix("")) if inner.parts[0] == "scores" else f"tables/{inner.stem}"
+
+
+def results_of(path: str | Path) -> int:
+    """Position of the ``results`` folder among a path's parts: the last one with an artifact's address behind it.
+
+    Raises :class:`UserError` if there is none.
+    """
+    parts = Path(path).parts
+    for i in range(len(parts) - 2, -1, -1):
+        table = i + 2 == len(parts) and parts[-1] != "manifest.json"
+        if parts[i] == "results" and (table or parts[i + 1] in ("data", "models", "teachers", "answers", "scores")):
+            return i
+    raise UserError(f"{path}: lies in no results/ folder of a study")
 
 
 def manifest_of(output: Path) -> Path:
@@ -57,10 +70,20 @@ def manifest_of(output: Path) -> Path:
     return output if output.name == "manifest.json" else output.with_suffix(".json")
 
 
-def draft_folder(output: Path) -> Path:
-    """Where an artifact is made: beside its place, so that one rename publishes it also if folders are mounted apart."""
+def draft_folder(output: Path, token: str) -> Path:
+    """Where an artifact is made: beside its place, so that one rename publishes it also if folders are mounted apart.
+
+    ``token`` is the lease's: a writer that has lost its lease cannot touch the draft of the one that took over.
+    """
     place = output.parent if output.name == "manifest.json" else output
-    return place.with_name(f".{place.name}.draft")
+    return place.with_name(f".{place.name}.{token[:12]}.draft")
+
+
+def remove_drafts(output: Path) -> None:
+    """Remove what killed writers of this artifact left behind; only for the holder of its lease."""
+    place = output.parent if output.name == "manifest.json" else output
+    for draft in place.parent.glob(f".{place.name}.*.draft*"):
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def sha256_file(path: Path) -> str:

@@ -82,10 +82,10 @@ class Lease:
 
     def _touch(self) -> None:
         while not self._stop.wait(TOUCH_SECONDS):
-            try:
+            if (_read(self.path) or {}).get("token") != self.token:
+                return  # somebody else's now: keeping it fresh would hold up everybody
+            with contextlib.suppress(OSError):
                 os.utime(self.path)
-            except OSError:
-                return
 
 
 def _read(path: Path) -> dict | None:

@@ -60,7 +60,7 @@ def by_hand(arguments: list[str]) -> int:
         facts = merge(given.pivot, given.models, given.method, options, draft)
         write_card(draft, given.method, str(given.pivot), [str(m) for m in given.models], options)
         os.rename(draft, given.out)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:

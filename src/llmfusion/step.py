@@ -79,16 +79,19 @@ def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
     work = Path("work") / address
     with Lease(work / "lease") as lease:
         inputs = {artifacts.address_of(path): artifacts.read(path) for path in given.inputs if path.startswith("results/")}
-        draft = Draft(address, given.spec, inputs, artifacts.draft_folder(given.out))
+        draft = Draft(address, given.spec, inputs, artifacts.draft_folder(given.out, lease.token))
         if draft.made_already(given.out):
             print(f"{given.out} was finished meanwhile; adopted")
             return
-        shutil.rmtree(draft.folder, ignore_errors=True)
+        artifacts.remove_drafts(given.out)
         draft.folder.mkdir(parents=True)
         try:
             build(Job(json.loads(given.spec), inputs, draft.folder, work, draft.facts, draft.key, given.minutes))
             lease.check()
             artifacts.publish(draft, given.out, provenance.collect(started))
+        except OSError:
+            lease.check()  # the draft may be gone because another writer took over: then say that
+            raise
         finally:
             shutil.rmtree(draft.folder, ignore_errors=True)
         _clear(work)

@@ -14,7 +14,7 @@ MINIATURE = "Miniature models on generated tasks: these numbers check the pipeli
 def build(job: Job) -> None:
     """Write ``NAME.csv`` and ``NAME.md``; refuse cells that were made by another study than the one that asks."""
     spec = job.spec
-    name = job.folder.name.removeprefix(".").removesuffix(".csv.draft")
+    name = job.folder.name.removeprefix(".").split(".csv.")[0]
     rows = [_row(job, row) for row in spec["rows"]]
     with open(job.folder / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmfusion import artifacts
-from llmfusion.artifacts import Artifact
+from llmfusion.artifacts import Artifact, require
 from llmfusion.config.plan import output_of
 from llmfusion.errors import UserError
 
@@ -52,10 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _verify(target: Path) -> int:
-    if "results" not in target.parts or not target.exists():
-        print(f"error: {target}: {'lies in no results/ folder' if target.exists() else 'is not there'}", file=sys.stderr)
+    try:
+        require(target.exists(), f"{target}: is not there")
+        root = Path(*target.parts[: artifacts.results_of(target)])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    root = Path(*target.parts[: target.parts.index("results")])
     walk = Walk(root)
     walk.visit(artifacts.address_of(target))
     for line in dict.fromkeys(walk.wrong):

@@ -3,12 +3,14 @@
 import csv
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import yaml
 
 from tests.e2e.conftest import ROWS, TARGET, Project
-from tests.project import BIN, ROOT, jobs, outputs, snakemake
+from tests.project import BIN, ROOT, environment, jobs, outputs, snakemake
 
 PROFILE = ("--profile", "profiles/tiny")
 
@@ -86,3 +88,23 @@ def test_every_cell_says_how_it_was_asked(made: Path) -> None:
     assert cell["asked"]["decoding"] == "greedy"
     assert cell["k"] == cell["right"].count("1")
     assert cell["n"] == 24 == sum(cell["reasons"].values())
+
+
+def test_answers_are_asked_again_for_one_cell_alone(made: Path) -> None:
+    plan = snakemake(made, *PROFILE, "results/scores/merged/ta-homogeneous/humaneval.json", "-R", "answer", "-n")
+    assert outputs(plan) >= {"results/answers/merged/ta-homogeneous/all/manifest.json", "results/scores/merged/ta-homogeneous/humaneval.json"}
+    assert set(jobs(plan)) == {"answer", "score"}
+
+
+def test_checkpoints_are_merged_by_hand(made: Path, tmp_path: Path) -> None:
+    models = made / "runs/tiny/results/models"
+    words = ["--method", "rsaf", "--pivot", models / "base/pivot", "--models", models / "trained/sft", models / "trained/kd-code"]
+    done = subprocess.run(
+        [sys.executable, "-m", "llmfusion.merge", *words, "--out", tmp_path / "merged", "--set", "tau=0.1"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    pivot, merged = (json.loads((folder / "config.json").read_text()) for folder in (models / "base/pivot", tmp_path / "merged"))
+    assert pivot == merged
+    report = list(csv.DictReader((tmp_path / "merged/merge_report.csv").open()))
+    assert {row["tensor"] for row in report} >= {"model.norm.weight", "model.embed_tokens.weight"}
+    assert all(0 < float(row["K_0"]) <= 0.1 / (1 + float(row["S_0"])) + 1e-12 for row in report if float(row["S_0"]) >= 0)

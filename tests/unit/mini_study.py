@@ -23,7 +23,7 @@ def _small() -> str:
     data["mixes"] = {
         "raw": {"datasets": {"text-facts": 5}, "max_length": 128},
         "code": {"datasets": {"chat-code": 5}, "max_length": 128},
-        "student": {"datasets": {"noisy-code": 5}, "max_length": 128, "tokenizers": ["base/pivot", "base/code"], "against": ["mmlu"]},
+        "student": {"datasets": {"noisy-code": 5}, "max_length": 128, "tokenizers": ["base/pivot", "base/code", "base/math"], "against": ["mmlu"]},
     }
     data["models"]["base"]["math"]["mix"] = "code"
     return json.dumps(data)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmfusion import artifacts
-from llmfusion.artifacts import Artifact, Draft, address_of, draft_folder, manifest_of, publish, read, write_file
+from llmfusion.artifacts import Artifact, Draft, address_of, draft_folder, manifest_of, publish, read, results_of, write_file
 from llmfusion.errors import DamagedError, UserError
 
 CONTENT = {"a.bin": bytes(range(256)) * 4, "b.txt": b"text\n", "sub/c.bin": b"\0" * 10}
@@ -20,7 +20,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draft(output: Path, address: str = "models/base/p", spec: str = '{"x":1}', inputs: dict[str, Artifact] | None = None, **content: bytes) -> Draft:
-    folder = draft_folder(output)
+    folder = draft_folder(output, "token")
     for name, data in (content or CONTENT).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -48,7 +48,7 @@ def test_what_was_published_is_read_with_hashes_that_sha256_gives() -> None:
     assert found.manifest["files"] == {n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in CONTENT.items()}
     assert found.file("a.bin").read_bytes() == CONTENT["a.bin"]
     assert json.loads((manifest.parent / "provenance.json").read_text()) == {"host": "here"}
-    assert not draft_folder(manifest).exists()
+    assert not draft_folder(manifest, "token").exists()
 
 
 def test_the_manifest_depends_on_content_alone() -> None:
@@ -171,7 +171,7 @@ def test_a_file_the_manifest_does_not_list_cannot_be_asked_for() -> None:
 
 def test_a_single_file_is_its_own_manifest() -> None:
     output = Path("results/scores/base/p/gsm8k.json")
-    one = Draft("scores/base/p/gsm8k", "{}", {}, draft_folder(output), {"k": 1})
+    one = Draft("scores/base/p/gsm8k", "{}", {}, draft_folder(output, "token"), {"k": 1})
     one.folder.mkdir(parents=True)
     publish(one, output, {})
     assert read(output).facts == {"k": 1}
@@ -224,3 +224,19 @@ def test_require_speaks_to_the_user() -> None:
     artifacts.require(True, "never")
     with pytest.raises(UserError, match="give less"):
         artifacts.require(False, "give less")
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [
+        ("results/table2.csv", ""), ("runs/mini/results/table2.json", "runs/mini"), ("/data/results/x/results/scores/base/p/t.json", "/data/results/x"),
+        ("results/models/base/results/manifest.json", ""), ("a/results/data/mix/results/manifest.json", "a"), ("results/results/models/base/p/manifest.json", "results"),
+    ],
+)  # fmt: skip
+def test_the_results_folder_of_a_path_is_the_one_its_address_follows(path: str, folder: str) -> None:
+    assert Path(*Path(path).parts[: results_of(path)]) == Path(folder)
+
+
+def test_a_path_outside_any_results_is_refused() -> None:
+    with pytest.raises(UserError, match="lies in no results/ folder"):
+        results_of("models/base/p/manifest.json")

@@ -110,3 +110,18 @@ def test_the_study_type_is_what_the_checks_read() -> None:
     study, mistakes = _parse(small())
     assert isinstance(study, Study)
     assert mistakes == []
+
+
+@pytest.mark.parametrize("name", ["model", "average", "mmlu_stderr", "mmlu_k"])
+def test_a_task_cannot_take_the_name_of_a_table_column(name: str) -> None:
+    def change(data: dict) -> None:
+        data["tasks"][name] = data["tasks"]["mmlu"]
+        data["batches"]["more"] = [name]
+
+    assert [key for key, text in found(change) if "name of a column" in text] == [f"tasks.{name}"]
+
+
+def test_a_teacher_must_be_among_the_tokenizers_its_mix_fits() -> None:
+    assert [key for key, text in found(lambda data: data["mixes"]["student"].update(tokenizers=["base/pivot", "base/math"])) if "under tokenizers" in text] == [
+        "models.trained.kd-code.teachers.0"
+    ]

@@ -1,7 +1,7 @@
 """Sections on their own: strict types, defaults, aliases; and the published schema."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jsonschema
@@ -84,3 +84,22 @@ def test_micro_batches_must_divide_the_batch(micro: int) -> None:
 def test_a_vocabulary_cannot_be_smaller_than_the_bytes() -> None:
     with pytest.raises(ValidationError, match="greater than or equal to 260"):
         small_study(lambda d: d["models"]["base"]["pivot"]["tokenizer"].update(vocabulary_size=259))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda data: data.update(chat_template="netural"), "expected neutral, or a Jinja template"),
+        (lambda data: data.update(chat_template="{{ broken"), "is no Jinja template"),
+        (lambda data: data["tasks"]["mmlu"].update(prompt="{{ qestion }}"), "reads qestion; items have: question"),
+        (lambda data: data["tasks"]["mmlu"].update(prompt="{% for %}"), "is no Jinja template"),
+    ],
+)
+def test_templates_are_checked(change: Callable, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        small_study(change)
+
+
+def test_a_template_of_ones_own_is_accepted() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert small_study(lambda data: data.update(chat_template=template)).chat_template == template

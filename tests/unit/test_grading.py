@@ -102,3 +102,32 @@ def test_a_program_is_found_in_an_answer_however_it_is_wrapped(answer: str) -> N
     names: dict = {}
     exec(ITEM["prompt"] + program(answer, ITEM), names)
     assert names["f"](21) == 42
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{18}",
+        r"\boxed{\$18}",
+        r"\boxed{18 \text{ dollars}}",
+        r"\boxed{18\%}",
+        r"\boxed{\text{18}}",
+        r"\boxed{x=18}",
+        r"so 3 + 15 = \boxed{18}, and 7 remain",
+    ],
+)
+def test_a_boxed_number_counts_in_every_common_spelling(text: str) -> None:
+    assert number(text, {"answer": "18"})
+    assert not number(text, {"answer": "8"})
+
+
+@pytest.mark.parametrize("text", [r"\boxed{1{,}000}", r"\boxed{1,000}", r"\boxed{1000.0}"])
+def test_thousands_are_one_number(text: str) -> None:
+    assert number(text, {"answer": "1000"})
+
+
+@pytest.mark.parametrize("text", ["**B**", "The answer is **B**.", "The answer is a mammal.\nB"])
+def test_bold_letters_count_and_articles_do_not(text: str) -> None:
+    item = {"answer": 1, "choices": ["dog", "cat", "cow", "hen"]}
+    assert letter(text, item)
+    assert not letter(text, {**item, "answer": 0})

@@ -1,6 +1,7 @@
 import copy
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from llmfusion.data.chat import TEMPLATES
 from llmfusion.errors import DamagedError, UserError
-from llmfusion.models.loading import count_parameters, load_model, load_tokenizer, model_facts, save_model, vocabulary_sha256
+from llmfusion.models.loading import count_parameters, end_tokens, load_model, load_tokenizer, model_facts, save_model, vocabulary_sha256
 from tests.unit.stand_ins import artifact
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -159,3 +160,9 @@ def test_added_tokens_and_templates_do_not_change_a_vocabulary(tokenizer):
 def test_what_changes_token_ids_changes_a_vocabulary(tokenizer, change):
     assert changed(tokenizer, lambda body: None) == vocabulary_sha256(tokenizer)
     assert changed(tokenizer, change) != vocabulary_sha256(tokenizer)
+
+
+@pytest.mark.parametrize(("more", "expected"), [(None, [7]), (7, [7]), (3, [3, 7]), ([9, 7], [7, 9])])
+def test_an_answer_ends_with_the_tokenizers_end_token_or_the_models(more: object, expected: list[int]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=more))
+    assert end_tokens(model, SimpleNamespace(eos_token_id=7)) == expected

@@ -184,3 +184,10 @@ def test_the_paper_study_plans_all_rows_of_table_2() -> None:
     artifacts = make_plan(study).artifacts
     assert len(study.tables["table2"].rows) == 38
     assert len(artifacts["tables/table2"]["inputs"]) == 38 * 4
+
+
+def test_every_file_of_a_models_folder_is_an_input_that_snakemake_watches(tmp_path: Path) -> None:
+    for name in ("config.json", "model-1.safetensors", "tokenizer.json", "run.py", "old.bin"):
+        (tmp_path / name).touch()
+    found = make_plan(small_study(lambda data: data["models"]["base"].update(own={"kind": "path", "path": str(tmp_path), "vocabulary": "x", "license": "mit"})))
+    assert found.artifacts["models/base/own"]["inputs"] == [str(tmp_path / name) for name in ("config.json", "model-1.safetensors", "tokenizer.json")]

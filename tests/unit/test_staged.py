@@ -1,5 +1,6 @@
 """Checks against what is on disk: hand-written manifests of data sets and tokenizers."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,32 @@ def test_models_that_declare_one_vocabulary_must_have_one_tokenizer(tmp_path: Pa
         check(tmp_path)
     assert "base/right and base/left both say vocabulary 'same'" in str(caught.value)
     return None
+
+
+def orphan(folder: Path, address: str, spec: str) -> Path:
+    path = folder / output_of(address)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"spec": spec, "fingerprint": "x", "facts": {}}))
+    return path
+
+
+def test_an_artifact_of_other_settings_that_snakemake_has_no_record_of_is_refused(tmp_path: Path) -> None:
+    address = "models/trained/sft"
+    orphan(tmp_path, address, '{"step":"train","recipe":0}')
+    with pytest.raises(StudyError, match=r"models/trained/sft lies in .* with other settings .* remove results/models/trained/sft/manifest.json"):
+        check(tmp_path)
+    record = tmp_path / ".snakemake/metadata" / base64.b64encode(output_of(address).encode()).decode()
+    record.parent.mkdir(parents=True)
+    record.touch()
+    check(tmp_path)  # recorded: Snakemake sees the change itself and makes it again
+    mark = tmp_path / ".snakemake/incomplete" / record.name
+    mark.parent.mkdir()
+    mark.touch()
+    with pytest.raises(StudyError, match="with other settings"):
+        check(tmp_path)  # recorded, but by a run before the killed one
+
+
+def test_an_orphan_of_the_same_settings_is_kept(tmp_path: Path) -> None:
+    address = "models/trained/sft"
+    orphan(tmp_path, address, make_plan(study(tmp_path)).artifacts[address]["spec"])
+    check(tmp_path)

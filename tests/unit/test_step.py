@@ -56,8 +56,12 @@ def failing(error: BaseException) -> Callable[[Job], None]:
     return build
 
 
+def drafts() -> list[Path]:
+    return list(OUT.parent.parent.glob(f".{OUT.parent.name}.*.draft*"))
+
+
 def nothing_half_visible() -> bool:
-    return not OUT.parent.exists() and not draft_folder(OUT).exists() and not (WORK / "lease").exists()
+    return not OUT.parent.exists() and not drafts() and not (WORK / "lease").exists()
 
 
 def test_an_artifact_is_made_with_its_facts_and_the_command_in_the_log(start: Callable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +134,7 @@ def test_a_disk_that_fills_while_publishing_leaves_the_old_artifact(start: Calla
     monkeypatch.setattr("llmfusion.artifacts.write_file", full)
     assert start(good, OUT, '{"n":2}') == 1
     assert read(OUT).facts == {"n": 1}
-    assert not draft_folder(OUT).exists()
+    assert not drafts()
 
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), ValueError("a defect"), KeyError("x")])
@@ -152,8 +156,9 @@ def test_sigterm_ends_with_143_and_leaves_nothing(start: Callable) -> None:
 
 
 def test_a_draft_that_a_killed_job_left_is_not_part_of_the_next(start: Callable) -> None:
-    draft_folder(OUT).mkdir(parents=True)
-    (draft_folder(OUT) / "left.txt").write_text("from a killed job")
+    left = draft_folder(OUT, "of a killed job")
+    left.mkdir(parents=True)
+    (left / "left.txt").write_text("from a killed job")
     assert start(good) == 0
     assert list(read(OUT).manifest["files"]) == ["a.txt"]
 
@@ -205,3 +210,16 @@ def test_minutes_and_the_key_of_resume_state_reach_the_build(start: Callable) ->
     assert start(lambda job: seen.append((job.minutes, job.key)), OUT, "{}", "--minutes", "7.5") == 0
     assert seen == [(7.5, digest("{}"))]  # no inputs: the spec alone
     assert step.Job is Job
+
+
+def test_a_writer_that_lost_its_lease_leaves_the_draft_of_the_next_alone(start: Callable, capsys: pytest.CaptureFixture) -> None:
+    theirs = draft_folder(OUT, "another token")
+
+    def build(job: Job) -> None:
+        (WORK / "lease").write_text(json.dumps({"host": "another host", "pid": 1, "token": "another token"}))
+        theirs.mkdir(parents=True)
+        (theirs / "half.txt").write_text("being written")
+
+    assert start(build) == 1
+    assert "took over" in capsys.readouterr().err
+    assert (theirs / "half.txt").read_text() == "being written"

@@ -21,7 +21,7 @@ ROWS = [["base/p", "Pivot", "The pivot", "none", "p"], ["merged/m", "Fused", "A 
 
 
 def job(folder: Path, scale: str = "miniature", **changed: str) -> Job:
-    draft = folder / ".table2.csv.draft"
+    draft = folder / ".table2.csv.token.draft"
     draft.mkdir()
     prints = {f"scores/{m}/{t}": f"{i}" * 64 for i, (m, t) in enumerate(CELLS)}
     asked: dict[str, Any] = {m: {t: prints[f"scores/{m}/{t}"][:16] for t in "ab"} for m in ("base/p", "merged/m")}

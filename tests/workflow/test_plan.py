@@ -60,7 +60,7 @@ def test_the_miniature_study_is_planned_from_any_folder(fresh: Path, tmp_path: P
 
 
 def test_one_cell_needs_only_what_it_is_made_from(fresh: Path) -> None:
-    plan = snakemake(fresh, "--profile", "slurm", "results/scores/merged/rsaf-homogeneous/gsm8k.json", "-n")
+    plan = snakemake(fresh, "--profile", "slurm", "results/scores/merged/rsaf-homogeneous/gsm8k.json", "-f", "-n")
     assert {rule: jobs(plan)[rule] for rule in ("train_model", "merge_models", "answer", "score", "capture_teacher")} == {
         "train_model": 2, "merge_models": 1, "answer": 1, "score": 1, "capture_teacher": 2,
     }  # fmt: skip

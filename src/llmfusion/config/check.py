@@ -7,6 +7,8 @@ from llmfusion.config.data import SampleLayout, TaskLayout
 from llmfusion.config.errors import Key, Problem, nearest
 from llmfusion.config.models import ScratchModel, TrainedModel
 
+COLUMNS = ("category", "label", "method", "models", "model", "scale", "average")
+
 
 class Known:
     """Names the file declares (``raw``), also of entries that are faulty, and the entries that are sound."""
@@ -67,6 +69,8 @@ def _data(known: Known) -> Iterator[Problem]:
             yield Problem((*key, "form"), "test items cannot be trained on; use text or chat")
         yield from _layout(key, dataset, get_args(SampleLayout))
     for key, task in known.entries("tasks"):
+        if key[1] in COLUMNS or str(key[1]).endswith(("_stderr", "_k", "_n")):
+            yield Problem(key, "is the name of a column of every table; take another")
         if task.shots and task.shots_from is None:
             yield Problem((*key, "shots_from"), f"is missing: {task.shots} shots must come from somewhere")
         if task.items.kind == "generated" and task.items.form != "test":
@@ -135,6 +139,11 @@ def _fusions(known: Known) -> Iterator[Problem]:
             for i, source in enumerate(sources):
                 if source == run.init:
                     yield Problem((*key, field, i), f"{source!r} is the model this one starts from; a source must be another model")
+        mix = known.sound.get(("mixes", run.mix))
+        for i, teacher in enumerate(run.teachers):
+            if mix is not None and teacher in known.models and teacher not in mix.tokenizers:
+                text = f"mix {run.mix!r} does not name {teacher!r} under tokenizers: samples that do not fit the teacher would have no states"
+                yield Problem((*key, "teachers", i), text)
         if run.generated and run.teachers:
             yield Problem((*key, "generated"), "cannot go with teachers: their caches hold the mix's own answers, not generated ones")
         if run.fusion is not None and run.fusion.target == "kd" and len(run.teachers) > 1:

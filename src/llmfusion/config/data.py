@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
 Address = Annotated[str, Field(pattern=r"^(base|trained|merged)/[a-z0-9][a-z0-9._-]*$")]
@@ -98,6 +98,19 @@ class Mix(Section):
     seed: int = Field(42, description="seed of the draws and of the order")
 
 
+ITEM_FIELDS = ("question", "choices", "answer", "subject", "solution", "prompt", "entry_point", "test", "task_id", "item")
+
+
+def template_fields(text: str) -> set[str]:
+    """Names a Jinja template reads. Raises ValueError, in the user's words, if it cannot be parsed."""
+    import jinja2.meta
+
+    try:
+        return jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(text))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"is no Jinja template: {error.message}") from None
+
+
 class Task(Section):
     items: Source = Field(description="where the test items come from")
     shots_from: Source | None = Field(None, description="where few-shot examples come from; needed if shots > 0")
@@ -108,3 +121,11 @@ class Task(Section):
     prompt: str | None = Field(None, description="Jinja text of the question with the item's fields; the format has a default")
     max_new_tokens: Positive = Field(256, description="longest generated answer in tokens")
     label: str = Field(description="column header in the table")
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, text: str | None) -> str | None:
+        unknown = sorted(template_fields(text or "") - set(ITEM_FIELDS))
+        if unknown:
+            raise ValueError(f"reads {', '.join(unknown)}; items have: {', '.join(ITEM_FIELDS)} (by layout, docs/extending.md)")
+        return text

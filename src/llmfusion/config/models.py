@@ -5,9 +5,9 @@ Every key has a description; a default, once released, never changes, because ar
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from llmfusion.config.data import Address, Commit, Dataset, Licensed, Mix, Name, Positive, Section, Share, Task
+from llmfusion.config.data import Address, Commit, Dataset, Licensed, Mix, Name, Positive, Section, Share, Task, template_fields
 from llmfusion.config.merging import Merge
 
 
@@ -206,3 +206,12 @@ class Study(Section):
     batches: dict[Name, list[Name]] = Field(min_length=1, description="tasks that one job asks, the model loaded once; each task in exactly one batch")
     models: Models = Field(description="all models, by kind; addressed as KIND/NAME")
     tables: dict[Name, Table] = Field(min_length=1, description="tables: models against tasks")
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template(cls, text: str) -> str:
+        if text != "neutral":
+            if "{{" not in text:
+                raise ValueError(f"got {text!r}; expected neutral, or a Jinja template that prints the messages with {{{{ ... }}}}")
+            template_fields(text)
+        return text

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from llmfusion.config.models import Study
 from llmfusion.config.study import ROOT
 
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")  # never code or pickles
 RECIPES = {
     "dataset": 1, "mix": 1, "tasks": 1, "base": 1, "generate": 1, "capture": 1,
     "train": 1, "merge": 1, "answer": 1, "score": 1, "table": 1,
@@ -156,7 +157,10 @@ def _files(entry: Any) -> list[str]:
     path = getattr(entry, "path", None)
     if path is None:
         return []
-    return [f"{path}/config.json"] if type(entry).__name__ == "PathModel" else [path]
+    if type(entry).__name__ != "PathModel":
+        return [path]
+    names = sorted(p.name for pattern in MODEL_FILES for p in (ROOT / path).glob(pattern))
+    return [f"{path}/{name}" for name in names or ["config.json"]]  # a folder that is not there yet is missed by its config
 
 
 def make_plan(study: Study) -> Plan:

@@ -1,5 +1,6 @@
 """Checks that need what is already on disk: datasets too small for a mix, tokenizers that differ where one is declared."""
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from llmfusion.config.study import ROOT
 def check_staged(file: str | Path, study: Study, plan: Plan) -> None:
     """Compare the study with the manifests that exist. Raises :class:`StudyError`."""
     facts = _Facts(study, plan)
-    problems = [*_too_few_rows(study, facts), *_tokenizers(study, facts)]
+    problems = [*_too_few_rows(study, facts), *_tokenizers(study, facts), *_orphans(facts)]
     if problems:
         raise StudyError(report(str(file), problems, {}))
 
@@ -25,11 +26,8 @@ class _Facts:
         self.directory, self.plan = ROOT / study.directory, plan
 
     def __call__(self, address: str) -> dict[str, Any]:
-        try:
-            manifest = json.loads((self.directory / output_of(address)).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        same = isinstance(manifest, dict) and manifest.get("fingerprint") == self.plan.artifacts[address]["fingerprint"]
+        manifest = _manifest(self.directory / output_of(address))
+        same = manifest.get("fingerprint") == self.plan.artifacts[address]["fingerprint"]
         return manifest.get("facts", {}) if same else {}
 
 
@@ -55,3 +53,28 @@ def _tokenizers(study: Study, facts: _Facts) -> list[Problem]:
             text = f"base/{name} and base/{other} both say vocabulary {word!r}, but their tokenizers differ; give them different words"
             out.append(Problem(("models", "base", name, "vocabulary"), text))
     return out
+
+
+def _orphans(facts: _Facts) -> list[Problem]:
+    """Artifacts of other settings that Snakemake would keep: it was killed before it could record how they were made."""
+    out = []
+    for address, artifact in facts.plan.artifacts.items():
+        path = output_of(address)
+        record = base64.b64encode(path.encode()).decode()
+        state = facts.directory / ".snakemake"
+        unknown = (state / "incomplete" / record).exists() or not (state / "metadata" / record).exists()
+        if len(record) > 255 or not unknown or not (facts.directory / path).exists():
+            continue
+        found = _manifest(facts.directory / path)
+        if found.get("spec") not in (None, artifact["spec"]):
+            text = f"lies in {facts.directory} with other settings than this study's, made by a job whose Snakemake was killed; remove {path} to have it made again"
+            out.append(Problem((), f"{address} {text}"))
+    return out
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((path if path.suffix == ".json" else path.with_suffix(".json")).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -8,6 +8,8 @@ token behind each; they are marked by position, so a pad token equal to the end 
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from llmfusion.data.samples import Sample
 
 NEUTRAL = (
@@ -44,7 +46,7 @@ def prompt_text(messages: list[dict[str, str]], tokenizer: Any) -> str:
 def pieces(sample: Sample, tokenizer: Any) -> list[Piece] | str:
     """Split a sample into prompt and response pieces; every assistant turn is a response.
 
-    Returns a reason instead where the template rewrites earlier turns, so that a prefix of the conversation is no prefix
+    Returns a reason instead where the template refuses the roles, or rewrites earlier turns, so that a prefix of the conversation is no prefix
     of its text.
     """
     if "text" in sample:
@@ -54,7 +56,10 @@ def pieces(sample: Sample, tokenizer: Any) -> list[Piece] | str:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = prompt_text(messages[:i], tokenizer)
+        try:
+            asked = prompt_text(messages[:i], tokenizer)
+        except TemplateError:  # "system role not supported", "roles must alternate"
+            return "template refuses it"
         if not asked.startswith(done):
             return "template rewrites history"
         between = asked[len(done) :].removeprefix(tokenizer.eos_token if out else "")

@@ -60,8 +60,11 @@ def _file(path: Path) -> Iterator[Row]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            yield from batch.to_pylist()
+        try:
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+                yield from batch.to_pylist()
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
         return
     if path.suffix != ".jsonl":
         raise UserError(f"{path}: a file of samples is .jsonl or .parquet")
@@ -76,13 +79,24 @@ def _file(path: Path) -> Iterator[Row]:
             yield row
 
 
+class _MissingColumnError(KeyError):
+    pass
+
+
+class _Columns(dict):
+    """A row whose own missing columns are told apart from keys missing somewhere inside it."""
+
+    def __missing__(self, column: str) -> Any:
+        raise _MissingColumnError(column)
+
+
 def apply_layout(name: str, convert: Callable[[Row], Row | None], row: Row, number: int) -> Row | None:
     """Convert one row; a column that is not there stops everything with the list of those that are."""
     try:
-        return convert(row)
-    except KeyError as error:
+        return convert(_Columns(row))
+    except _MissingColumnError as error:
         raise UserError(f"{name}, row {number}: layout needs column {error}; there are: {', '.join(map(str, row))}") from None
-    except (TypeError, ValueError, AttributeError, IndexError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         return None
 
 

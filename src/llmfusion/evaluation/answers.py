@@ -13,9 +13,10 @@ os.environ["HF_EVALUATE_OFFLINE"] = "1"
 
 import yaml
 
-from llmfusion.artifacts import Artifact
+from llmfusion.artifacts import Artifact, require
 from llmfusion.data.samples import read_jsonl, write_jsonl
 from llmfusion.errors import UserError
+from llmfusion.models.loading import end_tokens
 
 FORMATS = Path(__file__).parent / "tasks"
 Item = dict[str, Any]
@@ -33,9 +34,14 @@ def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: di
     from transformers import GenerationConfig
 
     # settings of our own: the model's may bring a repetition penalty or sampling, and greedy means neither
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
+    for name, task in tasks.items():
+        require(
+            _room(loaded, task) > 0,
+            f"task {name}: max_new_tokens {task.get('max_new_tokens', 256)} fill the model's {loaded.max_length} positions; ask for fewer",
+        )
     manager = TaskManager(include_path=str(FORMATS), include_defaults=False)
     configs = [config(name, task, staged[name]) for name, task in tasks.items()]
     found = simple_evaluate(
@@ -46,12 +52,23 @@ def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: di
     for name, task in tasks.items():
         samples = sorted(found["samples"][name], key=lambda s: s["doc"]["item"])
         rows = [{"item": s["doc"]["item"], "prompt": s["arguments"][0][0], "answer": s["resps"][0][0]} for s in samples]
+        cut = [len(tokenizer(r["prompt"], add_special_tokens=False)["input_ids"]) - _room(loaded, task) for r in rows]
+        if max(cut) > 0:
+            raise UserError(
+                f"task {name}: {sum(c > 0 for c in cut)} of {len(rows)} prompts do not fit the model's {loaded.max_length} positions beside "
+                f"{task.get('max_new_tokens', 256)} new tokens (by up to {max(cut)}); they would be asked without their beginning. Lower shots or max_new_tokens"
+            )
         expected = sum(1 for _ in read_jsonl(staged[name].file("items.jsonl")))
         if len(rows) != expected:
             raise UserError(f"task {name}: {expected} items asked, {len(rows)} answers came back")
         write_jsonl(folder / f"{name}.jsonl", rows)
         facts[name] = {"items": len(rows), "shots": task.get("shots", 0), "format": task["format"], "format_version": found["versions"][name]}
     return {"tasks": facts, "backend": f"lm-eval {metadata.version('lm_eval')} hf", "decoding": "greedy", "batch_size": batch_size}
+
+
+def _room(loaded: Any, task: dict[str, Any]) -> int:
+    """Longest prompt in tokens that leaves room for the answer."""
+    return loaded.max_length - task.get("max_new_tokens", 256)
 
 
 def config(name: str, task: dict[str, Any], staged: Artifact) -> dict[str, Any]:
@@ -78,7 +95,8 @@ def with_shots(items: list[Item], pool: list[Item], count: int, prompt: str, tar
     """Items with a field ``shots``: the first ``count`` examples of the item's subject, asked and answered, blank lines between."""
     import jinja2
 
-    ask_, answer = jinja2.Template(prompt), jinja2.Template(target)
+    strict = jinja2.Environment(undefined=jinja2.StrictUndefined)
+    ask_, answer = strict.from_string(prompt), strict.from_string(target)
     by_subject: dict[str, list[Item]] = {}
     for shot in pool:
         by_subject.setdefault(shot.get("subject", ""), []).append(shot)

@@ -10,21 +10,24 @@ Item = dict[str, Any]
 def letter(text: str, item: Item) -> bool:
     """Whether the right choice was named: by its letter after the last "answer is"; else by the first letter that stands
     alone at a line's start or behind a colon at its end (``B``, ``(B)``, ``B. blue``, ``Answer: B``); else by its text alone."""
-    said = re.findall(r"answer is:?\s*\(?([A-J])\b", text, re.IGNORECASE)
+    text = text.replace("*", "")  # bold
+    said = re.findall(r"(?i:answer is):?\s*\(?([A-J])\b", text)
     alone = re.findall(r"(?:^|:)\s*\(?([A-J])(?:[.)]|\s*$)", text, re.MULTILINE)
-    found = said[-1].upper() if said else alone[0] if alone else None
+    found = said[-1] if said else alone[0] if alone else None
     if found is None:
         return text.strip().lower() == str(item["choices"][item["answer"]]).strip().lower()
     return found == "ABCDEFGHIJ"[item["answer"]]
 
 
 def number(text: str, item: Item) -> bool:
-    """The number behind ``####``, else in the last ``\\boxed{}``, else the last number of the answer, compared as numbers."""
+    """The number behind ``####``, else the last one in the last ``\\boxed{}``, else the last one of the answer, compared as numbers."""
     marked = re.findall(r"####\s*\$?(-?[\d,]*\.?\d+)", text)
-    boxed = last_boxed(text)
-    plain = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    candidates = [*plain[-1:], *([boxed] if boxed is not None else []), *marked[-1:]]
-    return bool(candidates) and _value(candidates[-1]) == _value(str(item["answer"]))
+    in_box = NUMBER.findall(normalise(last_boxed(text) or "").replace("{,}", ","))
+    found = marked[-1:] or in_box[-1:] or NUMBER.findall(text)[-1:]
+    return bool(found) and _value(found[0]) == _value(str(item["answer"]))
+
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
 def _value(text: str) -> float | str:

@@ -25,6 +25,8 @@ from llmfusion.errors import UserError
 from llmfusion.evaluation import candidate
 
 MEMORY = 1 << 30
+DISK = 64 << 20  # of /tmp, which is memory
+WORKS = {"task_id": "", "prompt": "def f(x):\n", "completion": "    return x + 1\n", "entry_point": "f", "test": "def check(f):\n    assert f(1) == 2\n"}
 TOLD = re.compile(r"\w{1,60}( while loading)?|the reply is too long")  # what candidate.py says of itself; anything else is forged
 
 
@@ -59,9 +61,11 @@ def command() -> list[str]:
     for folder in ("/usr", "/lib", "/lib64", "/bin", str(prefix)):
         if Path(folder).exists():
             out += ["--ro-bind", folder, folder]
-    for packages in {*prefix.glob(f"lib/{version}/site-packages"), *Path("/usr/lib/python3").glob("dist-packages"), *Path("/usr/local/lib").glob("python3*")}:
-        out += ["--tmpfs", str(packages)]
-    out += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/tmp", "--ro-bind", candidate.__file__, "/candidate.py"]
+    libraries = {prefix / "lib" / version, *Path("/usr/lib").glob("python3*"), *Path("/usr/local/lib").glob("python3*")}
+    for packages in (folder / name for folder in sorted(libraries) for name in ("site-packages", "dist-packages")):
+        if packages.is_dir():
+            out += ["--size", "1", "--tmpfs", str(packages)]
+    out += ["--proc", "/proc", "--dev", "/dev", "--size", str(DISK), "--tmpfs", "/tmp", "--chdir", "/tmp", "--ro-bind", candidate.__file__, "/candidate.py"]
     return [*out, str(prefix / "bin" / version), "-I", "-S", "-B", "/candidate.py"]
 
 
@@ -173,5 +177,8 @@ def _helpers(prompt: str) -> CodeType:
 def verdicts(tasks: Iterable[dict[str, Any]], jobs: int = 1, timeout: float = 10.0) -> Iterator[dict[str, Any]]:
     """Verdicts of many tasks in their order, ``jobs`` sandboxes at a time."""
     bubblewrap()
+    probe = verdict(WORKS, timeout)
+    if not probe["passed"]:  # else every answer would be scored as wrong
+        raise UserError(f"the sandbox starts, but a right program fails in it ({probe['reason']}); check that {sys.base_prefix} can be read by everybody")
     with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(lambda task: verdict(task, timeout), tasks)

@@ -38,6 +38,8 @@ def header_of(file: Path) -> tuple[dict[str, Any], int]:
             header = json.loads(handle.read(length))
         except ValueError as error:
             raise DamagedError(f"{file}: the header is not JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise DamagedError(f"{file}: the header is no JSON object")
     return header, 8 + length
 
 

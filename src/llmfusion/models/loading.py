@@ -67,6 +67,12 @@ def load_model(model: Artifact, dtype: str) -> Any:
     return loaded.eval()
 
 
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's end token, and those the model's own generation settings add."""
+    more = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
+
+
 def require_finite(model: Any, where: str) -> None:
     """Raise :class:`UserError` naming the first tensor with a NaN or an infinity."""
     import torch

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion.artifacts import require
+from llmfusion.config.plan import MODEL_FILES
 from llmfusion.config.study import ROOT
 from llmfusion.errors import UserError
 from llmfusion.models.loading import load_tokenizer, model_facts
 from llmfusion.step import Job
-
-WANTED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")
 
 
 def hub(job: Job, spec: dict[str, Any]) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def hub(job: Job, spec: dict[str, Any]) -> dict[str, Any]:
     from huggingface_hub import snapshot_download
 
     try:
-        found = snapshot_download(spec["repo"], revision=spec["revision"], allow_patterns=list(WANTED), ignore_patterns=["original/*"])
+        found = snapshot_download(spec["repo"], revision=spec["revision"], allow_patterns=list(MODEL_FILES), ignore_patterns=["original/*"])
     except Exception as error:  # many kinds from many layers; the user needs its words and the way out
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -66,7 +65,7 @@ KINDS: dict[str, Callable[[Job, dict[str, Any]], dict[str, Any]]] = {"hub": hub,
 
 def _take(source: Path, job: Job, spec: dict[str, Any]) -> dict[str, Any]:
     require(source.is_dir(), f"{source}: is no folder")
-    files = sorted({p for pattern in WANTED for p in source.glob(pattern)})
+    files = sorted({p for pattern in MODEL_FILES for p in source.glob(pattern)})
     pickles = sorted(p.name for p in source.glob("*.bin"))
     weights = [p for p in files if p.suffix == ".safetensors"]
     require(bool(weights), f"{source}: has no .safetensors weights{f' (pickled weights are refused: {pickles[0]})' if pickles else ''}")
