@@ -68,7 +68,7 @@ def test_a_flipped_bit_under_an_old_date_is_refused_by_the_next_reader_and_named
     content[-5] ^= 1
     weights.write_bytes(content)
     os.utime(weights, ns=(dates.st_atime_ns, dates.st_mtime_ns))
-    output = snakemake(folder, *PROFILE, TARGET, "-R", "answer", fails=True)
+    output = snakemake(folder, *PROFILE, "results/scores/trained/sft/mmlu.json", "-R", "answer", fails=True)
     assert "trained/sft/model.safetensors: damaged: expected sha256" in output
     assert "Traceback" not in output
     verify = [sys.executable, "-m", "llmfusion.verify", "runs/tiny/results/table2.csv"]
