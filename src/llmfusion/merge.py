@@ -5,7 +5,6 @@ By hand: ``python -m llmfusion.merge --method ta --pivot DIR --models DIR DIR --
 """
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -88,7 +87,7 @@ def parse_options(method: str, pairs: list[str], count: int) -> dict:
     weight = getattr(checked, "weight", None)
     if isinstance(weight, list):
         require(len(weight) == count, f"weight: {len(weight)} values for {count} models; give one value, or one each")
-    return {key: value for key, value in json.loads(json.dumps(dump(checked))).items() if key not in ("pivot", "parents")}
+    return dump(checked, "pivot", "parents")
 
 
 if __name__ == "__main__":

@@ -101,8 +101,7 @@ def _batches(known: Known) -> Iterator[Problem]:
             if home.setdefault(task, str(key[1])) != key[1]:
                 yield Problem((*key, i), f"task {task!r} is already in batch {home[task]!r}; a task is asked in one batch")
     for task in sorted(known.tasks - set(home)):
-        if home or known.sound:
-            yield Problem(("tasks", task), "is in no batch; add it under batches")
+        yield Problem(("tasks", task), "is in no batch; add it under batches")
 
 
 def _tables(known: Known) -> Iterator[Problem]:
@@ -110,7 +109,6 @@ def _tables(known: Known) -> Iterator[Problem]:
         yield from _repeated((*key, "tasks"), table.tasks, "task")
         for i, task in enumerate(table.tasks):
             yield from _missing((*key, "tasks", i), task, known.tasks, "task")
-        yield from _addresses((*key, "rows"), [], known)
         for i, row in enumerate(table.rows):
             yield from _missing((*key, "rows", i, "model"), row.model, known.models, "model")
         labels = [row.model for row in table.rows]

@@ -9,7 +9,6 @@ Address = Annotated[str, Field(pattern=r"^(base|trained|merged)/[a-z0-9][a-z0-9.
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):

@@ -34,7 +34,7 @@ def nearest(name: object, known: Iterable[str], limit: int = 12) -> str:
 
 
 def report(file: str, problems: Iterable[Problem], lines: dict[Key, int]) -> str:
-    """All problems sorted by line, as ``file:line: key: text``."""
+    """All problems sorted by line, as ``file:line: key: text``; without the line where none are known."""
 
     def line(key: Key) -> int:
         while key and key not in lines:
@@ -43,7 +43,7 @@ def report(file: str, problems: Iterable[Problem], lines: dict[Key, int]) -> str
 
     rows = sorted({(line(p.key), _dotted(p.key), p.text) for p in problems})
     head = f"{file}: {len(rows)} mistake{'s' * (len(rows) != 1)}; nothing was started"
-    return "\n".join([head, *(f"  {file}:{number}: {key + ': ' if key else ''}{text}" for number, key, text in rows)])
+    return "\n".join([head, *(f"  {file}{f':{number}' if lines else ''}: {key + ': ' if key else ''}{text}" for number, key, text in rows)])
 
 
 def _dotted(key: Key) -> str:

@@ -31,9 +31,9 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def dump(section: BaseModel, **leave_out: bool) -> dict[str, Any]:
-    """A section as plain data, defaults left out."""
-    return section.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(leave_out) or None)
+def dump(section: BaseModel, *leave_out: str) -> dict[str, Any]:
+    """A section as plain data, without defaults and the fields to ``leave_out``."""
+    return section.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(leave_out))
 
 
 class Plan:
@@ -106,7 +106,7 @@ class Plan:
         return self.add(f"teachers/{model}/{mix}", "capture", body, [self.model(model), self.mix(mix)])
 
     def answers(self, model: str, batch: str) -> str:
-        tasks = {name: dump(self.study.tasks[name], items=True, shots_from=True, label=True) for name in self.study.batches[batch]}
+        tasks = {name: dump(self.study.tasks[name], "items", "shots_from", "label") for name in self.study.batches[batch]}
         body = {"model": model, "tasks": tasks, "answering": dump(self.study.answering), **self.common}
         return self.add(f"answers/{model}/{batch}", "answer", body, [self.model(model), *(self.tasks(t) for t in tasks)])
 

@@ -67,7 +67,7 @@ def _orphans(facts: _Facts) -> list[Problem]:
             continue
         found = _manifest(facts.directory / path)
         if found.get("spec") not in (None, artifact["spec"]):
-            text = f"lies in {facts.directory} with other settings than this study's, made by a job whose Snakemake was killed; remove {path} to have it made again"
+            text = f"lies in {facts.directory} with other settings than this study's, and Snakemake has no record of how it was made (it was killed, perhaps); remove {path} to have it made again"
             out.append(Problem((), f"{address} {text}"))
     return out
 

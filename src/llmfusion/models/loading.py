@@ -18,8 +18,6 @@ from llmfusion.artifacts import Artifact, require
 from llmfusion.data.chat import TEMPLATES
 from llmfusion.errors import DamagedError, UserError
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
     """The model's tokenizer; without a chat template of its own it gets the study's (a name, or Jinja text)."""
