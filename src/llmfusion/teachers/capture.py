@@ -63,6 +63,8 @@ class _Writer:
         self.weight, self.bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         self.embedding = model.get_input_embeddings().weight.detach()
         self.known = min(known, len(self.weight))
+        self.head = self.weight[: self.known].float()  # once: at 8B it takes 2 GB, and every sample needs it
+        self.head_bias = None if self.bias is None else self.bias[: self.known].float()
         self.rows: dict[str, list[Tensor]] = {name: [] for name in TENSORS}
         self.index: list[dict[str, Any]] = []
         self.in_shard, self.shard, self.total = 0, 0, 0
@@ -76,7 +78,7 @@ class _Writer:
         hidden = self.model.base_model(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
         states = [hidden[i, label_rows(e)] for i, (_, e) in enumerate(batch)]
         if self.gap is None:
-            self.gap = self._compare(ids, attention, batch)
+            self.gap = self._compare(ids, attention, hidden, batch)
         for (sample, encoded), rows in zip(batch, states, strict=True):
             self._add_sample(sample, encoded, rows)
 
@@ -84,7 +86,7 @@ class _Writer:
         if self.in_shard and self.in_shard + len(rows) > SHARD_ROWS:
             self._flush()
         labels = torch.tensor(encoded.label_ids, dtype=torch.int32, device=rows.device)
-        stats = statistics(rows, self.weight, self.bias, labels, self.known)
+        stats = statistics(rows, self.head, self.head_bias, labels, self.known)
         for name, tensor in {"hidden": rows, "label_id": labels, **stats}.items():
             self.rows[name].append(tensor.cpu())
         inputs = torch.tensor([encoded.ids[i] for i in label_rows(encoded)], device=rows.device)
@@ -120,15 +122,14 @@ class _Writer:
         spread = {f"std_{name}": moments.std() for name, moments in self.moments.items()}
         return {"samples": len(self.index), "rows": self.total, "rows_of_head": self.known, "logprob_gap": self.gap, **spread}
 
-    def _compare(self, ids: Tensor, attention: Tensor, batch: list[tuple[Sample, Encoded]]) -> float:
+    def _compare(self, ids: Tensor, attention: Tensor, hidden: Tensor, batch: list[tuple[Sample, Encoded]]) -> float:
         """Largest difference between the model's own log-probs of labels and those from states and head, first batch."""
         logits = self.model(input_ids=ids, attention_mask=attention).logits[..., : self.known].float()
-        hidden = self.model.base_model(input_ids=ids, attention_mask=attention).last_hidden_state
         worst = 0.0
         for i, (_, encoded) in enumerate(batch):
             labels = torch.tensor(encoded.label_ids, device=ids.device)
             own = logits[i, label_rows(encoded)].log_softmax(-1).gather(1, labels[:, None])[:, 0]
-            again = statistics(hidden[i, label_rows(encoded)], self.weight, self.bias, labels, self.known)["label_logprob"]
+            again = statistics(hidden[i, label_rows(encoded)], self.head, self.head_bias, labels, self.known)["label_logprob"]
             worst = max(worst, float((own - again).abs().max()))
         require(
             worst < 0.1, f"the states through the saved head miss the model's own log-probabilities by {worst:.3g} nats: its head does more than a linear map"
