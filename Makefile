@@ -9,6 +9,7 @@ BIN := .venv/bin
 .PHONY: table2 test test-all check unit workflow e2e lock schema clean
 
 table2: .venv/ready
+	$(BIN)/python -m llmfusion.check config/mini.yaml
 	$(BIN)/snakemake --profile profiles/mini results/table2.csv
 	@cat runs/mini/results/table2.md
 
