@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from tests.e2e.conftest import ROWS, TARGET, Project
-from tests.project import BIN, ROOT, environment, jobs, outputs, snakemake
+from tests.project import BIN, ROOT, SECRETS, environment, jobs, outputs, snakemake
 
 PROFILE = ("--profile", "profiles/tiny")
 
@@ -80,6 +80,14 @@ def test_results_name_no_place_on_this_machine(made: Path) -> None:
     for name, content in results(made).items():
         assert str(made).encode() not in content, name
         assert str(BIN).encode() not in content, name
+
+
+def test_secrets_of_the_environment_stand_in_no_result_log_or_record(made: Path) -> None:
+    files = [p for p in made.rglob("*") if p.is_file() and not p.is_relative_to(made / "tests")]
+    assert {"results", "logs", ".snakemake"} <= {p.relative_to(made / "runs/tiny").parts[0] for p in files if p.is_relative_to(made / "runs/tiny")}
+    for path in files:
+        content = path.read_bytes()
+        assert [name for name, value in SECRETS.items() if value.encode() in content] == [], path
 
 
 def test_every_cell_says_how_it_was_asked(made: Path) -> None:

@@ -98,3 +98,12 @@ def test_pyyaml_itself_is_left_alone() -> None:
 
     assert yaml.safe_load("no") is False
     assert strict_yaml.load_text("no") == "no"
+
+
+def test_anchors_that_multiply_are_refused_and_not_expanded(tmp_path: Path) -> None:
+    lists = "".join(f"x-{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9) if i else 'x'}]\n" for i in range(12))
+    merges = "x-0: &m0 {a: 1}\n" + "".join(f"x-{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 9)}]}}\n" for i in range(1, 12))
+    for text in (lists, merges):
+        (tmp_path / "bomb.yaml").write_text(text)
+        with pytest.raises(YamlError, match="anchors that repeat anchors make more than 200,000 entries"):
+            load(tmp_path / "bomb.yaml")

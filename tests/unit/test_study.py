@@ -1,14 +1,13 @@
 """One mistake at a time put into the miniature study: refused with key, given value, what is allowed and the nearest name."""
 
-import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from llmfusion.config import StudyError, read_study
 from llmfusion.config.workflow import checked
+from tests.mutations import as_yaml, mutate
 from tests.unit.mini_study import MINI, refusal, small, write
 
 TEXT = MINI.read_text()
@@ -144,43 +143,14 @@ def test_keys_that_begin_with_x_hold_anchors_and_nothing_else(tmp_path: Path) ->
     assert read_study(write(tmp_path, TEXT + "\nx-anything: {a: [1, {b: c}]}\n")) == read_study(MINI)
 
 
-JUNK: list[Any] = [
-    None, True, 0, -1, 1.5, 10**400, 1e308, float("nan"), "", "x", "no", "1e-6", "base/pivot", "a/b/c", "\n", "é", "x" * 300,
-    [], {}, [[]], {"kind": "x"}, {"kind": []}, {"method": {}}, {"target": None}, {"1": 2}, ["base/code", "base/code"],
-]  # fmt: skip
-
-
-def _places(node: Any, path: tuple = ()) -> list[tuple]:
-    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    return [*([path] if path else []), *(p for key, value in inner for p in _places(value, (*path, key)))]
-
-
-def _at(node: Any, path: tuple) -> Any:
-    for key in path:
-        node = node[key]
-    return node
-
-
-def _mutate(data: dict, draw: random.Random) -> None:
-    place = draw.choice(_places(data))
-    holder, key = _at(data, place[:-1]), place[-1]
-    what = draw.choice(["drop", "junk", "rename", "copy"])
-    if what == "rename" and isinstance(holder, dict):
-        holder[draw.choice(["kind", "5", "null", "true", "x/y", f"{key}s"])] = holder.pop(key)
-    elif what == "drop":
-        del holder[key]
-    else:
-        holder[key] = draw.choice(JUNK) if what == "junk" else json.loads(json.dumps(_at(data, draw.choice(_places(data)))))
-
-
 def test_no_mutation_of_a_study_ends_in_anything_but_acceptance_or_a_refusal(tmp_path: Path) -> None:
     """150 random mutations; unquoted keys make ints, nulls and booleans of some."""
     outcomes = {"accepted": 0, "refused": 0}
     for seed in range(150):
         draw, data = random.Random(seed), small()
         for _ in range(draw.randint(1, 3)):
-            _mutate(data, draw)
-        text = json.dumps(data).replace('"5":', "5 :").replace('"null":', "null :").replace('"true":', "true :").replace("NaN", ".nan")
+            mutate(data, draw)
+        text = as_yaml(data)
         try:
             checked(write(tmp_path, text))
             outcomes["accepted"] += 1

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 Path_ = tuple[str | int, ...]
+MAX_NODES = 200_000  # the paper's study has some hundreds
 
 
 class YamlError(Exception):
@@ -53,7 +54,7 @@ def load(path: str | Path) -> tuple[Any, dict[Path_, int]]:
 
     Returns the data and, for every mapping key and list item, its line (from 1) under its path, e.g.
     ``("datasets", "orca", "rows")``. Raises :class:`YamlError` for bad syntax, a second equal key, bytes that are not
-    UTF-8, and ``OSError`` if the file cannot be opened.
+    UTF-8, or anchors that multiply without end, and ``OSError`` if the file cannot be opened.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8")
@@ -63,12 +64,12 @@ def load(path: str | Path) -> tuple[Any, dict[Path_, int]]:
     try:
         loader = _Loader(text)  # looks for characters that are not allowed
         node = loader.get_single_node()
-        problems: list[tuple[int, str]] = []
         lines: dict[Path_, int] = {}
+        walk = _Walk()
         if node is not None:
-            _walk(node, (), lines, problems, set())
-        if problems:
-            raise YamlError(problems)
+            walk.visit(node, (), lines)
+        if walk.problems:
+            raise YamlError(walk.problems)
         return (loader.construct_document(node) if node is not None else None), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -85,42 +86,49 @@ def load_text(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader
 
 
-def _walk(node: yaml.Node, path: Path_, lines: dict, problems: list, open_nodes: set[int]) -> None:
-    """Record lines and find duplicate keys before merge keys are flattened (an override of a merged key is no duplicate)."""
-    if id(node) in open_nodes:
-        problems.append((node.start_mark.line + 1, "an anchor contains itself"))
-        return
-    open_nodes.add(id(node))
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            lines.setdefault((*path, i), item.start_mark.line + 1)
-            _walk(item, (*path, i), lines, problems, open_nodes)
-    elif isinstance(node, yaml.MappingNode):
-        _walk_mapping(node, path, lines, problems, open_nodes)
-    open_nodes.discard(id(node))
+class _Walk:
+    """Records lines and finds duplicate keys before merge keys are flattened (an override of a merged key is no duplicate)."""
 
+    def __init__(self) -> None:
+        self.problems: list[tuple[int, str]] = []
+        self.visited = 0
 
-def _walk_mapping(node: yaml.MappingNode, path: Path_, lines: dict, problems: list, open_nodes: set[int]) -> None:
-    seen: dict[str, int] = {}
-    merges = []
-    for key, value in node.value:
-        line = key.start_mark.line + 1
-        if key.tag.endswith(":merge"):
-            merges.append(value)
-            continue
-        if not isinstance(key, yaml.ScalarNode):
-            problems.append((line, "a key must be a plain word"))
-            continue
-        if key.value in seen:
-            problems.append((line, f"key {key.value!r} again (first on line {seen[key.value]}); keep one"))
-        seen.setdefault(key.value, line)
-        lines[(*path, key.value)] = line
-        _walk(value, (*path, key.value), lines, problems, open_nodes)
-    for merged in merges:
-        for source in merged.value if isinstance(merged, yaml.SequenceNode) else [merged]:
-            if id(source) in open_nodes:
-                problems.append((merged.start_mark.line + 1, "an anchor contains itself"))
-            inherited: dict[Path_, int] = {}
-            _walk(source, path, inherited, [], open_nodes)
-            for inner, line in inherited.items():
-                lines.setdefault(inner, line)
+    def visit(self, node: yaml.Node, path: Path_, lines: dict[Path_, int], above: frozenset[int] = frozenset()) -> None:
+        self.visited += 1
+        if self.visited > MAX_NODES:
+            raise YamlError([(node.start_mark.line + 1, f"anchors that repeat anchors make more than {MAX_NODES:,} entries of this file")])
+        if id(node) in above:
+            self.problems.append((node.start_mark.line + 1, "an anchor contains itself"))
+            return
+        above = above | {id(node)}
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                lines.setdefault((*path, i), item.start_mark.line + 1)
+                self.visit(item, (*path, i), lines, above)
+        elif isinstance(node, yaml.MappingNode):
+            self._mapping(node, path, lines, above)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path_, lines: dict[Path_, int], above: frozenset[int]) -> None:
+        seen: dict[str, int] = {}
+        merges = []
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.tag.endswith(":merge"):
+                merges.append(value)
+                continue
+            if not isinstance(key, yaml.ScalarNode):
+                self.problems.append((line, "a key must be a plain word"))
+                continue
+            if key.value in seen:
+                self.problems.append((line, f"key {key.value!r} again (first on line {seen[key.value]}); keep one"))
+            seen.setdefault(key.value, line)
+            lines[(*path, key.value)] = line
+            self.visit(value, (*path, key.value), lines, above)
+        for merged in merges:
+            for source in merged.value if isinstance(merged, yaml.SequenceNode) else [merged]:
+                inherited: dict[Path_, int] = {}
+                quiet, self.problems = self.problems, []  # what is wrong inside the anchor is told where it stands
+                self.visit(source, path, inherited, above)
+                self.problems = quiet + [p for p in self.problems if "contains itself" in p[1]]
+                for inner, line in inherited.items():
+                    lines.setdefault(inner, line)
