@@ -8,6 +8,7 @@ beside it. A score or a table is the same manifest in a single file, or beside i
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,17 @@ from llmfusion.errors import DamagedError, UserError
 
 REMEMBER_BYTES = 64 * 2**20  # larger files are hashed once a change, smaller ones at every reading
 UNLISTED = {"manifest.json", "provenance.json"}
+
+
+class _Facts(dict[str, Any]):
+    """Facts that name their manifest where one is missing."""
+
+    def __init__(self, facts: dict[str, Any], owner: str):
+        super().__init__(facts)
+        self._owner = owner
+
+    def __missing__(self, key: str) -> Any:
+        raise DamagedError(f"{self._owner} says nothing of {key!r}; it tells: {', '.join(self)}")
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,8 @@ class Artifact:
 
     @property
     def facts(self) -> dict[str, Any]:
-        return self.manifest["facts"]
+        """What its maker found worth knowing; asking for what is not there raises :class:`DamagedError`."""
+        return _Facts(self.manifest["facts"], f"{self.folder}: the manifest of {self.manifest.get('address', 'an artifact')}")
 
     def file(self, name: str) -> Path:
         """Path of one of its files; raises :class:`DamagedError` if the manifest has no such file."""
@@ -79,11 +92,18 @@ def draft_folder(output: Path, token: str) -> Path:
     return place.with_name(f".{place.name}.{token[:12]}.draft")
 
 
+def drafts_of(output: Path) -> list[Path]:
+    """What writers of this artifact have not yet published, or left behind when they were killed."""
+    place = output.parent if output.name == "manifest.json" else output
+    written = [re.escape(path.name) for path in (manifest_of(output), output.with_suffix(".provenance.json"))]  # beside a score or a table
+    of_it = re.compile(rf"\.({re.escape(place.name)}\.[^.]+\.draft(\.old)?|({'|'.join(written)})\.\d+\.tmp)")  # qwen2.5's are not qwen2's
+    return [path for path in place.parent.glob(".*") if of_it.fullmatch(path.name)]
+
+
 def remove_drafts(output: Path) -> None:
     """Remove what killed writers of this artifact left behind; only for the holder of its lease."""
-    place = output.parent if output.name == "manifest.json" else output
-    for draft in place.parent.glob(f".{place.name}.*.draft*"):
-        shutil.rmtree(draft, ignore_errors=True)
+    for path in drafts_of(output):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def sha256_file(path: Path) -> str:
@@ -106,7 +126,7 @@ def read(manifest: str | Path, memory: Path | None = Path("work/verified")) -> A
     for name, expected in listed.items():
         _verify(folder / name, expected, path, memory)
     if path.name == "manifest.json":
-        there = (str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir() and not p.name.startswith("."))
+        there = (str(p.relative_to(folder)) for p in folder.rglob("*") if (p.is_symlink() or not p.is_dir()) and not p.name.startswith("."))
         extra = sorted(name for name in there if name not in listed and name not in UNLISTED)
         if extra:
             raise DamagedError(f"{folder / extra[0]}: not in {path}: a file nobody hashed could change how the rest is read; move it away")
@@ -115,33 +135,59 @@ def read(manifest: str | Path, memory: Path | None = Path("work/verified")) -> A
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        content = json.loads(raw)
     except FileNotFoundError:
-        raise DamagedError(f"{path}: is not there; make it with: snakemake {path}") from None
+        raise DamagedError(f"{path}: is not there; make it with: snakemake {_target(path)}") from None
     except ValueError as error:
         raise DamagedError(f"{path}: is not JSON ({error}); {_remedy(path)}") from None
     if not isinstance(content, dict) or not {"spec", "fingerprint", "inputs", "files", "facts"} <= set(content):
         raise DamagedError(f"{path}: is no manifest of this project; {_remedy(path)}")
-    body = {key: value for key, value in content.items() if key != "sha256"}
-    if content.get("sha256") != digest(canonical(body)):
-        raise DamagedError(f"{path}: its content does not match the sha256 it carries: edited or damaged; {_remedy(path)}")
+    found = _own_sha256(content)
+    if content.get("sha256") != found:
+        told = f"expected {content.get('sha256')}, found {found}"
+        raise DamagedError(f"{path}: its content does not match the sha256 it carries: edited or damaged ({told}); {_remedy(path)}")
+    if raw != (written := _text(content).encode()):
+        raise DamagedError(f"{path}: edited or damaged: expected {len(written)} bytes as they were written, found {len(raw)} others; {_remedy(path)}")
     return content
 
 
-def _verify(path: Path, expected: dict[str, Any], manifest: Path, memory: Path | None) -> None:
+def _own_sha256(content: dict[str, Any]) -> str:
+    """The sha256 that a manifest of this content carries."""
     try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise DamagedError(f"{path}: is missing; {_remedy(manifest)}") from None
+        return digest(canonical({key: value for key, value in content.items() if key != "sha256"}))
+    except ValueError:  # a NaN, which no manifest is written with
+        return "none: it holds a number that is not finite"
+
+
+def _text(content: dict[str, Any]) -> str:
+    """A manifest or a note as it is written."""
+    return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+
+def _verify(path: Path, expected: dict[str, Any], manifest: Path, memory: Path | None) -> None:
+    if not path.is_file():
+        raise DamagedError(f"{path}: is missing: expected a file of {expected['size']} bytes; {_remedy(manifest)}")
+    size = path.stat().st_size
     if size != expected["size"]:
         raise DamagedError(f"{path}: has {size} bytes, expected {expected['size']}; {_remedy(manifest)}")
-    found = _remembered_sha256(path, memory)
+    if _remembered_sha256(path, memory) == expected["sha256"]:
+        return
+    found = sha256_file(path)  # what was remembered may itself be damaged: a sound file is not refused for it
     if found != expected["sha256"]:
         raise DamagedError(f"{path}: damaged: expected sha256 {expected['sha256']}, found {found}; {_remedy(manifest)}")
 
 
 def _remedy(manifest: Path) -> str:
-    return f"make it again with: snakemake {manifest} -f"
+    return f"make it again with: snakemake {_target(manifest)} -f"
+
+
+def _target(manifest: Path) -> Path:
+    """A manifest as Snakemake knows it: from ``results/`` on, wherever the study lies."""
+    try:
+        return Path(*manifest.parts[results_of(manifest) :])
+    except UserError:
+        return manifest
 
 
 def _remembered_sha256(path: Path, memory: Path | None) -> str:
@@ -154,7 +200,7 @@ def _remembered_sha256(path: Path, memory: Path | None) -> str:
         seen = json.loads(note.read_bytes())
         if seen["state"] == state:
             return seen["sha256"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     found = sha256_file(path)
     memory.mkdir(parents=True, exist_ok=True)
@@ -234,8 +280,9 @@ def publish(draft: Draft, output: Path, provenance: dict[str, Any]) -> None:
             if path.stat().st_nlink == 1:  # a linked file is also somebody else's
                 path.chmod(0o644)
             sync(path)
-    manifest = (json.dumps(draft.manifest(), indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
-    note = (json.dumps(provenance, indent=1, sort_keys=True) + "\n").encode()
+    wrong = [name for name, value in draft.facts.items() if not _finite(value)]
+    require(not wrong, f"{draft.address}: {', '.join(wrong)}: a number that is not finite; nothing was published")
+    manifest, note = _text(draft.manifest()).encode(), _text(provenance).encode()
     if output.name == "manifest.json":
         _publish_folder(draft.folder, output.parent, manifest, note)
         return
@@ -244,6 +291,14 @@ def publish(draft: Draft, output: Path, provenance: dict[str, Any]) -> None:
         os.replace(path, output.parent / path.name)
     write_file(output.with_suffix(".provenance.json"), note)
     write_file(manifest_of(output), manifest)
+
+
+def _finite(value: Any) -> bool:
+    """Whether a fact can be written: JSON has no NaN and no infinity."""
+    try:
+        return bool(canonical(value))
+    except ValueError:
+        return False
 
 
 def _publish_folder(draft: Path, target: Path, manifest: bytes, note: bytes) -> None:

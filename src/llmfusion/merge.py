@@ -28,6 +28,7 @@ def build(job: Job) -> None:
     """Merge the parents' deltas over the pivot."""
     spec = job.spec["merge"]
     pivot, parents = job.input(f"models/{spec['pivot']}"), [job.input(f"models/{p}") for p in spec["parents"]]
+    job.need(f"a merge over {spec['pivot']}", sum(path.stat().st_size for path in pivot.folder.glob("*.safetensors")))
     facts = merge(pivot.folder, [p.folder for p in parents], spec["method"], spec, job.folder)
     options = {key: value for key, value in spec.items() if key not in ("method", "pivot", "parents")}
     write_card(job.folder, spec["method"], spec["pivot"], spec["parents"], options)

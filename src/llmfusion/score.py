@@ -4,9 +4,9 @@ import os
 import sys
 from collections import Counter
 
-from llmfusion.data.samples import read_jsonl
+from llmfusion.data.samples import read_jsonl, wrong_answer
 from llmfusion.errors import DamagedError
-from llmfusion.evaluation.grading import GRADERS, Item, program
+from llmfusion.evaluation.grading import GRADERS, Item, items_of, program
 from llmfusion.evaluation.sandbox import verdicts
 from llmfusion.step import Job, run
 from llmfusion.tables.stats import per_cent
@@ -16,10 +16,13 @@ def build(job: Job) -> None:
     """Grade every answer; facts: score in per cent with its standard error, k right of n, and the verdicts as 0s and 1s."""
     spec = job.spec
     answers = job.input(f"answers/{spec['model']}/{spec['batch']}")
-    items = list(read_jsonl(job.input(f"data/tasks/{spec['task']}").file("items.jsonl")))
-    given = list(read_jsonl(answers.file(f"{spec['task']}.jsonl")))
-    if [g["item"] for g in given] != [i["item"] for i in items]:
-        raise DamagedError(f"{answers.folder}: the answers to {spec['task']} are not to the items staged; ask again with -R answer")
+    items = items_of(job.input(f"data/tasks/{spec['task']}"), spec["format"])
+    file = answers.file(f"{spec['task']}.jsonl")
+    given = list(read_jsonl(file, wrong_answer))
+    if len(given) != len(items):
+        raise DamagedError(f"{file}: expected an answer to each of {len(items)} items, found {len(given)}; ask again with -R answer")
+    if spec["task"] not in answers.facts["tasks"]:
+        raise DamagedError(f"{answers.folder}: the manifest does not tell how {spec['task']} was asked; ask again with -R answer")
     right, reasons = _run(items, given) if spec["format"] == "code" else _compare(spec["format"], items, given)
     score, error = per_cent(sum(right), len(right))
     job.facts.update(

@@ -31,12 +31,25 @@ class Job:
     facts: dict[str, Any]
     key: str
     minutes: float | None
+    needs: str = ""  # what need() was told, for the message where the disk fills all the same
 
     def input(self, address: str) -> Artifact:
         """One input by address; a job asked for an artifact its rule did not declare is a defect of the plan."""
         if address not in self.inputs:
             raise UserError(f"{address} is not among this job's inputs: {', '.join(self.inputs)}")
         return self.inputs[address]
+
+    def need(self, what: str, result: int, resume: int = 0) -> None:
+        """Refuse the job (:class:`UserError`) where its result, or its resume state in ``work/``, cannot be written: bytes of both."""
+        self.needs = f"{what} needs {amount(result + resume)}"
+        wanted: dict[int, int] = {}
+        for place, size in ((self.folder, result), (self.work, resume)):
+            device = place.stat().st_dev
+            wanted[device] = wanted.get(device, 0) + size
+            free = shutil.disk_usage(place).free
+            if free < wanted[device]:
+                told = f"{what} needs {amount(wanted[device])}, {amount(free)} are free in {place.parent.resolve()}"
+                raise UserError(f"{told}: free some, or move the study's `directory`. Nothing was made")
 
 
 def run(step: str, build: Callable[[Job], None]) -> int:
@@ -51,9 +64,9 @@ def run(step: str, build: Callable[[Job], None]) -> int:
     parser.add_argument("--inputs", nargs="*", default=[], help="the declared inputs")
     parser.add_argument("--minutes", type=float, default=None, help="time this job has; a training saves before it ends")
     given = parser.parse_args()
-    print("#", shlex.join([*parser.prog.split(), *sys.argv[1:]]), flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        print("#", shlex.join([*parser.prog.split(), *sys.argv[1:]]), flush=True)
         _make(given, build)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -61,16 +74,24 @@ def run(step: str, build: Callable[[Job], None]) -> int:
     except Exception as error:
         if not _disk_full(error):
             raise
-        free = shutil.disk_usage(".").free
-        print(f"error: the disk is full while making {given.out}: {free / 2**20:.0f} MiB free in {Path.cwd()}; free some and run again", file=sys.stderr)
+        needs = "".join(f"{note}; " for note in getattr(error, "__notes__", []))
+        place = next(folder for folder in given.out.absolute().parents if folder.exists())
+        told = f"{needs}{amount(shutil.disk_usage(place).free)} are free in {Path.cwd()}"
+        print(f"error: the disk is full while making {given.out}: {told}; free some and run again", file=sys.stderr)
         return 1
     return 0
 
 
+def amount(size: int) -> str:
+    """A number of bytes as the user is told it."""
+    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"
+
+
 def _disk_full(error: Exception) -> bool:
-    """Also a full quota, and safetensors, whose errors are no OSErrors."""
+    """Also a full quota, and what safetensors and torch raise: no OSErrors, and torch does not tell the cause."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "errno", None) in full or any(os.strerror(number) in str(error) for number in full)
+    told = [*map(os.strerror, full), "PytorchStreamWriter failed writing"]
+    return getattr(error, "errno", None) in full or any(words in str(error) for words in told)
 
 
 def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
@@ -78,19 +99,27 @@ def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
     address = artifacts.address_of(given.out)
     work = Path("work") / address
     with Lease(work / "lease") as lease:
-        inputs = {artifacts.address_of(path): artifacts.read(path) for path in given.inputs if path.startswith("results/")}
+        made = {artifacts.address_of(path): path for path in given.inputs if path.startswith("results/")}
+        for source, path in made.items():
+            _sweep(Path(path), Path("work") / source)
+        inputs = {source: artifacts.read(path) for source, path in made.items()}
         draft = Draft(address, given.spec, inputs, artifacts.draft_folder(given.out, lease.token))
+        artifacts.remove_drafts(given.out)
         if draft.made_already(given.out):
             print(f"{given.out} was finished meanwhile; adopted")
+            _clear(work)
             return
-        artifacts.remove_drafts(given.out)
         draft.folder.mkdir(parents=True)
+        job = Job(json.loads(given.spec), inputs, draft.folder, work, draft.facts, draft.key, given.minutes)
         try:
-            build(Job(json.loads(given.spec), inputs, draft.folder, work, draft.facts, draft.key, given.minutes))
+            build(job)
             lease.check()
             artifacts.publish(draft, given.out, provenance.collect(started))
-        except OSError:
-            lease.check()  # the draft may be gone because another writer took over: then say that
+        except Exception as error:
+            if isinstance(error, OSError):
+                lease.check()  # the draft may be gone because another writer took over: then say that
+            if job.needs and _disk_full(error):
+                error.add_note(job.needs)
             raise
         finally:
             shutil.rmtree(draft.folder, ignore_errors=True)
@@ -102,3 +131,11 @@ def _clear(work: Path) -> None:
     for path in work.iterdir():
         if not path.name.startswith("lease"):
             shutil.rmtree(path) if path.is_dir() else os.unlink(path)
+
+
+def _sweep(output: Path, work: Path) -> None:
+    """Drop what the writer of an input left behind if it was killed after publishing; waits where one still lives."""
+    if artifacts.drafts_of(output) or any(not path.name.startswith("lease") for path in work.glob("*")):
+        with Lease(work / "lease"):
+            artifacts.remove_drafts(output)
+            _clear(work)

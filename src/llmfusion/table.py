@@ -4,9 +4,9 @@ import csv
 import sys
 from typing import Any
 
-from llmfusion.errors import UserError
+from llmfusion.errors import DamagedError, UserError
 from llmfusion.step import Job, run
-from llmfusion.tables.stats import mean
+from llmfusion.tables.stats import mean, per_cent
 
 MINIATURE = "Miniature models on generated tasks: these numbers check the pipeline and are not comparable with any paper's."
 
@@ -16,6 +16,8 @@ def build(job: Job) -> None:
     spec = job.spec
     name = job.folder.name.removeprefix(".").split(".csv.")[0]
     rows = [_row(job, row) for row in spec["rows"]]
+    if "reference" in spec:
+        _compare(rows, spec["reference"])
     with open(job.folder / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -34,6 +36,13 @@ def _row(job: Job, row: list[str]) -> dict[str, Any]:
     return {**out, "average": f"{average:.2f}", "average_stderr": f"{error:.2f}"}
 
 
+def _compare(rows: list[dict[str, Any]], reference: str) -> None:
+    """Add the relative change of each average against the reference row's, in per cent (how the paper states its gains)."""
+    base = next(float(row["average"]) for row in rows if row["model"] == reference)
+    for row in rows:
+        row["gain_percent"] = f"{100 * (float(row['average']) / base - 1):+.2f}" if base else ""
+
+
 def _cell(job: Job, model: str, task: str) -> dict[str, Any]:
     score = job.input(f"scores/{model}/{task}")
     expected = job.spec["cells"][model][task]
@@ -43,12 +52,25 @@ def _cell(job: Job, model: str, task: str) -> dict[str, Any]:
             f"{score.manifest['fingerprint'][:16]}, this study asks for {expected}); a table never mixes them. Make it again with: "
             f"snakemake results/scores/{model}/{task}.json"
         )
-    return score.facts
+    facts = score.facts
+    found = {key: facts[key] for key in ("k", "n", "score", "stderr")}
+    if (wrong := _wrong(**found)) is not None:
+        raise DamagedError(f"results/scores/{model}/{task}.json: {wrong}, found {found}; make it again with: snakemake results/scores/{model}/{task}.json -f")
+    return facts
+
+
+def _wrong(k: Any, n: Any, score: Any, stderr: Any) -> str | None:
+    """What keeps four facts from being a score, or None."""
+    if not (type(k) is type(n) is int and 0 <= k <= n and n > 0):
+        return "expected k right of n items"
+    expected, error = per_cent(k, n)
+    return None if (score, stderr) == (expected, error) else f"expected the score {expected} and its error {error}"
 
 
 def _markdown(spec: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     names = [task for task, _ in spec["tasks"]]
-    head = ["", *(label for _, label in spec["tasks"]), "average"]
+    gains = "gain_percent" in rows[0]
+    head = ["", *(label for _, label in spec["tasks"]), "average", *(["vs " + _label(rows, spec["reference"])] if gains else [])]
     lines = [f"# {spec['title']}", "", *([f"**{MINIATURE}**", ""] if spec["scale"] == "miniature" else [])]
     category = None
     lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
@@ -57,9 +79,13 @@ def _markdown(spec: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             category = row["category"]
             lines.append(f"| **{category}** |" + " |" * (len(head) - 1))
         cells = [f"{row[c]} ±{row[f'{c}_stderr']}" for c in [*names, "average"]]
-        lines.append("| " + " | ".join([row["label"], *cells]) + " |")
+        lines.append("| " + " | ".join([row["label"], *cells, *([f"{row['gain_percent']} %"] if gains else [])]) + " |")
     items = ", ".join(f"{label} n={rows[0][f'{task}_n']}" for task, label in spec["tasks"])
     return "\n".join([*lines, "", f"Per cent right ± one standard error of sampling the items ({items}).", ""])
+
+
+def _label(rows: list[dict[str, Any]], model: str) -> str:
+    return next(row["label"] for row in rows if row["model"] == model)
 
 
 if __name__ == "__main__":

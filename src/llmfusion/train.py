@@ -8,20 +8,22 @@ from llmfusion.step import Job, run
 
 def build(job: Job) -> None:
     """Train from ``init`` on the mix (and on generated answers), with the cached teachers; save a complete checkpoint."""
-    from llmfusion.fusion.sources import CachedSource
-    from llmfusion.fusion.targets import TARGETS
+    from llmfusion.fusion.objective import NAMES
+    from llmfusion.fusion.sources import source_of
     from llmfusion.models.batches import device_of
     from llmfusion.models.loading import load_model, load_tokenizer, save_model
+    from llmfusion.training import checkpoint
     from llmfusion.training.run import Trainee, train
 
     spec = job.spec["run"]
     target = spec.get("fusion", {}).get("target", "kd")
-    require(target in TARGETS, f"fusion target {target!r} is not built in this version; built: {', '.join(TARGETS)}")
+    require(target in NAMES, f"there is no fusion target {target!r}; there are: {', '.join(NAMES)}")
     pivot = job.input(f"models/{spec['init']}")
+    checkpoint.need(job, pivot.facts["parameters"], spec.get("save_dtype", "bfloat16"))
     tokenizer = load_tokenizer(pivot, job.spec.get("chat_template"))
     rows = pivot.facts["vocabulary_size"]
     caches = {name: job.input(f"teachers/{name}/{spec['mix']}") for name in spec.get("teachers", [])}
-    teachers = [CachedSource(name, cache, tokenizer, rows, device_of()) for name, cache in caches.items()]
+    teachers = [source_of(name, cache, tokenizer, rows, device_of(), spec["fusion"]) for name, cache in caches.items()]
     mixes = [job.input(f"data/mix/{spec['mix']}"), *(job.input(f"data/generated/{m}/{spec['mix']}") for m in spec.get("generated", []))]
     model = load_model(pivot, "float32")  # last: everything that can be refused is refused before
     facts = train(job, Trainee(model, tokenizer), spec, mixes, teachers)

@@ -15,8 +15,10 @@ ROWS = ("base/pivot", "base/code", "trained/sft", "trained/seqkd-code", "trained
 def tiny(content: dict[str, Any]) -> None:
     """Shrink the miniature study: two tasks, one source, a few steps."""
     content["directory"] = "runs/tiny"
-    base, trained = content["models"]["base"], content["models"]["trained"]
-    del base["math"], trained["kd-math"]
+    models = content["models"]
+    for kind in models:
+        models[kind] = {name: entry for name, entry in models[kind].items() if f"{kind}/{name}" in ROWS}
+    base, trained = models["base"], models["trained"]
     for run in [*base.values(), *trained.values()]:
         run["steps"] = 30
     trained["sft"]["steps"] = trained["kd-code"]["steps"] = 40

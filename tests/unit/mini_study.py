@@ -11,7 +11,7 @@ import pytest
 from llmfusion.config import ROOT, StudyError, read_study, strict_yaml
 from llmfusion.config.models import Study
 
-MINI = ROOT / "config" / "mini.yaml"
+MINI = ROOT / "tests" / "unit" / "study.yaml"  # a study of its own: what the project ships may grow
 
 
 @cache

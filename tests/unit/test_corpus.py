@@ -25,8 +25,8 @@ def test_all_usable_samples_are_held_and_the_others_counted(mix, tokenizer, samp
     found = {s["id"]: encode(s, tokenizer, 40) for s in samples}
     kept = [i for i, e in found.items() if not isinstance(e, str)]
     corpus = Corpus([short, mix], tokenizer)
-    assert corpus.ids == kept + [s["id"] for s in samples]
-    assert corpus.encoded[: len(kept)] == [found[i] for i in kept]
+    assert [d.sample["id"] for d in corpus.drawn] == kept + [s["id"] for s in samples]
+    assert [d.encoded for d in corpus.drawn[: len(kept)]] == [found[i] for i in kept]
     assert corpus.rejected.counts == {"too long": len(samples) - len(kept)}
     assert len(kept) < len(samples)
 

@@ -1,12 +1,16 @@
 """What every program of the workflow shares: run in this process, in an empty directory."""
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +20,7 @@ from llmfusion.config.plan import digest
 from llmfusion.errors import UserError
 from llmfusion.lease import Lease
 from llmfusion.step import Job, run
+from tests.unit.stand_ins import job
 
 OUT = Path("results/models/base/p/manifest.json")
 WORK = Path("work/models/base/p")
@@ -114,13 +119,14 @@ class SafetensorError(Exception):
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
         OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0: file write failed"),
     ],
 )
 def test_a_full_disk_is_told_with_what_is_free(start: Callable, capsys: pytest.CaptureFixture[str], error: Exception) -> None:
     assert start(failing(error)) == 1
     told = capsys.readouterr().err
     assert told.startswith(f"error: the disk is full while making {OUT}: ")
-    assert "MiB free in" in told
+    assert "iB are free in" in told
     assert "Traceback" not in told
     assert nothing_half_visible()
 
@@ -223,3 +229,151 @@ def test_a_writer_that_lost_its_lease_leaves_the_draft_of_the_next_alone(start: 
     assert start(build) == 1
     assert "took over" in capsys.readouterr().err
     assert (theirs / "half.txt").read_text() == "being written"
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What is free, in bytes, in results/ and in work/."""
+    left = {"results": 0, "work": 0}
+
+    def usage(place: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=left["work" if place.absolute().is_relative_to(Path("work").absolute()) else "results"])
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    return left
+
+
+def needing(result: int, resume: int = 0) -> Callable[[Job], None]:
+    def build(job: Job) -> None:
+        job.need("a model", result, resume)
+        good(job)
+
+    return build
+
+
+def test_a_job_without_room_is_refused_before_it_works_with_what_it_needs_and_what_is_free(
+    start: Callable, capsys: pytest.CaptureFixture[str], free: dict[str, int]
+) -> None:
+    free.update(results=56 * 2**20, work=56 * 2**20)
+    assert start(needing(1234 * 2**20)) == 1
+    told = capsys.readouterr().err
+    assert (
+        told
+        == f"error: a model needs 1,234 MiB, 56 MiB are free in {OUT.parent.parent.resolve()}: free some, or move the study's `directory`. Nothing was made\n"
+    )
+    assert nothing_half_visible()
+
+
+@pytest.mark.parametrize(("result", "resume", "refused"), [(100, 0, False), (101, 0, True), (60, 40, False), (60, 41, True), (0, 100, False), (0, 101, True)])
+def test_result_and_resume_state_share_a_disk(start: Callable, free: dict[str, int], result: int, resume: int, refused: bool) -> None:
+    free.update(results=100, work=100)
+    assert start(needing(result, resume)) == refused
+
+
+def test_on_two_disks_each_must_hold_its_own(start: Callable, free: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = Path.stat
+
+    def another(path: Path, **given: bool) -> object:
+        found = stat(path, **given)
+        return SimpleNamespace(st_dev=-1, st_mode=found.st_mode) if path.name == "p" and "work" in path.parts else found
+
+    free.update(results=100, work=50)
+    monkeypatch.setattr(Path, "stat", another)
+    assert start(needing(100, 50)) == 0
+    shutil.rmtree("results")
+    assert start(needing(100, 51)) == 1
+
+
+def test_a_disk_that_fills_all_the_same_is_told_with_what_was_needed(start: Callable, capsys: pytest.CaptureFixture[str], free: dict[str, int]) -> None:
+    free.update(results=20 * 2**20, work=20 * 2**20)
+
+    def build(job: Job) -> None:
+        job.need("a model", 15 * 2**20)
+        free.update(results=3 * 2**20)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert start(build) == 1
+    assert (
+        capsys.readouterr().err
+        == f"error: the disk is full while making {OUT}: a model needs 15 MiB; 3,072 KiB are free in {Path.cwd()}; free some and run again\n"
+    )
+
+
+def test_a_log_that_cannot_be_written_is_a_failure(start: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115 - closing it would fail, too
+        assert start(never) == 1
+    assert "the disk is full while making" in capsys.readouterr().err
+    assert nothing_half_visible()
+
+
+def test_drafts_of_a_name_that_goes_on_behind_a_dot_are_another_writers(start: Callable) -> None:
+    theirs = draft_folder(Path("results/models/base/p.5/manifest.json"), "0123456789ab")
+    theirs.mkdir(parents=True)
+    (theirs / "half.txt").write_text("being written")
+    assert start(good) == 0
+    assert (theirs / "half.txt").exists()
+
+
+def test_what_a_writer_killed_after_publishing_left_goes_with_the_next_reader_or_writer(start: Callable) -> None:
+    assert start(good) == 0
+    other = Path("results/models/trained/q/manifest.json")
+    for build, out, inputs in ((never, OUT, ()), (good, other, ("--inputs", str(OUT)))):
+        (WORK / "state").mkdir()
+        (WORK / "state/step-00000007.safetensors").write_text("moments")
+        (OUT.parent.with_name(f".{OUT.parent.name}.0123456789ab.draft.old")).mkdir()
+        (WORK / "lease").write_text(json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "started": "1", "token": "killed"}))
+        assert start(build, out, '{"n":1}', *inputs) == 0
+        assert list(WORK.iterdir()) == []
+        assert not drafts()
+
+
+def test_a_score_killed_while_it_was_written_leaves_no_half_of_it(start: Callable) -> None:
+    score = Path("results/scores/base/p/mmlu.json")
+    score.parent.mkdir(parents=True)
+    for name in (".mmlu.json.77.tmp", ".mmlu.provenance.json.77.tmp"):
+        (score.parent / name).write_text("{")
+    (score.parent / ".mmlu.json.notes").write_text("not ours")
+    assert start(lambda job: job.facts.update(score=1.0), score) == 0
+    assert sorted(p.name for p in score.parent.iterdir()) == [".mmlu.json.notes", "mmlu.json", "mmlu.provenance.json"]
+
+
+GIB = 2**30
+BIG = GIB // 12  # parameters whose resume state takes a gibibyte
+
+
+@pytest.mark.parametrize(
+    ("there", "room", "refused", "told"),
+    [(0, GIB, False, True), (0, GIB - 9, True, False), (GIB, 0, True, False), (GIB, GIB // 3, False, True), (0, 3 * GIB, False, False)],
+)
+def test_a_training_needs_room_for_its_model_and_to_be_stopped_once(
+    tmp_path: Path, free: dict[str, int], capsys: pytest.CaptureFixture[str], there: int, room: int, refused: bool, told: bool
+) -> None:
+    from llmfusion.training import checkpoint
+
+    made = job(tmp_path)
+    (made.work / "state").mkdir()
+    with open(made.work / "state/step-00000003.safetensors", "wb") as file:
+        file.truncate(there)  # a sparse file: a state that is there already can be replaced
+    free.update(results=room)
+    with pytest.raises(UserError, match=r"needs .* are free in") if refused else contextlib.nullcontext():
+        checkpoint.need(made, BIG, "float32")
+    assert ("fewer will be kept" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(("room", "kept"), [(3, [1, 2, 3]), (2, [2, 3]), (1, [3]), (0, [3])])
+def test_where_another_state_does_not_fit_the_oldest_give_way_and_the_last_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, kept: list[int]
+) -> None:
+    from llmfusion.training import checkpoint
+
+    for number in (1, 2, 3):
+        (tmp_path / f"step-0000000{number}.safetensors").write_bytes(b"x" * 10)
+
+    def usage(place: Path) -> SimpleNamespace:
+        return SimpleNamespace(free=10 * (room + 1 - len(list(place.iterdir()))))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(UserError, match="resume state needs 0 KiB, 0 KiB are free") if room == 0 else contextlib.nullcontext():
+        checkpoint._make_room(tmp_path, 10)
+    assert [int(p.name[5:13]) for p in sorted(tmp_path.iterdir())] == kept

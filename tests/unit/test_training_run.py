@@ -120,7 +120,7 @@ def first_batch(mix, tokenizer):
 
     corpus = Corpus([mix], tokenizer)
     [(_, numbers)] = corpus.batches(SPEC, 0, 1)
-    return [corpus.ids[i] for i in numbers], [corpus.encoded[i] for i in numbers]
+    return [corpus.drawn[i].sample["id"] for i in numbers], [corpus.drawn[i].encoded for i in numbers]
 
 
 def test_the_loss_is_the_mean_over_the_label_tokens_of_the_whole_batch(start, pivot, teacher, tied_teacher, mix, tokenizer):
@@ -172,3 +172,48 @@ def test_a_loss_that_is_not_a_number_stops_with_step_samples_and_rate(start, mix
     assert "nan" in message
     assert "learning rate 0.01" in message
     assert all(name in message for name in ids)
+
+
+def no_gradient(value):
+    return lambda model: model.model.norm.weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+
+
+def no_logit_of_any_label(model):
+    """Every label is impossible: a loss of plus infinity, not NaN."""
+    weight = model.lm_head.weight.data
+    weight[:, 0] = 0
+    weight[40:, 0] = -torch.inf
+    weight[:40, 1:] = 0
+    model.model.norm.register_forward_hook(lambda module, given, out: torch.cat([torch.ones_like(out[..., :1]), out[..., 1:]], -1))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [(no_gradient(torch.nan), "nan"), (no_gradient(torch.inf), "inf"), (no_logit_of_any_label, "inf")],
+    ids=["gradient not a number", "infinite gradient", "infinite loss"],
+)
+def test_a_gradient_or_loss_that_is_not_finite_stops_the_same_way(start, mix, tokenizer, tmp_path, spoil, found):
+    ids, _ = first_batch(mix, tokenizer)
+    with pytest.raises(UserError) as told:
+        start("wrong", teachers=[], fusion={}, spoil=spoil)
+    message = str(told.value)
+    assert message.startswith(f"step 1 of 12: loss or gradient is {found} at learning rate 0.01; samples ")
+    assert all(name in message for name in ids)
+    assert not list((tmp_path / "wrong" / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["hidden", "entropy"])
+def test_a_teacher_that_turns_out_not_finite_stops_the_same_way(start, teachers, mix, tokenizer, monkeypatch, name):
+    batch = CachedSource.batch
+
+    def spoilt(self, samples, labels):
+        rows = batch(self, samples, labels)
+        getattr(rows, name)[0] = torch.nan
+        return rows
+
+    monkeypatch.setattr(CachedSource, "batch", spoilt)
+    ids, _ = first_batch(mix, tokenizer)
+    with pytest.raises(UserError) as told:
+        start("wrong", teachers=teachers)
+    assert str(told.value).startswith("step 1 of 12: loss or gradient is nan at learning rate 0.01; samples ")
+    assert all(sample in str(told.value) for sample in ids)

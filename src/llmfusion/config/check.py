@@ -112,6 +112,8 @@ def _tables(known: Known) -> Iterator[Problem]:
         for i, row in enumerate(table.rows):
             yield from _missing((*key, "rows", i, "model"), row.model, known.models, "model")
         labels = [row.model for row in table.rows]
+        if table.reference is not None and table.reference not in labels:
+            yield Problem((*key, "reference"), f"{table.reference!r} has no row in this table; {nearest(table.reference, labels)}")
         for i, model in enumerate(labels):
             if model in labels[:i]:
                 yield Problem((*key, "rows", i, "model"), f"model {model!r} has a row already")
@@ -135,7 +137,8 @@ def _fusions(known: Known) -> Iterator[Problem]:
             yield from _addresses((*key, field), sources, known)
             yield from _repeated((*key, field), sources, "source")
             for i, source in enumerate(sources):
-                if source == run.init:
+                frozen_start = field == "teachers" and run.fusion is not None and run.fusion.target == "mince"  # FuseLLM lets the pivot compete
+                if source == run.init and not frozen_start:
                     yield Problem((*key, field, i), f"{source!r} is the model this one starts from; a source must be another model")
         mix = known.sound.get(("mixes", run.mix))
         for i, teacher in enumerate(run.teachers):

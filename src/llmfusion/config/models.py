@@ -113,9 +113,17 @@ BaseModelEntry = Annotated[HubModel | PathModel | GgufModel | ScratchModel, Fiel
 class _Fusion(Section):
     weight: Share = Field(0.5, alias="lambda", description="weight of the fusion term: L = (1 - lambda) SFT + lambda fusion (eq. 7)")
     temperature: float = Field(1.0, gt=0, description="softens teacher and student inside the fusion term only; no T^2 factor")
-    align: Literal["cma"] = Field(
-        "cma", description="teachers of other vocabularies: DSKD with cross-model attention (no effect on teachers that share the vocabulary)"
+    divergence: Literal["forward_kl", "reverse_kl", "js"] = Field(
+        "forward_kl", description="between teacher and student: KL(teacher||student), KL(student||teacher), or Jensen-Shannon"
     )
+    align: Literal["cma", "exact"] = Field(
+        "cma", description="teachers of another vocabulary: cross-model attention (DSKD), or only tokens that cover the same text (DSKDv2)"
+    )
+    score: Literal["projected", "own"] = Field(
+        "projected", description="by what udf and mince judge a teacher of another vocabulary: by its projection, or by its own cached statistics"
+    )
+    projector_lr: float = Field(1e-3, gt=0, lt=1, description="peak learning rate of the projectors, which teachers of another vocabulary need")
+    projector_steps: int = Field(0, ge=0, description="steps of the projectors alone, before the first step")
 
 
 class KdTarget(_Fusion):
@@ -187,6 +195,7 @@ class Row(Section):
 
 class Table(Section):
     tasks: list[Name] = Field(min_length=1, description="columns, in order")
+    reference: Address | None = Field(None, description="the row that averages are compared with, in per cent (the paper: SFT)")
     rows: list[Row] = Field(min_length=1, description="rows, in order")
 
 

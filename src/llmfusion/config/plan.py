@@ -17,7 +17,7 @@ from llmfusion.config.study import ROOT
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")  # never code or pickles
 RECIPES = {
     "dataset": 1, "mix": 1, "tasks": 1, "base": 1, "generate": 1, "capture": 1,
-    "train": 1, "merge": 1, "answer": 1, "score": 1, "table": 1,
+    "train": 1, "merge": 2, "answer": 1, "score": 1, "table": 2,
 }  # fmt: skip
 
 
@@ -125,6 +125,7 @@ class Plan:
         rows = [[row.model, row.category, row.label, *describe(self.study, row.model)] for row in table.rows]
         tasks = [[task, self.study.tasks[task].label] for task in table.tasks]
         body = {"title": self.study.title, "scale": self.study.scale, "tasks": tasks, "rows": rows, "cells": prints}
+        body |= {"reference": table.reference} if table.reference else {}
         return self.add(f"tables/{name}", "table", body, [a for tasks in cells.values() for a in tasks.values()])
 
 
@@ -139,8 +140,8 @@ def describe(study: Study, model: str) -> tuple[str, str]:
     run = study.models.trained[name]
     if run.fusion is None:
         return ("seqkd" if run.generated else "sft"), "+".join(m.split("/")[1] for m in run.generated or [run.init])
-    method = run.fusion.target if len(run.teachers) == 1 else f"unified-{run.fusion.target}"
-    return method, "+".join(m.split("/")[1] for m in run.teachers)
+    sources = [m.split("/")[1] for m in run.teachers if m != run.init]
+    return run.fusion.target if len(sources) == 1 else f"unified-{run.fusion.target}", "+".join(sources)
 
 
 def output_of(address: str) -> str:

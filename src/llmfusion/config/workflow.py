@@ -14,26 +14,6 @@ from llmfusion.config.staged import check_staged
 from llmfusion.config.study import ROOT, read_study
 
 
-def unbuilt(study: Study) -> dict[str, str]:
-    """Models that a study may plan but this version cannot train: artifact address to a sentence that says why."""
-    out = {}
-    for name, run in study.models.trained.items():
-        other = [t for t in run.teachers if vocabulary_of(study, t) != vocabulary_of(study, run.init)]
-        if run.fusion is not None and run.fusion.target == "minilogit":
-            out[f"models/trained/{name}"] = f"trained/{name}: fusion target minilogit"
-        elif other:
-            out[f"models/trained/{name}"] = f"trained/{name}: {', '.join(other)} has another vocabulary than {run.init} (DSKD with cross-model attention)"
-    return out
-
-
-def vocabulary_of(study: Study, model: str) -> str:
-    """The word for a model's vocabulary: declared for staged models, inherited by whatever starts from another model."""
-    kind, name = model.split("/")
-    entry: Any = getattr(study.models, kind)[name]
-    start = getattr(entry, "init", None) or getattr(entry, "pivot", None)
-    return vocabulary_of(study, start) if start else getattr(entry, "vocabulary", model)
-
-
 class StudyPlan:
     """What the Snakefile needs of a study: where it lives, its stages, the names there are, and each artifact's inputs and spec.
 
@@ -41,10 +21,9 @@ class StudyPlan:
     the whole tree at every call: 18 s instead of 3 s to plan 366 jobs.
     """
 
-    def __init__(self, study: Study, plan: Plan, is_dry_run: Callable[[], bool] = lambda: True):
+    def __init__(self, study: Study, plan: Plan):
         artifacts = self._artifacts = plan.artifacts
         self.directory = str(ROOT / study.directory)
-        self._refused, self._is_dry_run = unbuilt(study), is_dry_run
         folders = {
             "data": ("data/dataset/", "data/tasks/", "data/mix/"),
             "teachers": ("teachers/", "data/generated/"),
@@ -60,14 +39,7 @@ class StudyPlan:
 
     def inputs(self, pattern: str) -> Callable[[Any], list[str]]:
         """The input function of artifacts at ``pattern``, e.g. ``scores/{model}/{task}``."""
-
-        def inputs_of(wildcards: Any) -> list[str]:
-            address = pattern.format(**wildcards)
-            if address in self._refused and not self._is_dry_run():
-                raise SystemExit("\n  ".join(["nothing was started; these models are not in this version:", *self._refused.values()]))
-            return self._artifacts[address]["inputs"]
-
-        return inputs_of
+        return lambda wildcards: self._artifacts[pattern.format(**wildcards)]["inputs"]
 
     def spec(self, pattern: str) -> Callable[[Any], str]:
         """The params function that gives the spec of artifacts at ``pattern``."""
@@ -80,17 +52,15 @@ def study_of(workflow: Any) -> StudyPlan:
         *(workflow.overwrite_configfiles or [ROOT / "config/config.yaml"]),
         overrides=workflow.config_settings.config,
         directory=workflow.overwrite_workdir,
-        is_dry_run=lambda: workflow.dryrun,  # known only after the Snakefile has been read
     )
 
 
-def load_study(*files: str | Path, overrides: dict | None = None, directory: object = None, is_dry_run: Callable[[], bool] = lambda: True) -> StudyPlan:
+def load_study(*files: str | Path, overrides: dict | None = None, directory: object = None) -> StudyPlan:
     """Read, check and plan the one study of a run.
 
     Sets the environment of the jobs (PYTHONPATH, PATH). Raises ``SystemExit`` with the whole message for the user: Snakemake shows it without a traceback and starts nothing.
     ``overrides`` and ``directory`` are what ``--config`` and ``--directory`` gave; a study is complete in itself, so both,
-    and several studies at once, are refused. Unless ``is_dry_run()``, a target that needs a model this version cannot make
-    is refused as well, before any job.
+    and several studies at once, are refused.
     """
     os.environ["PYTHONPATH"] = str(ROOT / "src")  # jobs run this clone's code, in the environment that started Snakemake
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
@@ -101,7 +71,7 @@ def load_study(*files: str | Path, overrides: dict | None = None, directory: obj
     if len(files) != 1:
         raise SystemExit("several --configfile given: a study is one file and complete in itself: " + ", ".join(map(str, files)))
     try:
-        return StudyPlan(*checked(files[0]), is_dry_run)
+        return StudyPlan(*checked(files[0]))
     except StudyError as error:
         raise SystemExit(str(error)) from None
 

@@ -37,6 +37,17 @@ class Encoded:
         """Ids of the label tokens in order: row i of a teacher's cache predicts entry i."""
         return [token for token, label in zip(self.ids, self.is_label, strict=True) if label]
 
+    def segments(self) -> tuple[list[int], list[int]]:
+        """For each response: its first row among the label rows, and the token its first label follows."""
+        starts, prompts, row = [], [], 0
+        for position, label in enumerate(self.is_label):
+            if label:
+                if not self.is_label[position - 1]:
+                    starts.append(row)
+                    prompts.append(self.ids[position - 1])
+                row += 1
+        return starts, prompts
+
 
 def prompt_text(messages: list[dict[str, str]], tokenizer: Any) -> str:
     """The text that asks for an answer to ``messages``."""

@@ -14,8 +14,9 @@ os.environ["HF_EVALUATE_OFFLINE"] = "1"
 import yaml
 
 from llmfusion.artifacts import Artifact, require
-from llmfusion.data.samples import read_jsonl, write_jsonl
+from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
+from llmfusion.evaluation.grading import items_of
 from llmfusion.models.loading import end_tokens
 
 FORMATS = Path(__file__).parent / "tasks"
@@ -58,7 +59,7 @@ def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: di
                 f"task {name}: {sum(c > 0 for c in cut)} of {len(rows)} prompts do not fit the model's {loaded.max_length} positions beside "
                 f"{task.get('max_new_tokens', 256)} new tokens (by up to {max(cut)}); they would be asked without their beginning. Lower shots or max_new_tokens"
             )
-        expected = sum(1 for _ in read_jsonl(staged[name].file("items.jsonl")))
+        expected = len(items_of(staged[name], task["format"]))
         if len(rows) != expected:
             raise UserError(f"task {name}: {expected} items asked, {len(rows)} answers came back")
         write_jsonl(folder / f"{name}.jsonl", rows)
@@ -77,9 +78,9 @@ def config(name: str, task: dict[str, Any], staged: Artifact) -> dict[str, Any]:
 
     base = yaml.safe_load((FORMATS / f"{task['format']}.yaml").read_text())
     text = task.get("prompt", base["doc_to_text"])
-    items = list(read_jsonl(staged.file("items.jsonl")))
+    items = items_of(staged, task["format"])
     if task.get("shots", 0):
-        items = with_shots(items, list(read_jsonl(staged.file("shots.jsonl"))), task["shots"], text, base["doc_to_target"])
+        items = with_shots(items, items_of(staged, task["format"], "shots"), task["shots"], text, base["doc_to_target"])
         text = "{{ shots }}" + text
     return {
         **base,

@@ -4,7 +4,38 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from llmfusion.artifacts import Artifact
+from llmfusion.data.samples import read_jsonl
+from llmfusion.errors import DamagedError
+
 Item = dict[str, Any]
+FIELDS: dict[str, dict[str, type]] = {  # what a format's default prompt and grader read
+    "letter": {"question": str, "choices": list, "answer": int},
+    "number": {"question": str, "answer": str},
+    "boxed": {"question": str, "answer": str},
+    "code": {"prompt": str, "test": str, "entry_point": str},
+}
+
+
+def items_of(task: Artifact, kind: str, name: str = "items") -> list[Item]:
+    """All items of a staged task (or its ``shots``). Raises :class:`DamagedError` for one its format cannot use, or for too few."""
+    file = task.file(f"{name}.jsonl")
+    items = list(read_jsonl(file))
+    for number, item in enumerate(items, 1):
+        if (wrong := _wrong(item, kind)) is not None:
+            raise DamagedError(f"{file}, line {number}: {wrong}")
+    if len(items) != task.facts[name]:
+        raise DamagedError(f"{file}: expected {task.facts[name]} lines as the manifest tells, found {len(items)}")
+    return items
+
+
+def _wrong(item: Item, kind: str) -> str | None:
+    for key, expected in FIELDS.get(kind, {}).items():
+        if not isinstance(item.get(key), expected):
+            return f"{key}: a task of format {kind!r} needs {expected.__name__}, found {item.get(key)!r:.60}"
+    if kind == "letter" and not 0 <= item["answer"] < len(item["choices"]) <= 10:
+        return f"answer: expected the number of one of {len(item['choices'])} choices (10 at most), found {item['answer']}"
+    return None
 
 
 def letter(text: str, item: Item) -> bool:

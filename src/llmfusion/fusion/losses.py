@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from llmfusion.fusion.divergences import Divergence, forward_kl
+
 
 class TeacherRows(Protocol):
     """One teacher's view of the N label tokens of a batch."""
@@ -43,12 +45,14 @@ def fused_loss(
     weights: Tensor | None = None,
     lam: float = 0.0,
     temperature: float = 1.0,
+    divergence: Divergence = forward_kl,
 ) -> FusedLoss:
-    """``sum_t (1 - lam) CE(y_t, p) + lam sum_k w_tk KL(P^k_T || p_T)``, p = softmax(hidden head^T + bias), in float32.
+    """``sum_t (1 - lam) CE(y_t, p) + lam sum_k w_tk D(P^k_T, p_T)``, p = softmax(hidden head^T + bias), in float32.
 
     ``hidden (N, d)`` are the student's final states at the positions that predict ``labels (N,)``, ``head (V, d)``,
     ``weights (N, K)`` from a target (:mod:`llmfusion.fusion.targets`; InfiFusion eq. 7). The temperature
-    softens both sides of the KL only, without a factor T^2. Divide by the global count of label tokens to get the mean.
+    softens both sides of D only, without a factor T^2; D is KL(P || p) or another of :mod:`llmfusion.fusion.divergences`. Divide
+    by the global count of label tokens to get the mean.
     """
     logits = functional.linear(hidden, head, bias).float()  # (N, V)
     sft = functional.cross_entropy(logits, labels, reduction="sum")
@@ -59,10 +63,6 @@ def fused_loss(
     crosses = []
     for k, teacher in enumerate(teachers):
         log_q = teacher.log_probs(slice(0, len(labels)), temperature)  # (N, V)
-        q = log_q.exp()
-        known = torch.isfinite(log_q)
-        cross = -(q * log_p).sum(-1)  # (N,)
-        negative_entropy = (q * log_q.masked_fill(~known, 0)).sum(-1)
-        fusion = fusion + (weights[:, k] * (cross + negative_entropy)).sum()
-        crosses.append(cross.detach())
+        fusion = fusion + (weights[:, k] * divergence(log_q, log_p)).sum()
+        crosses.append(-(log_q.exp() * log_p.detach()).sum(-1))
     return FusedLoss((1 - lam) * sft + lam * fusion, sft.detach(), fusion.detach(), torch.stack(crosses, 1))

@@ -1,6 +1,7 @@
 """Where a teacher's distributions come from during training. All sources share one face, :class:`Source`."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -8,10 +9,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from llmfusion.artifacts import Artifact
+from llmfusion.data.chat import Encoded
+from llmfusion.data.samples import Sample
 from llmfusion.errors import UserError
+from llmfusion.fusion.dskd import DualSpace, OwnScores, Projectors, StudentTokens, TeacherSpace, TeacherTokens, dual_space, input_ids
 from llmfusion.fusion.losses import TeacherRows
 from llmfusion.models.loading import load_tokenizer, vocabulary_sha256
-from llmfusion.teachers.cache import Cache
+from llmfusion.teachers.alignment import join, partners, responses, row_spans, spread, token_bytes
+from llmfusion.teachers.cache import Cache, response_sha256
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A sample of a batch, as it is and as the student reads it."""
+
+    sample: Sample
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class View:
+    """A teacher at the N label rows of a batch; ``space`` holds the terms of a teacher that had to be projected."""
+
+    rows: TeacherRows
+    space: DualSpace | None = None
 
 
 class Source(Protocol):
@@ -19,8 +40,16 @@ class Source(Protocol):
 
     name: str
 
-    def batch(self, samples: Sequence[str], labels: Sequence[Sequence[int]]) -> TeacherRows:
-        """The rows of these samples, in order; ``labels`` are the student's label ids of each."""
+    def projectors(self, width: int) -> Projectors | None:
+        """New projectors into a student's space of ``width``, for a teacher that needs them."""
+        ...
+
+    def view(self, drawn: Sequence[Drawn], student: StudentTokens, projectors: Projectors | None, temperature: float) -> View:
+        """The teacher at the label rows of these samples, in order."""
+        ...
+
+    def rows_of(self, drawn: Sequence[Drawn]) -> int:
+        """The teacher's own number of label rows in these samples."""
         ...
 
 
@@ -44,17 +73,14 @@ class HiddenRows:
 class CachedSource:
     """A teacher that shares the student's vocabulary, from its cache of final hidden states.
 
-    Raises :class:`UserError` if the vocabularies differ: such a teacher needs a projection into the student's space.
+    Raises :class:`UserError` if the vocabularies differ: such a teacher is a :class:`ProjectedSource`.
     """
 
     def __init__(self, name: str, cache: Artifact, tokenizer: Any, vocabulary: int, device: str):
         self.name, self.cache, self.device = name, Cache(cache), device
         other = load_tokenizer(cache, None)
         if vocabulary_sha256(other) != vocabulary_sha256(tokenizer):
-            raise UserError(
-                f"teacher {name} has another vocabulary than the student ({len(other)} and {len(tokenizer)} tokens, {cache.folder}): fusing across "
-                "vocabularies (DSKD with cross-model attention) is not in this version; take a teacher with the student's tokenizer"
-            )
+            raise UserError(f"teacher {name} has another vocabulary than the student ({len(other)} and {len(tokenizer)} tokens, {cache.folder})")
         self.vocabulary = vocabulary
         head, bias = self.cache.head()
         self.head = head.float().to(device)
@@ -64,6 +90,17 @@ class CachedSource:
         self.shared = torch.tensor(shared, device=device)
         self.all_shared = len(shared) == self.cache.facts["rows_of_head"]
         self.end, self.other_end = tokenizer.eos_token_id, other.eos_token_id
+
+    def projectors(self, width: int) -> None:
+        """None: what it says is in the student's vocabulary already."""
+
+    def view(self, drawn: Sequence[Drawn], student: StudentTokens, projectors: Projectors | None, temperature: float) -> View:
+        """Its exact distributions over the tokens both know."""
+        return View(self.batch([d.sample["id"] for d in drawn], [d.encoded.label_ids for d in drawn]))
+
+    def rows_of(self, drawn: Sequence[Drawn]) -> int:
+        """The student's: they share label positions."""
+        return sum(len(d.encoded.label_ids) for d in drawn)
 
     def batch(self, samples: Sequence[str], labels: Sequence[Sequence[int]]) -> HiddenRows:
         """Rows of the given samples; raises :class:`UserError` naming a sample the cache lacks or labels differently."""
@@ -92,3 +129,74 @@ class CachedSource:
         known = log_q.gather(1, labels[:, None])[:, 0]
         rows.mask = rows.mask * known.isfinite()
         rows.cross_entropy = -known.masked_fill(known.isinf(), 0)
+
+
+class ProjectedSource:
+    """A teacher of another vocabulary, projected into the student's space (:mod:`llmfusion.fusion.dskd`).
+
+    ``align: cma`` lets attention find which rows belong together; ``exact`` takes rows whose labels cover the same text.
+    ``score: own`` scores the teacher by its cached statistics instead of by its projection.
+    """
+
+    def __init__(self, name: str, cache: Artifact, tokenizer: Any, device: str, align: str = "cma", score: str = "projected"):
+        self.name, self.cache, self.device, self.exact, self.own = name, Cache(cache), device, align == "exact", score == "own"
+        head, bias = self.cache.head()
+        facts, known = cache.facts, cache.facts["rows_of_head"]
+        bias = None if bias is None else bias[:known].float().to(device)
+        stds = [facts[f"std_{name}"] for name in ("index_embedding", "target_embedding", "hidden")]
+        self.space = TeacherSpace(head[:known].float().to(device), bias, self.cache.embedding().float().to(device), *stds)
+        if self.exact or self.own:
+            self.pieces, self.student_pieces = token_bytes(load_tokenizer(cache, None)), token_bytes(tokenizer)
+        self._spans: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def projectors(self, width: int) -> Projectors:
+        """Fresh ones; cross-model attention needs a query, exact alignment none."""
+        return Projectors(width, self.space.head.shape[1], attention=not self.exact)
+
+    def rows_of(self, drawn: Sequence[Drawn]) -> int:
+        """Label rows of its own tokenisation, from the cache's index."""
+        return sum(self.cache.entry(d.sample["id"])["length"] for d in drawn)
+
+    def view(self, drawn: Sequence[Drawn], student: StudentTokens, projectors: Projectors | None, temperature: float) -> View:
+        """Its projection at the student's rows, with the terms that train the projectors."""
+        assert projectors is not None
+        entries = [self._entry(d) for d in drawn]
+        found = [self.cache.rows(d.sample["id"]) for d in drawn]
+        labels = [rows["label_id"].long() for rows in found]
+        inputs = [input_ids(y, e["segment_starts"], e["segment_prompts"]) for y, e in zip(labels, entries, strict=True)]
+        sizes = [len(y) for y in labels]
+        hidden, x, y = (torch.cat(parts).to(self.device) for parts in ([rows["hidden"] for rows in found], inputs, labels))
+        teacher = TeacherTokens(self.space, hidden, x, y, sizes)
+        spans = [self._spans_of(d, y, e) for d, y, e in zip(drawn, labels, entries, strict=True)] if self.exact or self.own else []
+        matched = join([partners(ours, theirs) for ours, theirs in spans], sizes).to(self.device) if self.exact else None
+        own = self._own(spans, found) if self.own else None
+        space = dual_space(projectors, student, teacher, temperature, matched, own)
+        return View(space.rows, space)
+
+    def _entry(self, drawn: Drawn) -> dict[str, Any]:
+        entry = self.cache.entry(drawn.sample["id"])
+        if entry["response_sha256"] != response_sha256(drawn.sample):
+            raise UserError(f"teacher {self.name}: sample {drawn.sample['id']}: its cached response is not the mix's; capture it again")
+        return entry
+
+    def _spans_of(self, drawn: Drawn, labels: Tensor, entry: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Byte spans of the student's and of the teacher's label rows; they never change, so they are kept."""
+        name = drawn.sample["id"]
+        if name not in self._spans:
+            texts = responses(drawn.sample)
+            ours = row_spans(self.student_pieces, drawn.encoded.label_ids, drawn.encoded.segments()[0], texts)
+            self._spans[name] = ours, row_spans(self.pieces, labels.tolist(), entry["segment_starts"], texts)
+        return self._spans[name]
+
+    def _own(self, spans: Sequence[tuple[Tensor, Tensor]], found: Sequence[dict[str, Tensor]]) -> OwnScores:
+        values = [torch.stack([rows["entropy"], -rows["label_logprob"]], 1) for rows in found]  # (M, 2) a sample
+        parts = [spread(ours, theirs, said) for (ours, theirs), said in zip(spans, values, strict=True)]
+        scores, mask = (torch.cat(column).to(self.device) for column in zip(*parts, strict=True))
+        return OwnScores(scores[:, 0], scores[:, 1], mask)
+
+
+def source_of(name: str, cache: Artifact, tokenizer: Any, vocabulary: int, device: str, fusion: dict[str, Any]) -> Source:
+    """The source that a teacher's vocabulary asks for, with the fusion's options for projected ones."""
+    if vocabulary_sha256(load_tokenizer(cache, None)) == vocabulary_sha256(tokenizer):
+        return CachedSource(name, cache, tokenizer, vocabulary, device)
+    return ProjectedSource(name, cache, tokenizer, device, fusion.get("align", "cma"), fusion.get("score", "projected"))

@@ -92,6 +92,7 @@ def _merged(
         rounded = widen(np.frombuffer(content, np.uint8), layout[name][0])
         report.append(
             {"tensor": name, "values": theta.size, "changed": float(np.mean(rounded != theta)) if theta.size else 0.0,
+             "nonzero": " ".join(f"{np.count_nonzero(d) / max(d.size, 1):.6g}" for d in deltas),
              "delta_norms": " ".join(f"{float(np.linalg.norm(d)):.6g}" for d in deltas), "merged_norm": f"{float(np.linalg.norm(rounded - theta)):.6g}", **notes}
         )  # fmt: skip
         yield name, content

@@ -45,7 +45,9 @@ def ties(theta: Array, deltas: Array, options: dict[str, Any]) -> Merged:
     total, share = (weights * kept * agree).sum(0), (weights * agree).sum(0)
     if options.get("normalize", True):
         total /= np.where(share == 0, np.float32(1), share)
-    return theta + np.float32(options.get("lambda", 1.0)) * total, {}
+    energy = float((deltas.astype(np.float64) ** 2).sum())
+    notes = {"k": float(count), "kept_energy": float((kept.astype(np.float64) ** 2).sum()) / energy if energy else 0.0}
+    return theta + np.float32(options.get("lambda", 1.0)) * total, notes
 
 
 def sce(theta: Array, deltas: Array, options: dict[str, Any]) -> Merged:
@@ -55,7 +57,8 @@ def sce(theta: Array, deltas: Array, options: dict[str, Any]) -> Merged:
     count = int(options.get("tau", 0.1) * np.count_nonzero(variance))
     selected = top(variance, count) if count else np.zeros(theta.shape, bool)
     masks = np.broadcast_to(selected if len(deltas) > 1 else np.ones(theta.shape, bool), deltas.shape)
-    return _combine(theta, deltas, masks, options)
+    merged, notes = _combine(theta, deltas, masks, options)
+    return merged, {"k": float(masks[0].sum()), **notes}
 
 
 def rsaf(theta: Array, deltas: Array, options: dict[str, Any]) -> Merged:

@@ -1,7 +1,8 @@
 """safetensors without torch: headers, memory-mapped tensors as float32, and writing a file tensor by tensor."""
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from llmfusion.errors import DamagedError
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 OVERFLOW = {"F32": float("inf"), "BF16": (2 - 2.0**-8) * 2.0**127, "F16": 65520.0}  # the least that rounds to infinity
 HEADER_LIMIT = 100 * 2**20
+SIZES = {"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,46 @@ def header_of(file: Path) -> tuple[dict[str, Any], int]:
 
 def entries_of(folder: Path) -> dict[str, Entry]:
     """All tensors of a checkpoint folder by name, in the order of files and offsets."""
+    return entries_in(sorted(folder.glob("*.safetensors")))
+
+
+def entries_in(files: Iterable[Path]) -> dict[str, Entry]:
+    """All tensors of some safetensors files by name. Raises :class:`DamagedError` naming file and tensor where a header cannot be right."""
     out: dict[str, Entry] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        header, base = header_of(file)
-        tensors = [(name, info) for name, info in header.items() if name != "__metadata__"]
-        for name, info in sorted(tensors, key=lambda item: item[1]["data_offsets"]):
-            start, end = info["data_offsets"]
-            if base + end > file.stat().st_size:
-                raise DamagedError(f"{file}: tensor {name} ends at byte {base + end}, the file at {file.stat().st_size}: truncated")
+    for file in files:
+        for name, entry in _entries(file):
             if name in out:
                 raise DamagedError(f"{file}: tensor {name} is also in {out[name].file.name}: which one counts is not told")
-            out[name] = Entry(file, info["dtype"], tuple(info["shape"]), base + start, base + end)
+            out[name] = entry
     return out
+
+
+def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
+    """Tensors of one file in the order of their bytes, which leave no gap and no rest."""
+    header, at = header_of(file)
+    base, size = at, file.stat().st_size
+    tensors = [(name, _entry(file, name, info, base)) for name, info in header.items() if name != "__metadata__"]
+    for name, entry in sorted(tensors, key=lambda pair: (pair[1].start, pair[1].end)):
+        if entry.end > size:
+            raise DamagedError(f"{file}: tensor {name} ends at byte {entry.end}, the file at {size}: truncated")
+        if entry.start != at:
+            raise DamagedError(f"{file}: tensor {name} begins at byte {entry.start}, expected {at}: the header is damaged")
+        at = entry.end
+        yield name, entry
+    if at != size:
+        raise DamagedError(f"{file}: has {size} bytes, its tensors end at {at}: the header is damaged")
+
+
+def _entry(file: Path, name: str, info: Any, base: int) -> Entry:
+    try:
+        dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
+        start, end = (int(n) for n in info["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise DamagedError(f"{file}: tensor {name}: the header tells no dtype, shape and offsets: {info!r}") from None
+    expected = SIZES.get(dtype, 0) * math.prod(shape)
+    if start > end or min([start, *shape]) < 0 or (dtype in SIZES and end - start != expected):
+        raise DamagedError(f"{file}: tensor {name}: {dtype} {list(shape)} takes {expected} bytes, the header gives it {start} to {end}")
+    return Entry(file, dtype, shape, base + start, base + end)
 
 
 def raw(entry: Entry) -> NDArray[np.uint8]:

@@ -1,12 +1,13 @@
 """Load and save models and tokenizers with the checks transformers leaves out.
 
-transformers loads a checkpoint with a missing tensor (filled at random), an extra one or a NaN without an error. Here the
-files are verified against the manifest first (:func:`llmfusion.artifacts.read`), no tensor may be missing or unexpected,
-and all values must be finite. Remote code is never run and pickled weights are never read.
+transformers loads a checkpoint with a missing tensor (filled at random), an extra one, one of integers or a NaN without an
+error. Here the files are verified against the manifest first (:func:`llmfusion.artifacts.read`), no tensor may be missing,
+unexpected or of another kind, and all values must be finite. Remote code is never run and pickled weights are never read.
 """
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from llmfusion.artifacts import Artifact, require
 from llmfusion.data.chat import TEMPLATES
 from llmfusion.errors import DamagedError, UserError
+from llmfusion.merging.tensors import FLOATS, Entry, entries_in
 
 
 def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
@@ -25,44 +27,140 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
 
     folder = model.folder if isinstance(model, Artifact) else model
     settings = folder / "tokenizer_config.json"
-    name = json.loads(settings.read_bytes()).get("tokenizer_class") or "" if settings.exists() else ""
-    kind: Any = getattr(transformers, name, None) or transformers.AutoTokenizer  # the class itself: Auto imports every family
-    tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    name = _object(settings).get("tokenizer_class") if settings.exists() else None
+    kind: Any = _class(name, transformers.PreTrainedTokenizerBase) or transformers.AutoTokenizer  # the class itself: Auto imports every family
+    try:
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+            raise TypeError(f"{settings.name} names {name!r}, which is no tokenizer")
+    except Exception as error:  # tokenizers raises bare ones
+        raise _cannot(folder, "tokenizer", error) from error
     require(tokenizer.eos_token_id is not None, f"{folder}: the tokenizer has no end token (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: labels are marked by position, never by id
     if not tokenizer.chat_template:
         tokenizer.chat_template = TEMPLATES.get(chat_template or "neutral", chat_template)
+    _check_template(tokenizer, folder)
     return tokenizer
+
+
+def _check_template(tokenizer: Any, folder: Path) -> None:
+    """Raise :class:`UserError` for a chat template that is no Jinja; what it makes of roles is found sample by sample."""
+    import jinja2
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{folder}: the chat template, line {error.lineno}: {error.message}") from None
+    except jinja2.TemplateError:
+        pass
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises :class:`DamagedError`."""
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise DamagedError(f"{file}: expected JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DamagedError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def _class(name: Any, base: type) -> Any:
+    """The class of transformers with this name if it is a ``base``, else None."""
+    import transformers
+
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, base) else None
+
+
+def _cannot(folder: Path, what: str, error: Exception) -> UserError:
+    """What to raise where transformers fails: the file that is no JSON if there is one, else transformers' own words."""
+    for file in sorted(folder.glob("*.json")):
+        try:
+            json.loads(file.read_bytes())
+        except ValueError as wrong:
+            return DamagedError(f"{file}: expected JSON: {wrong}")
+    told = " ".join(str(error).split())[:400]
+    return UserError(f"{folder}: the {what} cannot be loaded: {type(error).__name__}: {told}")
 
 
 def load_model(model: Artifact, dtype: str) -> Any:
     """The model of a verified artifact in ``dtype`` (float32 or bfloat16), in eval mode, on the CPU.
 
-    Raises :class:`DamagedError` for missing, unexpected or misshapen tensors, :class:`UserError` for values that are not
-    finite and for what transformers cannot load without running code or unpickling from the checkpoint.
+    Raises :class:`DamagedError` naming the file for what its weights or settings cannot be: headers, tensors missing,
+    unexpected, of another shape or kind of number, values that are not finite; :class:`UserError` for what transformers
+    cannot load without running code or unpickling from the checkpoint.
     """
     import torch
+
+    kind, entries = _kind(model), _weights(model)
+    try:
+        loaded, info = kind.from_pretrained(
+            model.folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            ignore_mismatched_sizes=True, output_loading_info=True,  # mismatches are told, and refused below with all others
+        )  # fmt: skip
+    except Exception as error:  # many kinds from many layers
+        raise _cannot(model.folder, "model", error) from error
+    state = loaded.state_dict()
+    wrong = [*_wrong_names(loaded, info), *_wrong_kinds(state, entries)]
+    if wrong:
+        raise DamagedError(f"{_files(model, entries)}: tensors that are not what the model needs ({len(wrong)}): {'; '.join(wrong[:5])}")
+    if (bad := not_finite(state)) is not None:
+        raise DamagedError(f"{entries[bad].file if bad in entries else model.folder}: tensor {bad} is not finite: it holds a NaN or an infinity")
+    return loaded.eval()
+
+
+def _kind(model: Artifact) -> Any:
+    """The class of transformers that ``config.json`` names; where there is one, an auto_map beside it is not followed."""
     import transformers
 
-    model.file("config.json")
-    config = json.loads((model.folder / "config.json").read_bytes())
-    name = (config.get("architectures") or ["?"])[0]
-    kind: Any = getattr(transformers, name, None)  # where transformers has the class, an auto_map beside it is not followed
+    config = _object(model.file("config.json"))
+    for file in ("generation_config.json", "model.safetensors.index.json"):
+        if (model.folder / file).exists():
+            _object(model.file(file))  # transformers goes on without settings that it cannot read
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else "?"
+    kind = _class(name, transformers.PreTrainedModel)
     code = "; code from its repository (auto_map) is never run" if "auto_map" in config else ""
     require(kind is not None, f"{model.folder}: transformers {transformers.__version__} has no class {name!r}{code}; take a model transformers knows")
-    require(any(model.folder.glob("*.safetensors")), f"{model.folder}: has no .safetensors weights; pickled weights are never read")
-    loaded, info = kind.from_pretrained(
-        model.folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True,
-        ignore_mismatched_sizes=True, output_loading_info=True,  # mismatches are told, and refused below with all others
-    )  # fmt: skip
+    return kind
+
+
+def _weights(model: Artifact) -> dict[str, Entry]:
+    """Headers of the weights that transformers would read: one file, else those of the index."""
+    single, index = model.folder / "model.safetensors", model.folder / "model.safetensors.index.json"
+    if single.exists():
+        return entries_in([model.file(single.name)])
+    require(index.exists(), f"{model.folder}: has no .safetensors weights; pickled weights are never read")
+    shards = _object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise DamagedError(f"{index}: expected a weight_map of tensors and files")
+    return entries_in([model.file(str(name)) for name in sorted(set(map(str, shards.values())))])
+
+
+def _files(model: Artifact, entries: dict[str, Entry]) -> str:
+    files = {entry.file for entry in entries.values()}
+    return str(files.pop() if len(files) == 1 else model.folder)
+
+
+def _wrong_names(loaded: Any, info: dict[str, Any]) -> list[str]:
+    """Tensors missing (tied heads apart), unexpected or of another shape, in words."""
     tied = set(getattr(loaded, "all_tied_weights_keys", None) or [])
-    missing = sorted(set(info["missing_keys"]) - tied)
-    wrong = missing + sorted(info["unexpected_keys"]) + [str(k) for k in sorted(info.get("mismatched_keys", []))]
-    if wrong:
-        raise DamagedError(f"{model.folder}: {len(wrong)} tensors missing, unexpected or of another shape: {', '.join(wrong[:5])}")
-    require_finite(loaded, str(model.folder))
-    return loaded.eval()
+    wrong = [f"{name} is missing" for name in sorted(set(info["missing_keys"]) - tied)]
+    wrong += [f"{name} is not the model's" for name in sorted(info["unexpected_keys"])]
+    wrong += [f"{name} is {list(found)}, expected {list(expected)}" for name, found, expected in sorted(info["mismatched_keys"])]
+    head = loaded.get_output_embeddings()
+    if head is not None and getattr(loaded.config.get_text_config(), "tie_word_embeddings", False) and head.weight is not loaded.get_input_embeddings().weight:
+        wrong.append("a head of its own, where config.json ties it to the embeddings")
+    return wrong
+
+
+def _wrong_kinds(state: dict[str, Any], entries: dict[str, Entry]) -> list[str]:
+    """Tensors stored as another kind of number than weights are, which would be cast without a word."""
+    expected = " or ".join(FLOATS)
+    return [f"{n} is {e.dtype}, expected {expected}" for n, e in entries.items() if n in state and state[n].is_floating_point() and e.dtype not in FLOATS]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -71,28 +169,31 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
 
 
-def require_finite(model: Any, where: str) -> None:
-    """Raise :class:`UserError` naming the first tensor with a NaN or an infinity."""
+def not_finite(state: dict[str, Any]) -> str | None:
+    """Name of the first tensor with a NaN or an infinity."""
     import torch
 
-    for name, tensor in model.state_dict().items():
-        if torch.is_floating_point(tensor) and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{where}: tensor {name} is not finite; nothing was published")
+    return next((name for name, tensor in state.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())), None)
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
-    """Save weights (``dtype``, safetensors), configs and tokenizer with its chat template. Returns facts for the manifest."""
+    """Save weights (``dtype``, safetensors), configs and tokenizer with its chat template. Returns facts for the manifest.
+
+    Raises :class:`UserError` if a weight is not finite, as computed or as rounded to ``dtype``.
+    """
     import torch
 
-    require_finite(model, str(folder))
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size="4GB")
+    model = model.to(getattr(torch, dtype))
+    if (name := not_finite(model.state_dict())) is not None:
+        raise UserError(f"{folder}: tensor {name} is not finite in {dtype}; nothing was published")
+    model.save_pretrained(folder, max_shard_size="4GB")
     tokenizer.save_pretrained(folder)
     return model_facts(folder, tokenizer)
 
 
 def model_facts(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """What later steps and checks want to know without loading the model."""
-    config = json.loads((folder / "config.json").read_bytes())
+    config = _object(folder / "config.json")
     text = config.get("text_config", config)
     return {
         "architecture": (config.get("architectures") or ["?"])[0],
@@ -119,13 +220,4 @@ def vocabulary_sha256(tokenizer: Any) -> str:
 
 def count_parameters(path: Path) -> int:
     """Number of values in a safetensors file, from its header."""
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    total = 0
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            count = 1
-            for size in tensor["shape"]:
-                count *= size
-            total += count
-    return total
+    return sum(math.prod(entry.shape) for entry in entries_in([path]).values())

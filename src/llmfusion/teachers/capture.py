@@ -1,6 +1,5 @@
 """Run a teacher once over a mix and keep what training needs: final hidden states at label rows, and its head."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from llmfusion.data.samples import Sample, read_jsonl
 from llmfusion.data.sources import Rejected
 from llmfusion.models.batches import device_of, label_rows, pad
 from llmfusion.models.loading import load_model, load_tokenizer
-from llmfusion.teachers.cache import SHARD_ROWS, TENSORS, shard_name, statistics
+from llmfusion.teachers.cache import SHARD_ROWS, TENSORS, response_sha256, shard_name, statistics
 
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # would change logits behind the saved head
 
@@ -77,6 +76,8 @@ class _Writer:
         ids, attention = pad([e.ids for _, e in batch], device_of())
         hidden = self.model.base_model(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
         states = [hidden[i, label_rows(e)] for i, (_, e) in enumerate(batch)]
+        for (sample, _), rows in zip(batch, states, strict=True):
+            _require_finite(sample, "states", rows)
         if self.gap is None:
             self.gap = self._compare(ids, attention, hidden, batch)
         for (sample, encoded), rows in zip(batch, states, strict=True):
@@ -87,17 +88,18 @@ class _Writer:
             self._flush()
         labels = torch.tensor(encoded.label_ids, dtype=torch.int32, device=rows.device)
         stats = statistics(rows, self.head, self.head_bias, labels, self.known)
+        for name, tensor in stats.items():
+            _require_finite(sample, name, tensor)
         for name, tensor in {"hidden": rows, "label_id": labels, **stats}.items():
             self.rows[name].append(tensor.cpu())
         inputs = torch.tensor([encoded.ids[i] for i in label_rows(encoded)], device=rows.device)
         x, y = self.embedding[inputs], self.embedding[labels.long()]
         for name, values in {"hidden": (rows,), "target_embedding": (y,), "index_embedding": (x, y)}.items():
             self.moments[name].add(*values)
-        starts, prompts = _segments(encoded)
-        text = "\n".join(m["content"] for m in sample["messages"] if m["role"] == "assistant") if "messages" in sample else sample["text"]
+        starts, prompts = encoded.segments()
         self.index.append(
             {"id": sample["id"], "shard": self.shard, "start": self.in_shard, "length": len(rows), "segment_starts": starts,
-             "segment_prompts": prompts, "response_sha256": hashlib.sha256(text.encode()).hexdigest()}
+             "segment_prompts": prompts, "response_sha256": response_sha256(sample)}
         )  # fmt: skip
         self.in_shard += len(rows)
 
@@ -130,11 +132,16 @@ class _Writer:
             labels = torch.tensor(encoded.label_ids, device=ids.device)
             own = logits[i, label_rows(encoded)].log_softmax(-1).gather(1, labels[:, None])[:, 0]
             again = statistics(hidden[i, label_rows(encoded)], self.head, self.head_bias, labels, self.known)["label_logprob"]
-            worst = max(worst, float((own - again).abs().max()))
-        require(
-            worst < 0.1, f"the states through the saved head miss the model's own log-probabilities by {worst:.3g} nats: its head does more than a linear map"
-        )
+            gap = float((own - again).abs().max())
+            require(
+                gap < 0.1, f"the states through the saved head miss the model's own log-probabilities by {gap:.3g} nats: its head does more than a linear map"
+            )  # false for NaN, too
+            worst = max(worst, gap)
         return round(worst, 9)
+
+
+def _require_finite(sample: Sample, what: str, values: Tensor) -> None:
+    require(bool(torch.isfinite(values).all()), f"sample {sample['id']}: the teacher's {what} are not finite; nothing was published")
 
 
 class _Moments:
@@ -153,15 +160,3 @@ class _Moments:
     def std(self) -> float:
         mean = self.total / self.count
         return max(self.squares / self.count - mean * mean, 0.0) ** 0.5
-
-
-def _segments(encoded: Encoded) -> tuple[list[int], list[int]]:
-    """For each response: its first row within the sample, and the token its first label follows."""
-    starts, prompts, row = [], [], 0
-    for position, label in enumerate(encoded.is_label):
-        if label:
-            if not encoded.is_label[position - 1]:
-                starts.append(row)
-                prompts.append(encoded.ids[position - 1])
-            row += 1
-    return starts, prompts

@@ -6,18 +6,18 @@ from typing import Any
 import torch
 
 from llmfusion.artifacts import Artifact
-from llmfusion.data.chat import Encoded, encode
+from llmfusion.data.chat import encode
 from llmfusion.data.samples import read_jsonl
 from llmfusion.data.sources import Rejected
 from llmfusion.errors import UserError
+from llmfusion.fusion.sources import Drawn
 
 
 class Corpus:
     """All usable samples of one or more mixes, tokenised by the student."""
 
     def __init__(self, mixes: Sequence[Artifact], tokenizer: Any):
-        self.ids: list[str] = []
-        self.encoded: list[Encoded] = []
+        self.drawn: list[Drawn] = []
         self.rejected = Rejected()
         for mix in mixes:
             for sample in read_jsonl(mix.file("samples.jsonl")):
@@ -25,11 +25,10 @@ class Corpus:
                 if isinstance(found, str):
                     self.rejected.add(found, sample["id"])
                     continue
-                self.ids.append(sample["id"])
-                self.encoded.append(found)
+                self.drawn.append(Drawn(sample, found))
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.drawn)
 
     def steps(self, spec: dict[str, Any]) -> int:
         """Optimizer steps of a training: as asked, or epochs of full batches (the last, smaller one is left out)."""

@@ -17,7 +17,7 @@ class CautiousAdamW(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
+        self, parameters: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
         weight_decay: float = 0.01, cautious: bool = True, norm: str = "mean_clamp",
     ):  # fmt: skip
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "cautious": cautious, "norm": norm})

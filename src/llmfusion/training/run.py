@@ -1,22 +1,22 @@
-"""The training loop: batches, the fused loss, clipping, the optimizer, resume state, metrics."""
+"""The training loop: batches, the objective, clipping, the optimizer, resume state, metrics."""
 
 import json
+import math
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from llmfusion.artifacts import Artifact
-from llmfusion.data.chat import Encoded
 from llmfusion.errors import UserError
-from llmfusion.fusion.losses import FusedLoss, fused_loss
-from llmfusion.fusion.sources import Source
-from llmfusion.fusion.targets import TARGETS, Stats
+from llmfusion.fusion.dskd import StudentTokens
+from llmfusion.fusion.objective import Objective, Totals, add_records
+from llmfusion.fusion.sources import Drawn, Source
 from llmfusion.models.batches import device_of, label_rows, pad
 from llmfusion.step import Job
 from llmfusion.training import checkpoint
@@ -52,24 +52,25 @@ def train(job: Job, trainee: Trainee, spec: dict[str, Any], mixes: Sequence[Arti
         "steps": steps,
         "samples": len(corpus),
         "rejected": corpus.rejected.facts(),
-        "label_tokens": sum(map(_labels, corpus.encoded)),
+        "label_tokens": sum(len(d.encoded.label_ids) for d in corpus.drawn),
         "loss": loop.records[-1]["loss"],
     }
 
 
-def _labels(encoded: Encoded) -> int:
-    return sum(encoded.is_label)
-
-
 class _Loop:
     def __init__(self, job: Job, trainee: Trainee, spec: dict[str, Any], corpus: Corpus, teachers: Sequence[Source], steps: int):
-        self.job, self.spec, self.corpus, self.teachers, self.steps = job, spec, corpus, teachers, steps
+        self.job, self.spec, self.corpus, self.steps = job, spec, corpus, steps
         self.device = device_of()
         self.model = trainee.model.float().to(self.device).train()
-        self.fusion = spec.get("fusion", {})
+        torch.manual_seed(spec.get("seed", 42))
+        fusion = spec.get("fusion", {})
+        self.objective = Objective(fusion, teachers, self.model.get_output_embeddings().weight.shape[1]).to(self.device)
+        self.trained = nn.ModuleDict({"student": self.model, "objective": self.objective})
+        self.projector_rate = fusion.get("projector_lr", 1e-3) / spec["lr"]
+        groups = [{"params": list(part.parameters()), "rate": rate} for part, rate in ((self.model, 1.0), (self.objective, self.projector_rate))]
         self.optimizer = CautiousAdamW(
-            self.model.parameters(), spec["lr"], tuple(spec.get("betas", (0.9, 0.999))), spec.get("eps", 1e-6), spec.get("weight_decay", 0.01),
-            spec.get("optimizer", "c_adamw") == "c_adamw", spec.get("cautious_norm", "mean_clamp"),
+            [group for group in groups if group["params"]], spec["lr"], tuple(spec.get("betas", (0.9, 0.999))), spec.get("eps", 1e-6),
+            spec.get("weight_decay", 0.01), spec.get("optimizer", "c_adamw") == "c_adamw", spec.get("cautious_norm", "mean_clamp"),
         )  # fmt: skip
         self.records: list[dict[str, Any]] = []
         self.stop = False
@@ -77,19 +78,34 @@ class _Loop:
 
     def run(self) -> None:
         signal.signal(signal.SIGTERM, self._ask_to_stop)
-        torch.manual_seed(self.spec.get("seed", 42))
         state = self.job.work / "state"
-        first, self.records = checkpoint.restore(state, self.job.key, self.model, self.optimizer)
+        first, self.records = checkpoint.restore(state, self.job.key, self.trained, self.optimizer)
         if first:
             print(f"going on after step {first} of {self.steps}", flush=True)
+        else:
+            self._prepare_projectors()
         for step, numbers in self.corpus.batches(self.spec, first, self.steps):
             self._step(step, numbers)
             if self._must_save() and step + 1 < self.steps:
-                checkpoint.save(state, step + 1, self.job.key, self.model, self.optimizer, self.records)
+                checkpoint.save(state, step + 1, self.job.key, self.trained, self.optimizer, self.records)
                 self.saved = time.monotonic()
                 if self.stop:
                     print(f"stopped after step {step + 1} of {self.steps}; the state is saved in {state}", flush=True)
                     sys.exit(143)
+
+    def _prepare_projectors(self) -> None:
+        """Steps for the projectors alone, over batches of their own: projections of random states would wreck the student."""
+        steps = self.objective.fusion.get("projector_steps", 0) if len(self.objective.projectors) else 0
+        self._set_rate(self.spec["lr"])
+        for _, numbers in self.corpus.batches({**self.spec, "seed": -1 - self.spec.get("seed", 42)}, 0, steps):
+            for drawn, totals in self._micro_batches(numbers):
+                with torch.no_grad():
+                    student = self._student(drawn)
+                self.objective.projection(student, drawn, totals).backward()
+            self._update()
+            if self.stop:
+                print("stopped before the first step; nothing is lost that takes long", flush=True)
+                sys.exit(143)
 
     def _ask_to_stop(self, *_: object) -> None:
         self.stop = True
@@ -101,73 +117,56 @@ class _Loop:
         return self.stop or now - self.saved > SAVE_SECONDS
 
     def _step(self, step: int, numbers: list[int]) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.steps, self.spec["lr"], self.spec.get("lr_min", 0.0), self.spec.get("warmup", 0.0))
-        tokens = sum(_labels(self.corpus.encoded[i]) for i in numbers)
-        size = self.spec.get("micro_batch_size") or len(numbers)
+        self._set_rate(learning_rate(step, self.steps, self.spec["lr"], self.spec.get("lr_min", 0.0), self.spec.get("warmup", 0.0)))
         sums: dict[str, Any] = {}
-        for start in range(0, len(numbers), size):
-            result, weight, usable = self._micro(numbers[start : start + size])
-            (result.loss / tokens).backward()
-            _accumulate(sums, result, weight, usable)
-        self._check_finite(step, numbers, float(sums["loss"]))
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.spec.get("clip_norm", 1.0))
-        self._check_finite(step, numbers, float(norm))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for drawn, totals in self._micro_batches(numbers):
+            loss, record = self.objective(self._student(drawn), drawn, totals)
+            loss.backward()
+            add_records(sums, record)
+        self._check_finite(step, numbers, sums["loss"])
+        norm = self._update(lambda norm: self._check_finite(step, numbers, norm))
         if step % RECORD_EVERY == 0 or step + 1 == self.steps:
-            self._record(step, tokens, sums, float(norm))
+            self._record(step, {**sums, "grad_norm": norm})
 
-    def _micro(self, numbers: list[int]) -> tuple[FusedLoss, Tensor, Tensor]:
-        """The loss of some samples, and per teacher the summed weights and the number of usable rows."""
-        encoded = [self.corpus.encoded[i] for i in numbers]
-        ids, attention = pad([e.ids for e in encoded], self.device)
+    def _micro_batches(self, numbers: list[int]) -> Iterator[tuple[list[Drawn], Totals]]:
+        drawn = [self.corpus.drawn[i] for i in numbers]
+        totals, size = self.objective.totals(drawn), self.spec.get("micro_batch_size") or len(drawn)
+        for start in range(0, len(drawn), size):
+            yield drawn[start : start + size], totals
+
+    def _student(self, drawn: list[Drawn]) -> StudentTokens:
+        """The student's final states at the label rows of some samples."""
+        ids, attention = pad([d.encoded.ids for d in drawn], self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.spec.get("precision") == "bfloat16"):
             hidden = self.model.base_model(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
-        places = [i * hidden.shape[1] + at for i, e in enumerate(encoded) for at in label_rows(e)]
-        rows = hidden.flatten(0, 1)[torch.tensor(places, device=self.device)].float()  # (N, d), responses in order
-        labels = torch.tensor([y for e in encoded for y in e.label_ids], device=self.device)
-        head = self.model.get_output_embeddings()
-        teachers = [t.batch([self.corpus.ids[i] for i in numbers], [e.label_ids for e in encoded]) for t in self.teachers]
-        if not teachers:
-            return fused_loss(rows, head.weight, head.bias, labels), rows.new_zeros(0), rows.new_zeros(0)
-        stats = self._stats(teachers, encoded)
-        weights = TARGETS[self.fusion["target"]](stats, self.fusion)
-        lam, temperature = self.fusion.get("lambda", 0.5), self.fusion.get("temperature", 1.0)
-        return fused_loss(rows, head.weight, head.bias, labels, teachers, weights, lam, temperature), weights.sum(0), stats.mask.sum(0)
+        places = torch.tensor([i * hidden.shape[1] + at for i, d in enumerate(drawn) for at in label_rows(d.encoded)], device=self.device)
+        labels = [d.encoded.label_ids for d in drawn]
+        flat = torch.tensor([y for sample in labels for y in sample], device=self.device)
+        head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        rows = hidden.flatten(0, 1)[places].float()  # (N, d), responses in order
+        return StudentTokens(rows, ids.flatten()[places], flat, [len(y) for y in labels], embedding.weight, head.weight, head.bias)
 
-    def _stats(self, teachers: list[Any], encoded: list[Encoded]) -> Stats:
-        sequence = torch.repeat_interleave(torch.arange(len(encoded)), torch.tensor([_labels(e) for e in encoded])).to(self.device)
-        entropy, cross_entropy, mask = (torch.stack([getattr(t, name) for t in teachers], 1) for name in ("entropy", "cross_entropy", "mask"))
-        return Stats(entropy, cross_entropy, mask, sequence)
+    def _set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["rate"]
+
+    def _update(self, check: Callable[[float], None] = lambda norm: None) -> float:
+        """Clip student and projectors, each by its own norm, and step. Returns the student's norm, which ``check`` sees first."""
+        norms = [torch.nn.utils.clip_grad_norm_(group["params"], self.spec.get("clip_norm", 1.0)) for group in self.optimizer.param_groups]
+        for norm in norms:
+            check(float(norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(norms[0])
 
     def _check_finite(self, step: int, numbers: list[int], value: float) -> None:
-        if not torch.isfinite(torch.tensor(value)):
-            names = ", ".join(self.corpus.ids[i][:12] for i in numbers)
+        if not math.isfinite(value):
+            names = ", ".join(self.corpus.drawn[i].sample["id"][:12] for i in numbers)
             rate = self.optimizer.param_groups[0]["lr"]
             raise UserError(f"step {step + 1} of {self.steps}: loss or gradient is {value} at learning rate {rate:.3g}; samples {names}. Nothing was published")
 
-    def _record(self, step: int, tokens: int, sums: dict[str, Any], norm: float) -> None:
-        record = {
-            "step": step + 1,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": norm,
-            "loss": float(sums["loss"]) / tokens,
-            "sft": float(sums["sft"]) / tokens,
-        }
-        if self.teachers:
-            names = [t.name for t in self.teachers]
-            record["fusion"] = float(sums["fusion"]) / tokens
-            record["weight"] = dict(zip(names, (sums["weight"] / tokens).tolist(), strict=True))
-            record["usable"] = dict(zip(names, (sums["usable"] / tokens).tolist(), strict=True))
-            record["student_cross_entropy"] = dict(zip(names, (sums["cross"] / tokens).tolist(), strict=True))
-        self.records.append(record)
+    def _record(self, step: int, measured: dict[str, Any]) -> None:
+        self.records.append({"step": step + 1, "lr": self.optimizer.param_groups[0]["lr"], **measured})
         if step % 100 == 0 or step + 1 == self.steps:
-            print(f"step {step + 1}/{self.steps} loss {record['loss']:.4f} lr {record['lr']:.3g} {(time.monotonic() - self.began):.0f} s", flush=True)
-
-
-def _accumulate(sums: dict[str, Any], result: FusedLoss, weight: Tensor, usable: Tensor) -> None:
-    cross = result.cross_entropy.sum(0)
-    parts = {"loss": result.loss.detach(), "sft": result.sft, "fusion": result.fusion, "cross": cross, "weight": weight, "usable": usable}
-    for name, value in parts.items():
-        sums[name] = sums[name] + value if name in sums else value
+            rate, seconds = self.records[-1]["lr"], time.monotonic() - self.began
+            print(f"step {step + 1}/{self.steps} loss {measured['loss']:.4f} lr {rate:.3g} {seconds:.0f} s", flush=True)

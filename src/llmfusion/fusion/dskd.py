@@ -1,0 +1,304 @@
+"""Dual-space distillation (DSKD, Zhang et al. 2024) from a teacher with another vocabulary.
+
+In the samples of a batch a student of width d has N label rows and a teacher of width D has M. x is a row's input token, y
+its label, h its final hidden state. "Cross-Model Attention Mechanism", within each sample:
+
+    Q   = query([emb_s(x); emb_s(y)])               (N, 2D)
+    K   = [emb_t(x); emb_t(y)] / std                (M, 2D)
+    A   = Q K^T / sqrt(2D)                          (N, M)
+    V_t = t2s(h_t / std + emb_t(y) / std)           (M, d)
+    V_s = s2t(h_s)                                  (N, D)
+
+    P   = softmax(W_s softmax_M(A) V_t)             the teacher at the student's rows
+    p_t = softmax(W_t softmax_N(A)^T V_s)           the student at the teacher's rows
+
+"Dual-Space Knowledge Distillation Framework", all sums over label rows:
+
+    t2s_ce = sum_n CE(y_n, P_n)                     trains t2s and query
+    kd     = sum_n m_n KL(stop(P_n) || p_n)         trains the student: rows of a fusion target, m_n = [argmax P_n = y_n]
+    s2t_kl = sum_m KL(teacher_m || p_t,m)           trains s2t, query and, through h_s, the student
+
+The student's head W_s and embeddings, and everything of the teacher, are constants. With exact alignment (DSKDv2's "Exact Token
+Alignment") the attention is one-hot instead: row n takes the teacher row whose label covers the same text
+(:mod:`llmfusion.teachers.alignment`), rows without one take no part, and V_t = t2s(h_t / std), without the label.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from llmfusion.errors import UserError
+
+CHUNK = 256  # rows whose (c, V) logits exist at once
+
+
+class Projectors(nn.Module):
+    """Between a student of width ``student`` (d) and one teacher of width ``teacher`` (D); not needed after training.
+
+    ``t2s`` D -> d, ``s2t`` d -> D and, for attention, ``query`` 2d -> 2D: linear with bias, initialised as torch does.
+    """
+
+    def __init__(self, student: int, teacher: int, attention: bool = True):
+        super().__init__()
+        self.t2s = nn.Linear(teacher, student)
+        self.s2t = nn.Linear(student, teacher)
+        self.query = nn.Linear(2 * student, 2 * teacher) if attention else None
+
+
+@dataclass(frozen=True)
+class TeacherSpace:
+    """What is the same for all rows of a teacher: its head, embeddings, and the standard deviations the cache names.
+
+    ``head (V, D)`` and ``bias (V,)`` over the tokens that the teacher knows, ``embedding (V', D)``. ``std_index`` is of
+    [emb(x); emb(y)], ``std_target`` of emb(y), ``std_hidden`` of h, over all label rows of the corpus; DSKD takes them over the
+    padded batch, so that its loss depends on how a batch is cut. Raises :class:`UserError` for unusable constants and widths.
+    """
+
+    head: Tensor
+    bias: Tensor | None
+    embedding: Tensor
+    std_index: float
+    std_target: float
+    std_hidden: float
+
+    def __post_init__(self) -> None:
+        stds = {"std_index": self.std_index, "std_target": self.std_target, "std_hidden": self.std_hidden}
+        wrong = {name: value for name, value in stds.items() if not 0 < value < float("inf")}
+        if wrong:
+            raise UserError(f"a teacher's standard deviations must be positive numbers, but its cache has {wrong}; capture it again")
+        if self.embedding.shape[1] != self.head.shape[1]:
+            raise UserError(f"a teacher with embeddings of width {self.embedding.shape[1]} and a head of width {self.head.shape[1]} cannot be projected (DSKD)")
+
+
+@dataclass(frozen=True)
+class TeacherTokens:
+    """A teacher's label rows in the samples of a batch, from its cache, in the order of the samples.
+
+    ``hidden (M, D)``, ``inputs (M,)`` and ``labels (M,)`` token ids; ``sizes``: rows of each sample, at least 1.
+    """
+
+    space: TeacherSpace
+    hidden: Tensor
+    inputs: Tensor
+    labels: Tensor
+    sizes: Sequence[int]
+
+
+@dataclass(frozen=True)
+class StudentTokens:
+    """The student's label rows in the same samples, and its parameters, of which only ``hidden`` gets a gradient.
+
+    ``hidden (N, d)``, ``inputs (N,)``, ``labels (N,)``, ``sizes`` as for the teacher; ``embedding (v, d)``, ``head (v, d)``, ``bias (v,)``.
+    """
+
+    hidden: Tensor
+    inputs: Tensor
+    labels: Tensor
+    sizes: Sequence[int]
+    embedding: Tensor
+    head: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class OwnScores:
+    """``score: own``: the teacher's cached statistics at the student's rows (:func:`llmfusion.teachers.alignment.spread`), (N,) each.
+
+    A projected teacher's entropy and cross-entropy fall towards 0 as its projector learns to copy the label out of V_t; these do not.
+    ``mask`` is 0 where the teacher has no row for the text; it cannot be scored there, and is not used.
+    """
+
+    entropy: Tensor
+    cross_entropy: Tensor
+    mask: Tensor
+
+
+class ProjectedRows:
+    """A projected teacher at the student's rows (:class:`~llmfusion.fusion.losses.TeacherRows`); no gradient passes."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None, entropy: Tensor, cross_entropy: Tensor, mask: Tensor):
+        self.hidden, self.head, self.bias = hidden, head, bias
+        self.entropy, self.cross_entropy, self.mask = entropy, cross_entropy, mask
+
+    def log_probs(self, rows: slice, temperature: float) -> Tensor:
+        """``(c, v)``: the projected states through the student's own head as it is now."""
+        logits = functional.linear(self.hidden[rows], self.head, self.bias)
+        return functional.log_softmax(logits / temperature, dim=-1)
+
+
+@dataclass(frozen=True)
+class DualSpace:
+    """One teacher's part in the loss: ``rows`` for the fusion target, and two sums over rows that carry their own gradients.
+
+    ``t2s_ce`` belongs to the student's label tokens and ``s2t_kl`` to the teacher's: each is divided by its own global count. With exact
+    alignment both are sums over aligned rows, ``aligned (N,)``, and the counts stay those of all rows.
+    """
+
+    rows: ProjectedRows
+    t2s_ce: Tensor
+    s2t_kl: Tensor
+    aligned: Tensor
+
+
+def dual_space(
+    projectors: Projectors,
+    student: StudentTokens,
+    teacher: TeacherTokens,
+    temperature: float = 1.0,
+    partners: Tensor | None = None,
+    own: OwnScores | None = None,
+    label_in_value: bool | None = None,
+) -> DualSpace:
+    """Both spaces of one teacher, in float32 or better; call it outside autocast.
+
+    ``partners (N,)``: the batch's teacher row of each student row, -1 for none, instead of attention (exact alignment).
+    ``own``: score the teacher by these, not by its projection. ``label_in_value``: whether V_t contains emb_t(y), by default
+    with attention only. The temperature softens both sides of the KLs; the cross-entropy and all scores are at T = 1.
+    """
+    values = _values(projectors, teacher, partners is None if label_in_value is None else label_in_value)  # (M, d)
+    states = projectors.s2t(full(student.hidden))  # (N, D)
+    if partners is None:
+        here, there = _attend(projectors, student, teacher, values, states)
+        aligned, aligned_there = here.new_ones(len(here)), there.new_ones(len(there))
+    else:
+        here, there, aligned, aligned_there = _match(partners, values, states)
+    head, bias = full(student.head.detach()), None if student.bias is None else full(student.bias.detach())
+    t2s_ce, said = row_sum(here, _label_cross_entropy(head, bias, student.labels, aligned))
+    s2t_kl, _ = row_sum(there, _teacher_kl(teacher, aligned_there, temperature))
+    entropy, cross_entropy, right = said.unbind(1)
+    mask = aligned * right
+    if own is not None:
+        entropy, cross_entropy, mask = own.entropy.to(mask), own.cross_entropy.to(mask), mask * own.mask.to(mask)
+    return DualSpace(ProjectedRows(here.detach(), head, bias, entropy, cross_entropy, mask), t2s_ce, s2t_kl, aligned)
+
+
+def auxiliary(spaces: Sequence[DualSpace], student_rows: int, teacher_rows: Sequence[int]) -> Tensor:
+    """``1/K sum_k (t2s_ce_k / N + s2t_kl_k / M_k)`` of K >= 1 projected teachers; N and M_k count the label rows of the whole batch.
+
+    Its weight in the loss is lambda: ``L = (1 - lambda) SFT + lambda (F + this)``, which for K = 1 is DSKD.
+    """
+    parts = [space.t2s_ce / student_rows + space.s2t_kl / rows for space, rows in zip(spaces, teacher_rows, strict=True)]
+    return torch.stack(parts).mean()
+
+
+def input_ids(labels: Tensor, starts: Sequence[int], prompts: Sequence[int]) -> Tensor:
+    """The input token of each label row of a sample, (n,): the label before it, or the prompt's last token at a response's first row."""
+    out = labels.roll(1)
+    out[torch.tensor(starts, device=labels.device)] = torch.tensor(prompts, dtype=labels.dtype, device=labels.device)
+    return out
+
+
+def full(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _values(projectors: Projectors, teacher: TeacherTokens, with_label: bool) -> Tensor:
+    space = teacher.space
+    states = full(teacher.hidden) / space.std_hidden
+    return projectors.t2s(states + full(space.embedding[teacher.labels]) / space.std_target if with_label else states)
+
+
+def _attend(projectors: Projectors, student: StudentTokens, teacher: TeacherTokens, values: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """``softmax_M(A) V_t`` (N, d) and ``softmax_N(A)^T V_s`` (M, D): padded to (B, n, m), the padding outside of every softmax."""
+    if projectors.query is None:
+        raise ValueError("these projectors have no query: they are for exact alignment")
+    ours, theirs = student.embedding.detach(), teacher.space.embedding
+    queries = projectors.query(full(torch.cat([ours[student.inputs], ours[student.labels]], 1)))  # (N, 2D)
+    keys = full(torch.cat([theirs[teacher.inputs], theirs[teacher.labels]], 1)) / teacher.space.std_index  # (M, 2D)
+    ours_at, theirs_at = _places(student.sizes, keys.device), _places(teacher.sizes, keys.device)  # (N,), (M,)
+    q, v_s, here = (_pad(rows, student.sizes, ours_at) for rows in (queries, states, states.new_ones(len(states), 1)))  # (B, n, .)
+    k, v_t, there = (_pad(rows, teacher.sizes, theirs_at) for rows in (keys, values, values.new_ones(len(values), 1)))  # (B, m, .)
+    align = q @ k.transpose(1, 2) / keys.shape[1] ** 0.5  # (B, n, m)
+    to_student = align.masked_fill(there.transpose(1, 2) == 0, -torch.inf).softmax(2) @ v_t  # (B, n, d)
+    to_teacher = align.masked_fill(here == 0, -torch.inf).softmax(1).transpose(1, 2) @ v_s  # (B, m, D)
+    return to_student.flatten(0, 1).index_select(0, ours_at), to_teacher.flatten(0, 1).index_select(0, theirs_at)
+
+
+def _match(partners: Tensor, values: Tensor, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One-hot attention: (N, d) and (M, D), zero in rows without a partner, and masks (N,) and (M,) of those with one."""
+    found = partners >= 0
+    rows = partners[found]
+    here = torch.where(found[:, None], values[partners.clamp(min=0)], 0)
+    there = states.new_zeros(len(values), states.shape[1]).index_copy(0, rows, states[found])
+    return here, there, found.to(values.dtype), values.new_zeros(len(values)).index_fill(0, rows, 1)
+
+
+def _places(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Where each row of ragged samples lies in (B * longest,)."""
+    longest = max(sizes)
+    return torch.tensor([b * longest + i for b, size in enumerate(sizes) for i in range(size)], device=device)
+
+
+def _pad(rows: Tensor, sizes: Sequence[int], places: Tensor) -> Tensor:
+    """(B, longest, width) of ragged rows (., width), zero in the padding."""
+    return rows.new_zeros(len(sizes) * max(sizes), rows.shape[1]).index_copy(0, places, rows).unflatten(0, (len(sizes), max(sizes)))
+
+
+# ------------------------------------------------------------------------------------------------ sums over rows, in chunks
+Piece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # states (c, width) and which rows -> a sum, with a gradient, and notes (c, .)
+
+
+def row_sum(hidden: Tensor, piece: Piece, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """The sum over all rows of what ``piece`` gives, differentiable in ``hidden`` only, and its notes, without a gradient.
+
+    Each chunk's gradient is taken at once, so that the (c, V) logits of no two chunks exist together.
+    """
+    value, notes = _RowSum.apply(hidden, piece, chunk)
+    return value, notes
+
+
+class _RowSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, piece: Piece, chunk: int) -> tuple[Tensor, Tensor]:
+        total, gradient, notes = hidden.new_zeros(()), torch.zeros_like(hidden), []
+        for start in range(0, max(len(hidden), 1), chunk):
+            rows = slice(start, start + chunk)
+            with torch.enable_grad():
+                leaf = hidden[rows].detach().requires_grad_(ctx.needs_input_grad[0])
+                value, note = piece(leaf, rows)
+            if ctx.needs_input_grad[0]:
+                (gradient[rows],) = torch.autograd.grad(value, leaf)
+            total += value.detach()
+            notes.append(note.detach())
+        out = torch.cat(notes)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(out)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outward: Tensor, _: Any) -> tuple[Tensor, None, None]:
+        return outward * ctx.saved_tensors[0], None, None
+
+
+def _label_cross_entropy(head: Tensor, bias: Tensor | None, labels: Tensor, counted: Tensor) -> Piece:
+    """``sum CE(y, P)`` over counted rows; notes (c, 3): entropy, cross-entropy, and whether the most likely token is the label."""
+
+    def piece(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_p = functional.log_softmax(functional.linear(hidden, head, bias), dim=-1)  # (c, v)
+        cross = functional.nll_loss(log_p, labels[rows], reduction="none")
+        said = log_p.detach()
+        notes = [-(said.exp() * said).sum(-1), cross.detach(), (said.argmax(-1) == labels[rows]).to(said.dtype)]
+        return (cross * counted[rows]).sum(), torch.stack(notes, 1)
+
+    return piece
+
+
+def _teacher_kl(teacher: TeacherTokens, counted: Tensor, temperature: float) -> Piece:
+    """``sum KL(teacher_T || p_T)`` over counted rows, in the teacher's vocabulary; no notes."""
+    head, bias = full(teacher.space.head), None if teacher.space.bias is None else full(teacher.space.bias)
+
+    def piece(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            log_q = functional.log_softmax(functional.linear(full(teacher.hidden[rows]), head, bias) / temperature, dim=-1)  # (c, V)
+        log_p = functional.log_softmax(functional.linear(hidden, head, bias) / temperature, dim=-1)
+        divergence = functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)  # (c,)
+        return (divergence * counted[rows]).sum(), hidden.new_zeros(len(hidden), 0)
+
+    return piece

@@ -1,0 +1,79 @@
+"""Minilogit (KDCL-MinLogit, Guo et al. 2020): the one target that is no mixture of the teachers' distributions.
+
+With the logits z_k of teacher k and the label y of a row, over the teachers that are usable there:
+
+    z^c_k = z_k - z_k[y]        z[v] = min_k z^c_k[v]        P = softmax(z / T)
+
+z[y] = 0 and z <= z^c_k, so CE(y, P) = logsumexp(z) is at most the best teacher's. Log-probabilities serve as logits: they
+differ by a constant, which the first step takes away. A token that one usable teacher does not know (-inf) has probability 0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmfusion.fusion.losses import FusedLoss, TeacherRows, fused_loss
+
+CHUNK = 256  # rows whose (c, V) logits exist at once
+
+
+def relative_minimum(log_qs: Sequence[Tensor], labels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """``z (c, V)`` of K teachers' log-probabilities at T = 1, each (c, V), and the teacher that gave each value, (c, V) int64.
+
+    ``labels (c,)``; ``masks (c, K)`` is 0 where a teacher cannot be used; one to which the label is impossible cannot either.
+    Equal values go to the teacher named first. A row without a usable teacher is 0 everywhere, and its teacher -1.
+    """
+    lowest = torch.full_like(log_qs[0], torch.inf)
+    teacher = torch.full_like(lowest, -1, dtype=torch.long)
+    for k, log_q in enumerate(log_qs):
+        gold = log_q.gather(1, labels[:, None])  # (c, 1)
+        relative = torch.where(gold.isfinite() & (masks[:, k : k + 1] > 0), log_q - gold, torch.inf)
+        lower = relative < lowest
+        lowest, teacher = torch.where(lower, relative, lowest), torch.where(lower, k, teacher)
+    return lowest.masked_fill(teacher[:, :1] < 0, 0), teacher
+
+
+class MinilogitRows:
+    """The ensemble P as one teacher (:class:`~llmfusion.fusion.losses.TeacherRows`), frozen as the teachers are.
+
+    ``mask (N,)`` is 1 where at least one teacher is usable; elsewhere ``entropy`` and ``cross_entropy`` are 0 and the row is
+    SFT's alone. ``share (N, K)`` is the share of the tokens, the label aside, whose value each teacher gave.
+    """
+
+    def __init__(self, teachers: Sequence[TeacherRows], labels: Tensor, chunk: int = CHUNK):
+        self.teachers, self.labels = teachers, labels
+        self.masks = torch.stack([teacher.mask for teacher in teachers], 1)
+        parts = [self._describe(slice(start, start + chunk)) for start in range(0, len(labels), chunk)]
+        self.mask, self.entropy, self.cross_entropy, self.share = (torch.cat(column) for column in zip(*parts, strict=True))
+
+    def log_probs(self, rows: slice, temperature: float) -> Tensor:
+        """``log softmax(z / T)``, (c, V)."""
+        return functional.log_softmax(self._minimum(rows)[0] / temperature, dim=-1)
+
+    @torch.no_grad()
+    def _minimum(self, rows: slice) -> tuple[Tensor, Tensor]:
+        return relative_minimum([teacher.log_probs(rows, 1.0) for teacher in self.teachers], self.labels[rows], self.masks[rows])
+
+    def _describe(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z, teacher = self._minimum(rows)
+        labels = self.labels[rows, None]
+        usable = (teacher[:, 0] >= 0).to(z.dtype)
+        log_q = functional.log_softmax(z, dim=-1)
+        entropy = -(log_q.exp() * log_q.masked_fill(log_q.isinf(), 0)).sum(-1)
+        others = teacher.scatter(1, labels, -1)  # the label's value is 0 under all
+        share = torch.stack([(others == k).sum(1) for k in range(len(self.teachers))], 1).to(z.dtype) / max(z.shape[1] - 1, 1)
+        return usable, entropy * usable, -log_q.gather(1, labels)[:, 0] * usable, share
+
+
+def minilogit_loss(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, teachers: Sequence[TeacherRows], lam: float = 0.5, temperature: float = 1.0
+) -> tuple[FusedLoss, MinilogitRows]:
+    """``sum_t (1 - lam) CE(y_t, p) + lam m_t KL(P_T || p_T)``, m = [a teacher is usable], and the ensemble for the record.
+
+    Shapes as in :func:`~llmfusion.fusion.losses.fused_loss`. The temperature softens both sides of the KL, without a factor T^2
+    (KDCL has one); the minimum is the same at every temperature.
+    """
+    ensemble = MinilogitRows(teachers, labels)
+    return fused_loss(hidden, head, bias, labels, [ensemble], ensemble.mask[:, None], lam, temperature), ensemble
