@@ -6,7 +6,7 @@ export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 BIN := .venv/bin
 
-.PHONY: table2 test test-all check unit workflow e2e lock schema clean
+.PHONY: table2 test test-all check unit workflow e2e lock generated clean
 
 table2: .venv/ready
 	$(BIN)/python -m llmfusion.check config/mini.yaml
@@ -46,8 +46,9 @@ lock: # pins everything; torch is the plain PyPI version number, which the CPU b
 	  --no-header --annotation-style=line --output-file requirements.lock pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+cpu /\1     /' requirements.lock
 
-schema:
+generated: # what is written from something else, and checked in
 	$(BIN)/python -m llmfusion.config --schema > config/schema.json
+	$(BIN)/python -m llmfusion.replicate config/mini.yaml config/mini-seeds.yaml --sets 2
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

@@ -6,7 +6,7 @@ from typing import Any
 
 from llmfusion.errors import DamagedError, UserError
 from llmfusion.step import Job, run
-from llmfusion.tables.stats import mean, per_cent
+from llmfusion.tables.stats import error_of_mean, mean, per_cent, standard_error
 
 MINIATURE = "Miniature models on generated tasks: these numbers check the pipeline and are not comparable with any paper's."
 
@@ -15,32 +15,45 @@ def build(job: Job) -> None:
     """Write ``NAME.csv`` and ``NAME.md``; refuse cells that were made by another study than the one that asks."""
     spec = job.spec
     name = job.folder.name.removeprefix(".").split(".csv.")[0]
-    rows = [_row(job, row) for row in spec["rows"]]
-    if "reference" in spec:
-        _compare(rows, spec["reference"])
+    rows = [Row(job, row) for row in spec["rows"]]
+    reference = next((row for row in rows if spec.get("reference") in row.models), None)
+    written = [row.fields() | (row.compared(reference) if reference else {}) for row in rows]
     with open(job.folder / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, list(written[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    (job.folder / f"{name}.md").write_text(_markdown(spec, rows))
+        writer.writerows(written)
+    (job.folder / f"{name}.md").write_text(_markdown(spec, written, reference))
     job.facts.update(rows=len(rows), scale=spec["scale"])
 
 
-def _row(job: Job, row: list[str]) -> dict[str, Any]:
-    model, category, label, method, sources = row
-    cells = {task: _cell(job, model, task) for task, _ in job.spec["tasks"]}
-    out: dict[str, Any] = {"category": category, "label": label, "method": method, "models": sources, "model": model, "scale": job.spec["scale"]}
-    for task, facts in cells.items():
-        out |= {task: f"{facts['score']:.2f}", f"{task}_stderr": f"{facts['stderr']:.2f}", f"{task}_k": facts["k"], f"{task}_n": facts["n"]}
-    average, error = mean([f["score"] for f in cells.values()], [f["stderr"] for f in cells.values()])
-    return {**out, "average": f"{average:.2f}", "average_stderr": f"{error:.2f}"}
+class Row:
+    """A row's cells: one model, or replicates of one method, whose mean and standard error are told."""
 
+    def __init__(self, job: Job, row: list[Any]):
+        self.models, self.category, self.label, self.method, self.sources = row
+        self.scale = job.spec["scale"]
+        self.cells = {task: [_cell(job, model, task) for model in self.models] for task, _ in job.spec["tasks"]}
+        self.averages = [mean([cells[r]["score"] for cells in self.cells.values()]) for r in range(len(self.models))]
 
-def _compare(rows: list[dict[str, Any]], reference: str) -> None:
-    """Add the relative change of each average against the reference row's, in per cent (how the paper states its gains)."""
-    base = next(float(row["average"]) for row in rows if row["model"] == reference)
-    for row in rows:
-        row["gain_percent"] = f"{100 * (float(row['average']) / base - 1):+.2f}" if base else ""
+    def fields(self) -> dict[str, Any]:
+        """The row as it is written, without comparisons."""
+        out: dict[str, Any] = {"category": self.category, "label": self.label, "method": self.method, "models": self.sources}
+        out |= {"model": " ".join(self.models), "scale": self.scale}
+        for task, cells in self.cells.items():
+            scores, errors = [c["score"] for c in cells], [c["stderr"] for c in cells]
+            k, n = sum(c["k"] for c in cells), sum(c["n"] for c in cells)
+            out |= {task: f"{mean(scores):.2f}", f"{task}_stderr": f"{standard_error(scores, errors):.2f}", f"{task}_k": k, f"{task}_n": n}
+        of_mean = error_of_mean([cells[0]["stderr"] for cells in self.cells.values()])
+        return {**out, "average": f"{mean(self.averages):.2f}", "average_stderr": f"{standard_error(self.averages, [of_mean]):.2f}"}
+
+    def compared(self, other: "Row") -> dict[str, str]:
+        """Change of the average against another row: relative, as the paper states gains; with replicates also paired, in points."""
+        base, mine = mean(other.averages), mean(self.averages)
+        out = {"gain_percent": f"{100 * (mine / base - 1):+.2f}" if base else ""}
+        if len(self.models) > 1:
+            pairs = [a - b for a, b in zip(self.averages, other.averages, strict=True)]
+            out |= {"difference": f"{mean(pairs):+.2f}", "difference_stderr": f"{standard_error(pairs, []):.2f}"}
+        return out
 
 
 def _cell(job: Job, model: str, task: str) -> dict[str, Any]:
@@ -67,10 +80,12 @@ def _wrong(k: Any, n: Any, score: Any, stderr: Any) -> str | None:
     return None if (score, stderr) == (expected, error) else f"expected the score {expected} and its error {error}"
 
 
-def _markdown(spec: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    names = [task for task, _ in spec["tasks"]]
-    gains = "gain_percent" in rows[0]
-    head = ["", *(label for _, label in spec["tasks"]), "average", *(["vs " + _label(rows, spec["reference"])] if gains else [])]
+def _markdown(spec: dict[str, Any], rows: list[dict[str, Any]], reference: Row | None) -> str:
+    names = [*(task for task, _ in spec["tasks"]), "average"]
+    head = ["", *(label for _, label in spec["tasks"]), "average"]
+    versus = {"difference": "points", "gain_percent": "%"} if reference else {}
+    versus = {key: unit for key, unit in versus.items() if key in rows[0]}
+    head += [f"vs {reference.label} ({unit})" for unit in versus.values() if reference]
     lines = [f"# {spec['title']}", "", *([f"**{MINIATURE}**", ""] if spec["scale"] == "miniature" else [])]
     category = None
     lines += ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
@@ -78,14 +93,13 @@ def _markdown(spec: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         if row["category"] != category:
             category = row["category"]
             lines.append(f"| **{category}** |" + " |" * (len(head) - 1))
-        cells = [f"{row[c]} ±{row[f'{c}_stderr']}" for c in [*names, "average"]]
-        lines.append("| " + " | ".join([row["label"], *cells, *([f"{row['gain_percent']} %"] if gains else [])]) + " |")
-    items = ", ".join(f"{label} n={rows[0][f'{task}_n']}" for task, label in spec["tasks"])
-    return "\n".join([*lines, "", f"Per cent right ± one standard error of sampling the items ({items}).", ""])
-
-
-def _label(rows: list[dict[str, Any]], model: str) -> str:
-    return next(row["label"] for row in rows if row["model"] == model)
+        cells = [f"{row[c]} ±{row[f'{c}_stderr']}" for c in names]
+        cells += [f"{row[key]} ±{row['difference_stderr']}" if key == "difference" else row[key] for key in versus]
+        lines.append("| " + " | ".join([row["label"], *cells]) + " |")
+    replicates = len(spec["rows"][0][0])
+    items = ", ".join(f"{label} n={rows[0][f'{task}_n'] // replicates}" for task, label in spec["tasks"])
+    told = f"one standard error over {replicates} replicates" if replicates > 1 else "one standard error of sampling the items"
+    return "\n".join([*lines, "", f"Per cent right ± {told} ({items}).", ""])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ CELLS = {
     ("merged/m", "a"): (4, 4, 100.0, 0.0),
     ("merged/m", "b"): (0, 4, 0.0, 0.0),
 }
-ROWS = [["base/p", "Pivot", "The pivot", "none", "p"], ["merged/m", "Fused", "A merge", "pairwise-ta", "code+math"]]
+ROWS = [[["base/p"], "Pivot", "The pivot", "none", "p"], [["merged/m"], "Fused", "A merge", "pairwise-ta", "code+math"]]
 
 
 def job(folder: Path, scale: str = "miniature", **changed: str) -> Job:
@@ -83,3 +83,46 @@ def test_a_cell_the_rule_did_not_declare_is_refused(tmp_path: Path) -> None:
     del given.inputs["scores/base/p/a"]
     with pytest.raises(UserError, match="scores/base/p/a is not among this job's inputs"):
         build(given)
+
+
+def replicated(folder: Path, reference: str | None = None) -> Job:
+    """Two rows of two replicates each over tasks a and b."""
+    cells = {
+        ("t/x-1", "a"): (1, 4, 25.0, 21.650635), ("t/x-1", "b"): (1, 4, 25.0, 21.650635), ("t/x-2", "a"): (3, 4, 75.0, 21.650635), ("t/x-2", "b"): (1, 4, 25.0, 21.650635),
+        ("t/y-1", "a"): (2, 4, 50.0, 25.0), ("t/y-1", "b"): (2, 4, 50.0, 25.0), ("t/y-2", "a"): (4, 4, 100.0, 0.0), ("t/y-2", "b"): (2, 4, 50.0, 25.0),
+    }  # fmt: skip
+    draft = folder / ".seeds.csv.token.draft"
+    draft.mkdir()
+    inputs, asked = {}, {}
+    for i, ((model, task), (k, n, score, error)) in enumerate(cells.items()):
+        facts = {"k": k, "n": n, "score": score, "stderr": error}
+        inputs[f"scores/{model}/{task}"] = Artifact(folder, {"fingerprint": f"{i}" * 64, "facts": facts}, "0" * 64)
+        asked.setdefault(model, {})[task] = f"{i}" * 16
+    rows = [[["t/x-1", "t/x-2"], "C", "X", "sft", "p"], [["t/y-1", "t/y-2"], "C", "Y", "kd", "q"]]
+    spec = {"title": "T", "scale": "miniature", "tasks": [["a", "A"], ["b", "B"]], "rows": rows, "cells": asked}
+    return Job(spec | ({"reference": reference} if reference else {}), inputs, draft, folder, {}, "f" * 64, None)
+
+
+def test_a_row_of_replicates_is_their_mean_with_the_paired_difference_to_the_reference(tmp_path: Path) -> None:
+    given = replicated(tmp_path, "t/x-1")
+    build(given)
+    with open(given.folder / "seeds.csv", newline="") as file:
+        x, y = csv.DictReader(file)
+    # averages by replicate: x 25, 50; y 50, 75. Spread of two values is half their difference.
+    assert (x["a"], x["a_stderr"], x["a_k"], x["a_n"]) == ("50.00", "25.00", "4", "8")
+    assert (x["average"], x["average_stderr"], x["gain_percent"], x["difference"], x["difference_stderr"]) == ("37.50", "12.50", "+0.00", "+0.00", "0.00")
+    assert (y["average"], y["average_stderr"], y["gain_percent"], y["difference"], y["difference_stderr"]) == ("62.50", "12.50", "+66.67", "+25.00", "0.00")
+    assert x["model"] == "t/x-1 t/x-2"
+    text = (given.folder / "seeds.md").read_text()
+    assert "|  | A | B | average | vs X (points) | vs X (%) |" in text
+    assert "| Y | 75.00 ±25.00 | 50.00 ±0.00 | 62.50 ±12.50 | +25.00 ±0.00 | +66.67 |" in text
+    assert "one standard error over 2 replicates (A n=4, B n=4)" in text
+
+
+def test_gains_are_relative_to_the_reference_row(tmp_path: Path) -> None:
+    given = job(tmp_path)
+    given.spec["reference"] = "base/p"
+    build(given)
+    with open(given.folder / "table2.csv", newline="") as file:
+        assert [row["gain_percent"] for row in csv.DictReader(file)] == ["+0.00", "+0.00"]
+    assert "vs The pivot (%)" in (given.folder / "table2.md").read_text()

@@ -109,14 +109,18 @@ def _tables(known: Known) -> Iterator[Problem]:
         yield from _repeated((*key, "tasks"), table.tasks, "task")
         for i, task in enumerate(table.tasks):
             yield from _missing((*key, "tasks", i), task, known.tasks, "task")
+        seen: set[str] = set()
         for i, row in enumerate(table.rows):
-            yield from _missing((*key, "rows", i, "model"), row.model, known.models, "model")
-        labels = [row.model for row in table.rows]
-        if table.reference is not None and table.reference not in labels:
-            yield Problem((*key, "reference"), f"{table.reference!r} has no row in this table; {nearest(table.reference, labels)}")
-        for i, model in enumerate(labels):
-            if model in labels[:i]:
-                yield Problem((*key, "rows", i, "model"), f"model {model!r} has a row already")
+            for model in row.models:
+                yield from _missing((*key, "rows", i, "model"), model, known.models, "model")
+                if model in seen:
+                    yield Problem((*key, "rows", i, "model"), f"model {model!r} has a row already")
+                seen.add(model)
+            if len(row.models) != len(table.rows[0].models):
+                told = f"{len(row.models)} replicates, the first row {len(table.rows[0].models)}"
+                yield Problem((*key, "rows", i, "model"), f"has {told}: rows of a table are compared replicate by replicate")
+        if table.reference is not None and table.reference not in seen:
+            yield Problem((*key, "reference"), f"{table.reference!r} has no row in this table; {nearest(table.reference, seen)}")
 
 
 def _training(known: Known) -> Iterator[Problem]:

@@ -188,9 +188,16 @@ class Answering(Section):
 
 
 class Row(Section):
-    model: Address = Field(description="the model of this row")
+    model: Address | Annotated[list[Address], Field(min_length=2)] = Field(
+        description="the model of this row, or its replicates (the same method with other seeds): the row is then their mean"
+    )
     category: str = Field(description="block of the table")
     label: str = Field(description="what the row is called")
+
+    @property
+    def models(self) -> list[str]:
+        """The replicates, or the one model."""
+        return self.model if isinstance(self.model, list) else [self.model]
 
 
 class Table(Section):

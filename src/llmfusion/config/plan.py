@@ -120,9 +120,9 @@ class Plan:
 
     def table(self, name: str) -> str:
         table = self.study.tables[name]
-        cells = {row.model: {task: self.score(row.model, task) for task in table.tasks} for row in table.rows}
+        cells = {model: {task: self.score(model, task) for task in table.tasks} for row in table.rows for model in row.models}
         prints = {model: {t: self.artifacts[a]["fingerprint"][:16] for t, a in tasks.items()} for model, tasks in cells.items()}
-        rows = [[row.model, row.category, row.label, *describe(self.study, row.model)] for row in table.rows]
+        rows = [[row.models, row.category, row.label, *describe(self.study, row.models[0])] for row in table.rows]
         tasks = [[task, self.study.tasks[task].label] for task in table.tasks]
         body = {"title": self.study.title, "scale": self.study.scale, "tasks": tasks, "rows": rows, "cells": prints}
         body |= {"reference": table.reference} if table.reference else {}

@@ -1,0 +1,109 @@
+"""``python -m llmfusion.replicate STUDY OUT --seeds 1 2 3 4 --sets 2``: the same study several times over, for error bars.
+
+Every seed is a replicate with its own noise, mix, order and projectors; replicates share ``--sets`` sets of base models,
+which are trained anew for each set (models that are staged are shared by all). The written study has one table,
+``seeds``: a row of the first table is the mean over its replicates, with the paired difference to the reference.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmfusion.config.errors import StudyError
+from llmfusion.config.study import read_study
+from llmfusion.config.workflow import checked
+
+Data = dict[str, Any]
+
+
+class _Plain(yaml.SafeDumper):
+    """YAML without anchors for what happens to be equal."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def replicated(study: Data, seeds: list[int], sets: int) -> Data:
+    """The study as plain data with ``trained`` and ``merged`` models once a seed and ``base`` models once a set.
+
+    Raises :class:`ValueError` if there are fewer seeds than sets.
+    """
+    if not 0 < sets <= len(seeds):
+        raise ValueError(f"{sets} sets of base models for {len(seeds)} seeds; give at least as many seeds as sets")
+    models, table = study["models"], next(iter(study["tables"].values()))
+    out = {**study, "datasets": dict(study["datasets"]), "mixes": {}, "models": {"base": {}, "trained": {}, "merged": {}}}
+    of_students = {run["mix"] for run in models["trained"].values()}
+    for number in range(sets):
+        end = f"-{'abcdefgh'[number]}"
+        names = {f"base/{name}": f"base/{name}{end}" for name, entry in models["base"].items() if entry["kind"] == "scratch"}
+        for mix in sorted({entry["mix"] for entry in models["base"].values() if "mix" in entry}):
+            out["mixes"][f"{mix}{end}"] = {**study["mixes"][mix], "seed": 42 + number}
+        for name, entry in models["base"].items():
+            made = _renamed(entry, names) | ({"mix": f"{entry['mix']}{end}", "seed": 42 + number} if "mix" in entry else {})
+            out["models"]["base"][names.get(f"base/{name}", f"base/{name}").split("/")[1]] = made
+        for seed in seeds[number::sets]:
+            _add_replicate(study, out, seed, of_students, names)
+    out["tables"] = {"seeds": _table(table, seeds)}
+    return out
+
+
+def _add_replicate(study: Data, out: Data, seed: int, mixes: set[str], names: dict[str, str]) -> None:
+    models, end = study["models"], f"-s{seed}"
+    names = names | {f"{kind}/{name}": f"{kind}/{name}{end}" for kind in ("trained", "merged") for name in models[kind]}
+    for name in sorted(mixes):
+        mix = study["mixes"][name]
+        drawn = [d for d in mix["datasets"] if study["datasets"][d]["kind"] == "generated"]
+        out["datasets"] |= {f"{d}{end}": {**study["datasets"][d], "seed": seed} for d in drawn}
+        asked = {f"{d}{end}" if d in drawn else d: count for d, count in mix["datasets"].items()}
+        out["mixes"][f"{name}{end}"] = _renamed({**mix, "datasets": asked, "seed": seed}, names)
+    for name, run in models["trained"].items():
+        out["models"]["trained"][f"{name}{end}"] = _renamed({**run, "mix": f"{run['mix']}{end}", "seed": seed}, names)
+    for name, merge in models["merged"].items():
+        out["models"]["merged"][f"{name}{end}"] = _renamed(merge, names)
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    """A copy in which every address that has a new name has it."""
+    if isinstance(value, dict):
+        return {key: _renamed(v, names) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_renamed(v, names) for v in value]
+    return names.get(value, value) if isinstance(value, str) else copy.copy(value)
+
+
+def _table(table: Data, seeds: list[int]) -> Data:
+    rows = [row for row in table["rows"] if not row["model"].startswith("base/")]
+    several = [{**row, "model": [f"{row['model']}-s{seed}" for seed in seeds]} for row in rows]
+    return {**table, **({"reference": f"{table['reference']}-s{seeds[0]}"} if "reference" in table else {}), "rows": several}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write a replicated study. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m llmfusion.replicate", description="The same study over several seeds.")
+    parser.add_argument("study", type=Path, metavar="STUDY")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--sets", type=int, default=1, help="sets of base models, trained anew for each")
+    given = parser.parse_args(arguments)
+    try:
+        data = read_study(given.study).model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        made = replicated(data, given.seeds, given.sets)
+        made |= {"title": f"{data['title']}, {len(given.seeds)} seeds", "directory": f"{data['directory']}-seeds"}
+        words = f"{given.study.name} --seeds {' '.join(map(str, given.seeds))} --sets {given.sets}"
+        given.out.write_text(
+            f"# Written by: python -m llmfusion.replicate {words}\n" + yaml.dump(made, Dumper=_Plain, sort_keys=False, width=200, default_flow_style=None)
+        )
+        _, plan = checked(given.out)
+    except (StudyError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"{given.out}: {len(plan.artifacts)} artifacts")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
