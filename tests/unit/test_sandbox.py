@@ -1,6 +1,7 @@
 """Untrusted programs: right ones pass, and whatever a hostile one does ends as a failure of that one program."""
 
 import ast
+import os
 import platform
 import re
 import struct
@@ -186,7 +187,7 @@ HEADERS = [Path(f"/usr/include/{platform.machine()}-linux-gnu/asm/unistd_64.h"),
 def test_the_numbers_are_the_kernels(column: int) -> None:
     known = dict(re.findall(r"#define __NR_(\w+) (\d+)", HEADERS[column].read_text()))
     compared = {name: numbers[column] for name, numbers in seccomp.REFUSED.items() if name in known}
-    assert len(compared) > 45
+    assert len(compared) > 60
     assert compared == {name: int(known[name]) for name in compared}
 
 
@@ -207,6 +208,32 @@ def test_a_test_that_a_value_keeps_busy_ends_at_the_time_limit(body: str) -> Non
     began = time.monotonic()
     assert judged("    return x\n", f"def check(candidate):\n    {body}\n", timeout=1) == (False, "time limit")
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    ("completion", "reason"),
+    [
+        ("    import os\n    os._exit(0)\n", "the program ended"),
+        ("    while True:\n        pass\n", "time limit"),
+        ("    return 'x' * 9_000_000\n", "the reply is too long"),
+    ],
+)
+def test_a_test_that_swallows_the_end_of_a_program_has_proved_nothing(completion: str, reason: str) -> None:
+    swallows = "def check(candidate):\n    try:\n        candidate(1)\n    except Exception:\n        pass\n"
+    assert judged(completion, swallows, timeout=1) == (False, reason)
+
+
+def test_a_test_may_expect_an_exception() -> None:
+    expects = "def check(candidate):\n    try:\n        candidate(1)\n    except Exception:\n        return\n    assert False\n"
+    assert judged("    raise ValueError\n", expects) == (True, "passed")
+    assert judged("    return x\n", expects) == (False, "wrong answer")
+
+
+def test_devices_are_the_same_afterwards() -> None:
+    before = [os.stat(f"/dev/{name}")[:6] for name in ("null", "urandom")]
+    for attempt in ("os.chmod('/dev/null', 0o666)", "os.utime('/dev/null')", "os.chown('/dev/null', 0, 0)"):
+        assert judged(f"    import os\n    {attempt}\n    return x + x\n") == (False, "PermissionError")
+    assert before == [os.stat(f"/dev/{name}")[:6] for name in ("null", "urandom")]
 
 
 def test_a_value_that_fills_the_tests_memory_fails_alone() -> None:

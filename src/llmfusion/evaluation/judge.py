@@ -24,7 +24,8 @@ from llmfusion.evaluation import candidate
 START_SECONDS = 60.0  # for the sandbox to come up on a busy machine; no untrusted code runs in that time
 GRACE_SECONDS = 0.5  # between the candidate's time limit and the end of a test that is busy with itself
 TEST_MEMORY = 4 << 30
-TOLD = re.compile(r"\w{1,60}( while loading)?|the reply is too long")  # what candidate.py says of itself; anything else is forged
+TOO_LONG = "the reply is too long"
+TOLD = re.compile(rf"\w{{1,60}}( while loading)?|{TOO_LONG}")  # what candidate.py says of itself; anything else is forged
 
 SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 SIMPLE: dict[str, Callable[[str], Any]] = {
@@ -37,6 +38,10 @@ SIMPLE: dict[str, Callable[[str], Any]] = {
 
 class Failed(Exception):
     """The candidate did not do what was asked; the text is the reason of the verdict."""
+
+
+class Raised(Failed):
+    """The candidate raised an exception, as a program may: a test may expect that and go on."""
 
 
 class Unusable(Exception):
@@ -70,6 +75,7 @@ class Candidate:
     """
 
     def __init__(self, request: dict[str, Any]):
+        self.lost: Failed | None = None  # why there can be no more answers; a test that swallows it has proved nothing
         self.deadline = time.monotonic() + START_SECONDS
         self.process = subprocess.Popen(
             request["command"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, start_new_session=True
@@ -99,8 +105,16 @@ class Candidate:
         self._receive("ready")
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        self._send(decode(json.loads(candidate.encode([list(arguments), keywords]))))
-        return decode(self._receive("value"))
+        if self.lost:
+            raise self.lost
+        try:
+            self._send(decode(json.loads(candidate.encode([list(arguments), keywords]))))
+            return decode(self._receive("value"))
+        except Raised:
+            raise
+        except Failed as error:
+            self.lost = error
+            raise
 
     def close(self) -> None:
         """End the sandbox and everything in it."""
@@ -144,7 +158,9 @@ class Candidate:
             raise Failed("no proper reply") from None
         if not isinstance(message, dict) or kind not in message:
             told = message.get("error") if isinstance(message, dict) else None
-            raise Failed(told if isinstance(told, str) and TOLD.fullmatch(told) and told != "passed" else "no proper reply")
+            if not isinstance(told, str) or not TOLD.fullmatch(told) or told == "passed":
+                raise Failed("no proper reply")
+            raise Failed(told) if told == TOO_LONG else Raised(told)
         return message[kind]
 
 
@@ -157,8 +173,11 @@ def verdict(task: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         try:
             names[task["entry_point"]] = tested
             names["check"](tested)
+            if tested.lost:
+                raise tested.lost
             passed = True
         finally:
+            resource.setrlimit(resource.RLIMIT_AS, (2 * TEST_MEMORY, 2 * TEST_MEMORY))  # a full memory must not keep us from the verdict
             tested.close()
     except AssertionError:
         reason = "wrong answer"
@@ -211,7 +230,7 @@ def serve() -> None:
 def _answer(request: dict[str, Any], writing: int) -> None:
     """The forked process: one verdict, within the time and memory limits; what the test prints goes nowhere. Never returns."""
     signal.alarm(int(START_SECONDS) + 5)
-    resource.setrlimit(resource.RLIMIT_AS, (TEST_MEMORY, TEST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (TEST_MEMORY, 2 * TEST_MEMORY))
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nowhere, fd)

@@ -23,7 +23,12 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "io_uring_register": (427, 427), "vmsplice": (278, 75), "personality": (135, 92), "modify_ldt": (154, None), "ioperm": (173, None), "iopl": (172, None),
     "quotactl": (179, 60), "acct": (163, 89), "swapon": (167, 224), "reboot": (169, 142), "init_module": (175, 105), "finit_module": (313, 273),
     "delete_module": (176, 106), "kexec_load": (246, 104), "kexec_file_load": (320, 294), "syslog": (103, 116), "inotify_init": (253, None),
-    "inotify_init1": (294, 26), "fanotify_init": (300, 262),
+    "inotify_init1": (294, 26), "fanotify_init": (300, 262), "io_setup": (206, 0),
+    # A read-only bubblewrap mount does not cover /dev/null and /dev/urandom, which their owner (root) could change for everybody.
+    "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None),
+    "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
+    "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463), "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
+    "removexattrat": (466, 466), "file_setattr": (469, 469),
 }  # fmt: skip
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # machine: column above, AUDIT_ARCH_*
 X32 = 0x4000_0000  # x86_64 calls in the x32 numbering, which would slip through
