@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from llmfusion import artifacts, provenance
 from llmfusion.artifacts import Artifact, Draft
-from llmfusion.errors import UserError
+from llmfusion.errors import UserError, redacted
 from llmfusion.lease import Lease
 
 
@@ -69,11 +70,12 @@ def run(step: str, build: Callable[[Job], None]) -> int:
         print("#", shlex.join([*parser.prog.split(), *sys.argv[1:]]), flush=True)
         _make(given, build)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 1
     except Exception as error:
         if not _disk_full(error):
-            raise
+            print(redacted(traceback.format_exc()), file=sys.stderr)
+            return 1
         needs = "".join(f"{note}; " for note in getattr(error, "__notes__", []))
         place = next(folder for folder in given.out.absolute().parents if folder.exists())
         told = f"{needs}{amount(shutil.disk_usage(place).free)} are free in {Path.cwd()}"

@@ -144,9 +144,10 @@ def test_a_disk_that_fills_while_publishing_leaves_the_old_artifact(start: Calla
 
 
 @pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "no"), ValueError("a defect"), KeyError("x")])
-def test_a_defect_keeps_its_traceback_but_leaves_nothing(start: Callable, error: Exception) -> None:
-    with pytest.raises(type(error)):
-        start(failing(error))
+def test_a_defect_keeps_its_traceback_but_leaves_nothing(start: Callable, error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    assert start(failing(error)) == 1
+    assert "Traceback (most recent call last)" in (told := capsys.readouterr().err)
+    assert type(error).__name__ in told
     assert nothing_half_visible()
 
 
@@ -377,3 +378,18 @@ def test_where_another_state_does_not_fit_the_oldest_give_way_and_the_last_stays
     with pytest.raises(UserError, match="resume state needs 0 KiB, 0 KiB are free") if room == 0 else contextlib.nullcontext():
         checkpoint._make_room(tmp_path, 10)
     assert [int(p.name[5:13]) for p in sorted(tmp_path.iterdir())] == kept
+
+
+def test_half_a_resume_state_does_not_stay_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from llmfusion.training import checkpoint
+
+    def full(tensors: object, path: Path, **more: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(SafetensorError):
+        checkpoint.save(tmp_path, 1, "f", torch.nn.Linear(1, 1), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), [])
+    assert list(tmp_path.iterdir()) == []

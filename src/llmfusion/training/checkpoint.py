@@ -50,10 +50,13 @@ def save(folder: Path, step: int, fingerprint: str, model: Any, optimizer: torch
     note = {"step": str(step), "fingerprint": fingerprint, "records": json.dumps(records)}
     _make_room(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
     path, temporary = folder / f"step-{step:08d}.safetensors", folder / f".step-{step:08d}.{os.getpid()}.tmp"
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata=note)
-    sync(temporary)
-    hashed = sha256_file(temporary)
-    os.replace(temporary, path)
+    try:
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata=note)
+        sync(temporary)
+        hashed = sha256_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # half of a state on a full disk would keep it full
     write_file(_hash_of(path), hashed.encode())  # last: a state without its hash is not trusted
     for old in _states(folder)[:-KEPT]:
         _forget(old)
