@@ -45,7 +45,7 @@ class Cache:
         self._ends: dict[int, int] = {}  # rows of each shard
         for row in self.index.values():
             self._ends[row["shard"]] = max(self._ends.get(row["shard"], 0), row["start"] + row["length"])
-        self._shards: dict[int, Any] = {}
+        self._shards: dict[int, dict[str, Tensor]] = {}
 
     def entry(self, sample: str) -> dict[str, Any]:
         """The index's row of a sample. Raises :class:`UserError` for a sample that is not in the cache."""
@@ -61,7 +61,7 @@ class Cache:
         entry = self.entry(sample)
         shard = self._shard(entry["shard"])
         span = slice(entry["start"], entry["start"] + entry["length"])
-        found = {name: shard.get_slice(name)[span] for name in TENSORS}
+        found = {name: shard[name][span] for name in TENSORS}
         _require_finite(self.artifact.file(shard_name(entry["shard"])), found, f" in the rows of sample {sample}")
         return found
 
@@ -96,13 +96,14 @@ class Cache:
         _require_layout(path, found, {name: (shapes[name], FLOATS) for name in found if name in shapes})
         return found
 
-    def _shard(self, number: int) -> Any:
+    def _shard(self, number: int) -> dict[str, Tensor]:
         if number not in self._shards:
             path = self.artifact.file(shard_name(number))
             rows, width = self._ends[number], self._head()["weight"].shape[1]
             layout: dict[str, tuple[Any, Any]] = {"hidden": ((rows, width), FLOATS), "label_id": ((rows,), ("I32",))}
             _require_layout(path, entries_in([path]), layout | dict.fromkeys(STATISTICS, ((rows,), ("F32",))))
-            self._shards[number] = safe_open(path, framework="pt")
+            with safe_open(path, framework="pt") as file:
+                self._shards[number] = {name: file.get_tensor(name) for name in TENSORS}  # views of the mapped file, not copies
         return self._shards[number]
 
 

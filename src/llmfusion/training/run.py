@@ -66,7 +66,7 @@ class _Loop:
         fusion = spec.get("fusion", {})
         self.objective = Objective(fusion, teachers, self.model.get_output_embeddings().weight.shape[1]).to(self.device)
         self.trained = nn.ModuleDict({"student": self.model, "objective": self.objective})
-        self.projector_rate = fusion.get("projector_lr", 1e-3) / spec["lr"]
+        self.projector_rate = fusion.get("projector_lr", 1e-3) / spec["lr"] if spec["lr"] else 0.0
         groups = [{"params": list(part.parameters()), "rate": rate} for part, rate in ((self.model, 1.0), (self.objective, self.projector_rate))]
         self.optimizer = CautiousAdamW(
             [group for group in groups if group["params"]], spec["lr"], tuple(spec.get("betas", (0.9, 0.999))), spec.get("eps", 1e-6),
