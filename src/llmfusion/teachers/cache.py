@@ -46,6 +46,7 @@ class Cache:
         for row in self.index.values():
             self._ends[row["shard"]] = max(self._ends.get(row["shard"], 0), row["start"] + row["length"])
         self._shards: dict[int, dict[str, Tensor]] = {}
+        self._finite: set[str] = set()
 
     def entry(self, sample: str) -> dict[str, Any]:
         """The index's row of a sample. Raises :class:`UserError` for a sample that is not in the cache."""
@@ -62,7 +63,9 @@ class Cache:
         shard = self._shard(entry["shard"])
         span = slice(entry["start"], entry["start"] + entry["length"])
         found = {name: shard[name][span] for name in TENSORS}
-        _require_finite(self.artifact.file(shard_name(entry["shard"])), found, f" in the rows of sample {sample}")
+        if sample not in self._finite:  # a mapped file does not change under a training that holds it: once is enough
+            _require_finite(self.artifact.file(shard_name(entry["shard"])), found, f" in the rows of sample {sample}")
+            self._finite.add(sample)
         return found
 
     def head(self) -> tuple[Tensor, Tensor | None]:
