@@ -34,7 +34,7 @@ from torch.nn import functional
 
 from llmfusion.errors import UserError
 
-CHUNK = 256  # rows whose (c, V) logits exist at once
+LOGITS = 2**25  # values of (c, V) logits that exist at once: 128 MiB in float32, 256 rows of a vocabulary of 128K
 
 
 class Projectors(nn.Module):
@@ -168,8 +168,8 @@ def dual_space(
     else:
         here, there, aligned, aligned_there = _match(partners, values, states)
     head, bias = full(student.head.detach()), None if student.bias is None else full(student.bias.detach())
-    t2s_ce, said = row_sum(here, _label_cross_entropy(head, bias, student.labels, aligned))
-    s2t_kl, _ = row_sum(there, _teacher_kl(teacher, aligned_there, temperature))
+    t2s_ce, said = row_sum(here, _label_cross_entropy(head, bias, student.labels, aligned), chunk_for(head))
+    s2t_kl, _ = row_sum(there, _teacher_kl(teacher, aligned_there, temperature), chunk_for(teacher.space.head))
     entropy, cross_entropy, right = said.unbind(1)
     mask = aligned * right
     if own is not None:
@@ -244,7 +244,12 @@ def _pad(rows: Tensor, sizes: Sequence[int], places: Tensor) -> Tensor:
 Piece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # states (c, width) and which rows -> a sum, with a gradient, and notes (c, .)
 
 
-def row_sum(hidden: Tensor, piece: Piece, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+def chunk_for(head: Tensor) -> int:
+    """How many rows to take at once through a head ``(V, .)``."""
+    return max(1, LOGITS // len(head))
+
+
+def row_sum(hidden: Tensor, piece: Piece, chunk: int) -> tuple[Tensor, Tensor]:
     """The sum over all rows of what ``piece`` gives, differentiable in ``hidden`` only, and its notes, without a gradient.
 
     Each chunk's gradient is taken at once, so that the (c, V) logits of no two chunks exist together.
