@@ -49,6 +49,12 @@ class Artifact:
         """What its maker found worth knowing; asking for what is not there raises :class:`DamagedError`."""
         return _Facts(self.manifest["facts"], f"{self.folder}: the manifest of {self.manifest.get('address', 'an artifact')}")
 
+    @property
+    def licences(self) -> list[str]:
+        """What it declares: one licence where it was staged, those of what it was made from else."""
+        declared = self.facts.get("license", [])
+        return [declared] if isinstance(declared, str) else list(declared)
+
     def file(self, name: str) -> Path:
         """Path of one of its files; raises :class:`DamagedError` if the manifest has no such file."""
         if name not in self.manifest["files"]:

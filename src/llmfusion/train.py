@@ -28,7 +28,7 @@ def build(job: Job) -> None:
     model = load_model(pivot, "float32")  # last: everything that can be refused is refused before
     facts = train(job, Trainee(model, tokenizer), spec, mixes, teachers)
     facts |= save_model(model, tokenizer, job.folder, spec.get("save_dtype", "bfloat16"))
-    job.facts.update(facts, license=sorted({a.facts["license"] for a in [pivot] if "license" in a.facts}))
+    job.facts.update(facts, license=sorted(set(pivot.licences)))
 
 
 if __name__ == "__main__":

@@ -47,3 +47,16 @@ def test_generated_answers_double_the_steps_of_the_same_epochs(tmp_path, inputs,
 def test_an_unknown_target_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(UserError, match="there is no fusion target 'magic'; there are: kd, naive, mince, udf, minilogit"):
         build(job(tmp_path, {"run": {**RUN, "steps": 2, "fusion": {"target": "magic"}}}))
+
+
+def test_a_model_trained_from_a_trained_one_has_its_licences(tmp_path, inputs, pivot):
+    """The chain of the paper's abstract: fuse one source, then the next into what came out."""
+    staged = artifact(pivot.folder, **{**pivot.facts, "license": "llama3.1"})
+    first = job(tmp_path, {"run": {**RUN, "steps": 1, "teachers": ["base/one"], "fusion": {"target": "kd"}}}, {**inputs, "models/base/pivot": staged}, "first")
+    build(first)
+    assert first.facts["license"] == ["llama3.1"]
+    chain = {"run": {**RUN, "init": "trained/first", "steps": 1, "teachers": ["base/two"], "fusion": {"target": "kd"}}}
+    second = job(tmp_path, chain, {**inputs, "models/trained/first": artifact(first.folder, **first.facts)}, "second")
+    build(second)
+    assert second.facts["license"] == ["llama3.1"]
+    assert second.facts["steps"] == 1
