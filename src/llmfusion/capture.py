@@ -31,7 +31,7 @@ def least_bytes(teacher: Artifact, mix: Artifact, spec: dict) -> int:
     rows = sum(len(found.label_ids) for found in counted if not isinstance(found, str))
     if (samples := mix.facts.get("samples", 0)) > COUNTED:
         rows = int(0.8 * rows * samples / COUNTED)
-    state = teacher.facts["hidden_size"] * (4 if spec["capture"].get("dtype") == "float32" else 2)
+    state = (teacher.facts["hidden_size"] or 0) * (4 if spec["capture"].get("dtype") == "float32" else 2)
     return teacher.facts["vocabulary_size"] * state + rows * (state + 16)
 
 

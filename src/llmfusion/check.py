@@ -65,8 +65,8 @@ def sandbox(study: Study) -> Finding:
 def disk(study: Study) -> Finding:
     """Room for the study's checkpoints, as far as sizes are known, and whether its directory can hold leases."""
     place = ROOT / study.directory
-    place.mkdir(parents=True, exist_ok=True)
     try:
+        place.mkdir(parents=True, exist_ok=True)
         _usable(place)
     except OSError as error:
         return Finding(

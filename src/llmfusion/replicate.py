@@ -32,8 +32,10 @@ def replicated(study: Data, seeds: list[int], sets: int) -> Data:
 
     Raises :class:`ValueError` if there are fewer seeds than sets.
     """
-    if not 0 < sets <= len(seeds):
-        raise ValueError(f"{sets} sets of base models for {len(seeds)} seeds; give at least as many seeds as sets")
+    if not 0 < sets <= min(len(seeds), 8):
+        raise ValueError(f"{sets} sets of base models for {len(seeds)} seeds; give at least as many seeds as sets, and at most 8 sets")
+    if any(isinstance(row["model"], list) for row in next(iter(study["tables"].values()))["rows"]):
+        raise ValueError("this study has replicates already: its first table has rows of several models")
     models, table = study["models"], next(iter(study["tables"].values()))
     out = {**study, "datasets": dict(study["datasets"]), "mixes": {}, "models": {"base": {}, "trained": {}, "merged": {}}}
     of_students = {run["mix"] for run in models["trained"].values()}
@@ -41,7 +43,7 @@ def replicated(study: Data, seeds: list[int], sets: int) -> Data:
         end = f"-{'abcdefgh'[number]}"
         names = {f"base/{name}": f"base/{name}{end}" for name, entry in models["base"].items() if entry["kind"] == "scratch"}
         for mix in sorted({entry["mix"] for entry in models["base"].values() if "mix" in entry}):
-            out["mixes"][f"{mix}{end}"] = {**study["mixes"][mix], "seed": 42 + number}
+            out["mixes"][f"{mix}{end}"] = _renamed({**study["mixes"][mix], "seed": 42 + number}, names)
         for name, entry in models["base"].items():
             made = _renamed(entry, names) | ({"mix": f"{entry['mix']}{end}", "seed": 42 + number} if "mix" in entry else {})
             out["models"]["base"][names.get(f"base/{name}", f"base/{name}").split("/")[1]] = made
@@ -78,7 +80,9 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
 def _table(table: Data, seeds: list[int]) -> Data:
     rows = [row for row in table["rows"] if not row["model"].startswith("base/")]
     several = [{**row, "model": [f"{row['model']}-s{seed}" for seed in seeds]} for row in rows]
-    return {**table, **({"reference": f"{table['reference']}-s{seeds[0]}"} if "reference" in table else {}), "rows": several}
+    reference = table.get("reference", "base/")
+    kept = {key: value for key, value in table.items() if key != "reference"}
+    return {**kept, **({} if reference.startswith("base/") else {"reference": f"{reference}-s{seeds[0]}"}), "rows": several}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -90,6 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sets", type=int, default=1, help="sets of base models, trained anew for each")
     given = parser.parse_args(arguments)
     try:
+        if given.out.resolve() == given.study.resolve():
+            raise ValueError(f"{given.out} is the study itself; name another file to write")
         data = read_study(given.study).model_dump(mode="json", by_alias=True, exclude_defaults=True)
         made = replicated(data, given.seeds, given.sets)
         made |= {"title": f"{data['title']}, {len(given.seeds)} seeds", "directory": f"{data['directory']}-seeds"}
@@ -98,7 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"# Written by: python -m llmfusion.replicate {words}\n" + yaml.dump(made, Dumper=_Plain, sort_keys=False, width=200, default_flow_style=None)
         )
         _, plan = checked(given.out)
-    except (StudyError, ValueError) as error:
+    except (StudyError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"{given.out}: {len(plan.artifacts)} artifacts")

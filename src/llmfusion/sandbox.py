@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         require(0 < given.timeout <= 3600, f"--timeout {given.timeout:g}: give more than 0 and at most 3600 seconds")
         require(given.tasks.is_file(), f"{given.tasks}: is not there")
         require(given.verdicts.parent.is_dir(), f"{given.verdicts.parent}: is no folder; make it first")
-        tasks = list(read_jsonl(given.tasks))
+        tasks = list(read_jsonl(given.tasks, lambda row, number: None))  # whatever the file is called
         for number, task in enumerate(tasks, 1):
             _check(task, f"{given.tasks}, line {number}")
         found = list(verdicts(tasks, given.jobs, given.timeout))

@@ -377,30 +377,30 @@ def test_a_state_that_is_not_restored_in_full_is_noticed(start: Callable[[str], 
 def test_a_job_ends_within_its_minutes_and_goes_on_bit_for_bit(start: Callable[[str], Path], whole: Whole) -> None:
     place = start("minutes")
     for done in (1, 2, 3):
-        ended = train(place, prepare=_a_clock_ten_times_as_fast, words=("--minutes", "0.75"))
+        ended = train(place, prepare=_a_clock_five_times_as_fast, words=("--minutes", "0.75"))
         assert ended.status == 143, ended.said
         assert f"stopped after step {done} of 4; the state is saved" in ended.said
         assert float(re.findall(r"(\S+) s of 45 s", ended.said)[-1]) < 45
         assert model(place) == {}
-    assert train(place, prepare=_a_clock_ten_times_as_fast, words=("--minutes", "0.75")).status == 0
+    assert train(place, prepare=_a_clock_five_times_as_fast, words=("--minutes", "0.75")).status == 0
     assert model(place) == whole.model
 
 
-def _a_clock_ten_times_as_fast() -> None:
+def _a_clock_five_times_as_fast() -> None:
     """A step takes 16 seconds of it."""
     from llmfusion.training import run as training
 
     began = time.monotonic()
-    training.time = SimpleNamespace(monotonic=lambda: 10 * time.monotonic())
+    training.time = SimpleNamespace(monotonic=lambda: 5 * time.monotonic())
     training.SAVE_SECONDS = 900.0
     one, leave = training._Loop._step, sys.exit
 
     def slow(self: Any, number: int, samples: list[int]) -> None:
         one(self, number, samples)
-        time.sleep(1.6)
+        time.sleep(3.2)
 
     def tell(status: Any = None) -> None:
-        print(f"{10 * (time.monotonic() - began):.1f} s of 45 s")
+        print(f"{5 * (time.monotonic() - began):.1f} s of 45 s")
         leave(status)
 
     training._Loop._step = slow

@@ -166,3 +166,24 @@ def test_what_changes_token_ids_changes_a_vocabulary(tokenizer, change):
 def test_an_answer_ends_with_the_tokenizers_end_token_or_the_models(more: object, expected: list[int]) -> None:
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=more))
     assert end_tokens(model, SimpleNamespace(eos_token_id=7)) == expected
+
+
+def test_a_tokenizer_is_read_as_it_is_whatever_class_its_settings_name(tmp_path, tokenizer):
+    """The class named may rebuild it: a byte-level tokenizer declared as LlamaTokenizerFast would lose its spaces."""
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "LlamaTokenizerFast"}))
+    found = load_tokenizer(tmp_path, None)
+    text = "def f(x):\n    return x + 1"
+    assert found.decode(found(text, add_special_tokens=False)["input_ids"]) == text
+    assert vocabulary_sha256(found) == vocabulary_sha256(tokenizer)
+
+
+def test_a_second_copy_of_the_weights_beside_the_index_is_not_counted_and_not_merged(tmp_path, pivot):
+    from llmfusion.merging.tensors import entries_of, weight_files
+
+    folder = tmp_path / "p"
+    shutil.copytree(pivot.folder, folder)
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert [p.name for p in weight_files(folder)] == ["model.safetensors"]
+    assert entries_of(folder).keys() == entries_of(pivot.folder).keys()

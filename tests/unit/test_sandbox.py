@@ -229,6 +229,36 @@ def test_a_test_may_expect_an_exception() -> None:
     assert judged("    return x\n", expects) == (False, "wrong answer")
 
 
+def test_an_expected_exception_is_the_builtin_one_of_its_name() -> None:
+    expects = "def check(candidate):\n    try:\n        candidate(1)\n    except ValueError:\n        return\n    assert False\n"
+    assert judged("    raise ValueError('x')\n", expects) == (True, "passed")
+    assert judged("    raise KeyError('x')\n", expects) == (False, "KeyError")
+    assert judged("    b''.decode('utf-8') or '\\udc00'.encode()\n", expects)[0] is False  # a UnicodeEncodeError wants five arguments
+    assert judged("    raise AssertionError\n") == (False, "AssertionError")
+
+
+def test_an_argument_that_cannot_be_told_is_the_tests_fault() -> None:
+    with pytest.raises(UserError, match="gives the program an argument that is no plain value"):
+        verdict(task("    return x\n", "def check(candidate):\n    assert candidate(lambda: 1)\n"))
+
+
+def test_time_lost_before_the_program_runs_is_not_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "command", lambda: ["/bin/sh", "-c", "sleep 1"])  # and never answers
+    with pytest.raises(UserError, match="no verdict, and not by the program's doing"):
+        verdict(task("    return x\n"))
+
+
+def test_a_low_hard_limit_of_memory_is_no_obstacle() -> None:
+    import resource
+    import subprocess
+    import sys
+
+    code = "from llmfusion.evaluation.sandbox import require_isolation; require_isolation(); print('held')"
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # noqa: E731
+    done = subprocess.run([sys.executable, "-c", code], preexec_fn=limit, capture_output=True, text=True)
+    assert done.stdout == "held\n", done.stderr
+
+
 def test_devices_are_the_same_afterwards() -> None:
     before = [os.stat(f"/dev/{name}")[:6] for name in ("null", "urandom")]
     for attempt in ("os.chmod('/dev/null', 0o666)", "os.utime('/dev/null')", "os.chown('/dev/null', 0, 0)"):

@@ -23,7 +23,9 @@ def test_kd_and_naive_count_every_usable_teacher_once():
     assert torch.equal(TARGETS["kd"](given, {}), given.mask)
     assert torch.equal(TARGETS["naive"](given, {}), given.mask)
     full = random_stats(masked=0)
-    torch.testing.assert_close(TARGETS["naive"](full, {"reduction": "mean"}), torch.full((40, 3), 1 / 3))
+    torch.testing.assert_close(TARGETS["naive"](full, {"reduction": "mean"}), torch.full((40, 3), 1 / 3, dtype=full.mask.dtype))
+    shares = TARGETS["naive"](given, {"reduction": "mean"}).sum(1)
+    torch.testing.assert_close(shares, (given.mask.sum(1) > 0).to(shares.dtype))  # over the usable ones
 
 
 def test_mince_takes_one_teacher_for_a_whole_response_by_its_mean_cross_entropy():

@@ -5,6 +5,7 @@ sandbox, and calls the candidate through a pipe, so it cannot be read, patched o
 a value it is handed may keep it busy for ever or fill its memory: hence the alarm and the memory limit.
 """
 
+import builtins
 import contextlib
 import json
 import os
@@ -42,6 +43,15 @@ class Failed(Exception):
 
 class Raised(Failed):
     """The candidate raised an exception, as a program may: a test may expect that and go on."""
+
+
+def _raised(name: str) -> Raised:
+    """The candidate's exception, which is also the builtin one of that name: a test may expect just that."""
+    kind = getattr(builtins, name, None)
+    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError:
+        with contextlib.suppress(TypeError):  # some want other arguments
+            return type(name, (Raised, kind), {})(name)
+    return Raised(name)
 
 
 class Unusable(Exception):
@@ -101,6 +111,7 @@ class Candidate:
             said = self.process.stderr.read(4096).decode(errors="replace").strip().splitlines()
             raise Unusable(f"the sandbox did not start ({said[-1] if said else error})") from None
         self.deadline = time.monotonic() + request["timeout"]
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # from now on it ends the process, whatever the test is busy with
         signal.setitimer(signal.ITIMER_REAL, request["timeout"] + GRACE_SECONDS)
         self._receive("ready")
 
@@ -108,7 +119,11 @@ class Candidate:
         if self.lost:
             raise self.lost
         try:
-            self._send(decode(json.loads(candidate.encode([list(arguments), keywords]))))
+            told = decode(json.loads(candidate.encode([list(arguments), keywords])))
+        except candidate.NoPlainValue:
+            raise Unusable("its test gives the program an argument that is no plain value") from None
+        try:
+            self._send(told)
             return decode(self._receive("value"))
         except Raised:
             raise
@@ -160,7 +175,7 @@ class Candidate:
             told = message.get("error") if isinstance(message, dict) else None
             if not isinstance(told, str) or not TOLD.fullmatch(told) or told == "passed":
                 raise Failed("no proper reply")
-            raise Failed(told) if told == TOO_LONG else Raised(told)
+            raise Failed(told) if told == TOO_LONG else _raised(told)
         return message[kind]
 
 
@@ -173,16 +188,17 @@ def verdict(task: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
         try:
             names[task["entry_point"]] = tested
             names["check"](tested)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             if tested.lost:
                 raise tested.lost
             passed = True
         finally:
-            resource.setrlimit(resource.RLIMIT_AS, (2 * TEST_MEMORY, 2 * TEST_MEMORY))  # a full memory must not keep us from the verdict
+            _allow(2 * TEST_MEMORY)  # a full memory must not keep us from the verdict
             tested.close()
     except AssertionError:
         reason = "wrong answer"
     except Failed as error:
-        reason = str(error)
+        reason = str(error.args[0])  # not str(error): a KeyError quotes
     except Unusable:
         raise
     except Exception as error:  # whatever a test does with an unexpected value
@@ -220,17 +236,18 @@ def serve() -> None:
             _answer(json.loads(line), writing)
         os.close(writing)
         with open(reading, "rb") as file:
-            told = file.read()
+            told = file.readline()  # not to the end: a test's own child may keep the pipe open
         status = os.waitpid(child, 0)[1]
-        sys.stdout.buffer.write(told if os.WIFEXITED(status) else json.dumps({"signal": os.WTERMSIG(status)}).encode())
-        sys.stdout.buffer.write(b"\n")
+        ended = {"signal": os.WTERMSIG(status)} if os.WIFSIGNALED(status) else {"unusable": f"it ended with status {status}"}
+        sys.stdout.buffer.write(told if told.endswith(b"\n") else json.dumps(ended).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
 def _answer(request: dict[str, Any], writing: int) -> None:
     """The forked process: one verdict, within the time and memory limits; what the test prints goes nowhere. Never returns."""
+    signal.signal(signal.SIGALRM, _late)
     signal.alarm(int(START_SECONDS) + 5)
-    resource.setrlimit(resource.RLIMIT_AS, (TEST_MEMORY, 2 * TEST_MEMORY))
+    _allow(TEST_MEMORY)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nowhere, fd)
@@ -240,8 +257,18 @@ def _answer(request: dict[str, Any], writing: int) -> None:
         told = {"unusable": str(error)}
     except BaseException as error:  # SystemExit of a test, say
         told = {"unusable": f"its test ended with {type(error).__name__}"}
-    os.write(writing, json.dumps(told).encode())
+    os.write(writing, json.dumps(told).encode() + b"\n")
     os._exit(0)
+
+
+def _late(*_: object) -> None:
+    raise Unusable(f"the sandbox was not up after {START_SECONDS:.0f} s, or its test is busy before it calls the program")
+
+
+def _allow(memory: int) -> None:
+    """Limit this process's memory, and leave the hard limit, if there is one, as it is."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))
 
 
 if __name__ == "__main__":

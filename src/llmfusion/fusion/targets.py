@@ -32,9 +32,10 @@ def kd(stats: Stats, options: dict[str, Any]) -> Tensor:
 
 
 def naive(stats: Stats, options: dict[str, Any]) -> Tensor:
-    """The teachers' KD losses summed (InfiFusion, "directly sums"), or their mean with ``reduction: mean``."""
-    share = 1.0 / stats.mask.shape[1] if options.get("reduction", "sum") == "mean" else 1.0
-    return stats.mask * share
+    """The teachers' KD losses summed (InfiFusion, "directly sums"), or with ``reduction: mean`` the mean over the usable ones."""
+    if options.get("reduction", "sum") == "sum":
+        return stats.mask.clone()
+    return stats.mask / stats.mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def mince(stats: Stats, options: dict[str, Any]) -> Tensor:

@@ -47,7 +47,21 @@ def header_of(file: Path) -> tuple[dict[str, Any], int]:
 
 def entries_of(folder: Path) -> dict[str, Entry]:
     """All tensors of a checkpoint folder by name, in the order of files and offsets."""
-    return entries_in(sorted(folder.glob("*.safetensors")))
+    return entries_in(weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold a checkpoint: one, or those its index names (others may hold it a second time), or all."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    try:
+        named = set(json.loads(index.read_bytes())["weight_map"].values())
+    except FileNotFoundError:
+        return sorted(folder.glob("*.safetensors"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DamagedError(f"{index}: expected a weight_map of tensors and files") from None
+    return sorted(folder / str(name) for name in named)
 
 
 def entries_in(files: Iterable[Path]) -> dict[str, Entry]:

@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from llmfusion.artifacts import Artifact, require
 from llmfusion.data.chat import TEMPLATES
 from llmfusion.errors import DamagedError, UserError
-from llmfusion.merging.tensors import FLOATS, Entry, entries_in
+from llmfusion.merging.tensors import FLOATS, Entry, entries_in, weight_files
 
 
 def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
@@ -26,13 +26,13 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
     import transformers
 
     folder = model.folder if isinstance(model, Artifact) else model
-    settings = folder / "tokenizer_config.json"
-    name = _object(settings).get("tokenizer_class") if settings.exists() else None
-    kind: Any = _class(name, transformers.PreTrainedTokenizerBase) or transformers.AutoTokenizer  # the class itself: Auto imports every family
+    if (settings := folder / "tokenizer_config.json").exists():
+        _object(settings)
+    # tokenizer.json as it is: the class that tokenizer_config.json names may rebuild it (a byte-level one declared as
+    # LlamaTokenizerFast would lose its spaces)
+    kind: Any = transformers.PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else transformers.AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if not isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
-            raise TypeError(f"{settings.name} names {name!r}, which is no tokenizer")
     except Exception as error:  # tokenizers raises bare ones
         raise _cannot(folder, "tokenizer", error) from error
     require(tokenizer.eos_token_id is not None, f"{folder}: the tokenizer has no end token (eos_token)")
@@ -197,11 +197,11 @@ def model_facts(folder: Path, tokenizer: Any) -> dict[str, Any]:
     text = config.get("text_config", config)
     return {
         "architecture": (config.get("architectures") or ["?"])[0],
-        "hidden_size": text.get("hidden_size"),
+        "hidden_size": text.get("hidden_size", text.get("n_embd")),
         "vocabulary_size": text.get("vocab_size"),
         "vocabulary_sha256": vocabulary_sha256(tokenizer),
         "tokenizer_size": len(tokenizer),
-        "parameters": sum(count_parameters(path) for path in folder.glob("*.safetensors")),
+        "parameters": sum(count_parameters(path) for path in weight_files(folder)),
         "eos_token": tokenizer.eos_token,
         "max_positions": text.get("max_position_embeddings"),
     }

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -41,6 +42,7 @@ def train(job: Job, trainee: Trainee, spec: dict[str, Any], mixes: Sequence[Arti
     Stops within a step at a loss that is not finite (:class:`UserError`, nothing published). SIGTERM and the end of the
     job's minutes save the resume state and end the process with status 143; the next start goes on bit for bit.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older versions of torch ask for it on GPUs
     torch.use_deterministic_algorithms(True)
     corpus = Corpus(mixes, trainee.tokenizer)
     steps = corpus.steps(spec)
