@@ -88,7 +88,11 @@ def test_ways_around_the_study_are_refused(fresh: Path, words: list[str], told: 
 def test_a_faulty_study_is_refused_by_a_dry_run_with_all_mistakes(fresh: Path) -> None:
     text = (fresh / "config/mini.yaml").read_text()
     bad = fresh / "config/bad.yaml"
-    bad.write_text(text.replace("target: kd", "target: kdd", 1).replace("parents: *kd-homogeneous, method: ta", "parents: [trained/kd-cod, trained/kd-math], method: ta", 1))
+    bad.write_text(
+        text.replace("target: kd", "target: kdd", 1).replace(
+            "parents: *kd-homogeneous, method: ta", "parents: [trained/kd-cod, trained/kd-math], method: ta", 1
+        )
+    )
     output = snakemake(fresh, "-n", "results/table2.csv", "--configfile", "config/bad.yaml", fails=True)
     assert "2 mistakes" in output
     assert "did you mean 'kd'?" in output
