@@ -25,10 +25,10 @@ from tests.project import environment
 KIB, MIB = 2**10, 2**20
 DISK = 32 * MIB
 LEFT = (0, 8 * KIB, 32 * KIB, 128 * KIB, 400 * KIB, MIB, 4 * MIB)  # what is left to a stage, until it succeeds
-STAGES = {
+STAGES = {  # none needs a later one
     "data": "data/dataset/text-facts",
-    "mix": "data/mix/student",
     "base": "models/base/code",
+    "mix": "data/mix/student",
     "capture": "teachers/base/code/student",
     "generate": "data/generated/base/code/student",
     "train": "models/trained/kd-code",
