@@ -92,7 +92,7 @@ def amount(size: int) -> str:
 def _disk_full(error: Exception) -> bool:
     """Also a full quota, and what safetensors and torch raise: no OSErrors, and torch does not tell the cause."""
     full = (errno.ENOSPC, errno.EDQUOT)
-    told = [*map(os.strerror, full), "PytorchStreamWriter failed writing"]
+    told = [*map(os.strerror, full), "inline_container.cc"]
     return getattr(error, "errno", None) in full or any(words in str(error) for words in told)
 
 

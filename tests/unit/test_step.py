@@ -120,6 +120,7 @@ class SafetensorError(Exception):
         OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
     ],
 )
 def test_a_full_disk_is_told_with_what_is_free(start: Callable, capsys: pytest.CaptureFixture[str], error: Exception) -> None:

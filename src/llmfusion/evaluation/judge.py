@@ -37,6 +37,9 @@ SIMPLE: dict[str, Callable[[str], Any]] = {
 }
 
 
+EXPECTED = (ValueError, TypeError, ArithmeticError, NotImplementedError)  # not those that Python itself waits for: StopIteration, IndexError, ...
+
+
 class Failed(Exception):
     """The candidate did not do what was asked; the text is the reason of the verdict."""
 
@@ -46,9 +49,9 @@ class Raised(Failed):
 
 
 def _raised(name: str) -> Raised:
-    """The candidate's exception, which is also the builtin one of that name: a test may expect just that."""
+    """The candidate's exception, which is also the builtin one of that name where a test may well expect it."""
     kind = getattr(builtins, name, None)
-    if isinstance(kind, type) and issubclass(kind, Exception) and kind is not AssertionError:
+    if isinstance(kind, type) and issubclass(kind, EXPECTED):
         with contextlib.suppress(TypeError):  # some want other arguments
             return type(name, (Raised, kind), {})(name)
     return Raised(name)
