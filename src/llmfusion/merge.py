@@ -20,6 +20,7 @@ from llmfusion.config.plan import dump
 from llmfusion.config.strict_yaml import load_text
 from llmfusion.errors import UserError
 from llmfusion.merging.engine import merge
+from llmfusion.merging.tensors import weight_files
 from llmfusion.models.card import write_card
 from llmfusion.step import Job, run
 
@@ -28,7 +29,7 @@ def build(job: Job) -> None:
     """Merge the parents' deltas over the pivot."""
     spec = job.spec["merge"]
     pivot, parents = job.input(f"models/{spec['pivot']}"), [job.input(f"models/{p}") for p in spec["parents"]]
-    job.need(f"a merge over {spec['pivot']}", sum(path.stat().st_size for path in pivot.folder.glob("*.safetensors")))
+    job.need(f"a merge over {spec['pivot']}", sum(path.stat().st_size for path in weight_files(pivot.folder)))
     facts = merge(pivot.folder, [p.folder for p in parents], spec["method"], spec, job.folder)
     options = {key: value for key, value in spec.items() if key not in ("method", "pivot", "parents")}
     write_card(job.folder, spec["method"], spec["pivot"], spec["parents"], options)

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from llmfusion.fusion.divergences import DIVERGENCES, forward_kl, js, reverse_kl, weighted
+from llmfusion.fusion.divergences import DIVERGENCES, forward_kl, js, reverse_kl
+from llmfusion.fusion.losses import fused_loss
 
 C, V = 7, 9
 
@@ -94,10 +95,19 @@ def test_the_students_mass_on_unknown_tokens_does_not_count(name):
     assert logits.grad[:, [2, 5]].abs().max() < 1e-15
 
 
-def test_several_teachers_are_summed_by_their_weights():
+class Teacher:
+    def __init__(self, log_q):
+        self.log_q = log_q.float()
+
+    def log_probs(self, rows, temperature):
+        return self.log_q[rows]
+
+
+def test_the_fused_loss_sums_several_teachers_by_their_weights():
     log_qs, log_p = [log_probabilities(0), log_probabilities(2, (4,))], log_probabilities(1)
     weights = torch.rand(C, 2, dtype=torch.float64)
     for name, divergence in DIVERGENCES.items():
         expected = [sum(weights[t, k].item() * by_hand(name, log_qs[k], log_p)[t] for k in range(2)) for t in range(C)]
-        assert weighted(divergence, log_qs, log_p, weights).tolist() == pytest.approx(expected)
-    assert weighted(forward_kl, [], log_p, weights[:, :0]).tolist() == [0] * C
+        logits, head, labels = log_p.float(), torch.eye(log_p.shape[1]), torch.zeros(C, dtype=torch.long)
+        found = fused_loss(logits, head, None, labels, [Teacher(log_q) for log_q in log_qs], weights.float(), lam=1.0, divergence=divergence)
+        assert found.loss.item() == pytest.approx(sum(expected), rel=1e-5)

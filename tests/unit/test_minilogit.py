@@ -3,9 +3,16 @@ import math
 import pytest
 import torch
 
-from llmfusion.fusion.minilogit import MinilogitRows, minilogit_loss, relative_minimum
+from llmfusion.fusion.losses import fused_loss
+from llmfusion.fusion.minilogit import MinilogitRows, relative_minimum
 
 N, D, V = 23, 5, 8
+
+
+def minilogit_loss(hidden, head, bias, labels, teachers, lam=0.5, temperature=1.0):
+    """The loss as the objective takes it: the ensemble is the one teacher, weighted by its mask."""
+    ensemble = MinilogitRows(teachers, labels)
+    return fused_loss(hidden, head, bias, labels, [ensemble], ensemble.mask[:, None], lam, temperature), ensemble
 
 
 class Teacher:

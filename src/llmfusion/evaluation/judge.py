@@ -36,8 +36,7 @@ SIMPLE: dict[str, Callable[[str], Any]] = {
     "bytes": bytes.fromhex,
 }
 
-
-EXPECTED = (ValueError, TypeError, ArithmeticError, NotImplementedError)  # not those that Python itself waits for: StopIteration, IndexError, ...
+EXPECTED = (ValueError, TypeError, ArithmeticError, NotImplementedError)  # not what Python itself waits for: StopIteration, IndexError, ...
 
 
 class Failed(Exception):

@@ -11,7 +11,7 @@ A row without any known token is 0.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,11 +47,3 @@ def _shared(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 DIVERGENCES: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "js": js}
-
-
-def weighted(divergence: Divergence, log_qs: Sequence[Tensor], log_p: Tensor, weights: Tensor) -> Tensor:
-    """``sum_k w_tk D(q_k, p)`` (c,), of K teachers' ``log_qs``, each (c, V), and ``weights (c, K)``."""
-    out = log_p.new_zeros(len(log_p))
-    for k, log_q in enumerate(log_qs):
-        out = out + weights[:, k] * divergence(log_q, log_p)
-    return out

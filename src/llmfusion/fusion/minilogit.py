@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmfusion.fusion.losses import FusedLoss, TeacherRows, fused_loss
+from llmfusion.fusion.losses import TeacherRows
 
 CHUNK = 1024  # rows whose (c, V) logits exist at once
 
@@ -65,15 +65,3 @@ class MinilogitRows:
         others = teacher.scatter(1, labels, -1)  # the label's value is 0 under all
         share = torch.stack([(others == k).sum(1) for k in range(len(self.teachers))], 1).to(z.dtype) / max(z.shape[1] - 1, 1)
         return usable, entropy * usable, -log_q.gather(1, labels)[:, 0] * usable, share
-
-
-def minilogit_loss(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, labels: Tensor, teachers: Sequence[TeacherRows], lam: float = 0.5, temperature: float = 1.0
-) -> tuple[FusedLoss, MinilogitRows]:
-    """``sum_t (1 - lam) CE(y_t, p) + lam m_t KL(P_T || p_T)``, m = [a teacher is usable], and the ensemble for the record.
-
-    Shapes as in :func:`~llmfusion.fusion.losses.fused_loss`. The temperature softens both sides of the KL, without a factor T^2
-    (KDCL has one); the minimum is the same at every temperature.
-    """
-    ensemble = MinilogitRows(teachers, labels)
-    return fused_loss(hidden, head, bias, labels, [ensemble], ensemble.mask[:, None], lam, temperature), ensemble

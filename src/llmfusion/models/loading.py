@@ -130,14 +130,9 @@ def _kind(model: Artifact) -> Any:
 
 def _weights(model: Artifact) -> dict[str, Entry]:
     """Headers of the weights that transformers would read: one file, else those of the index."""
-    single, index = model.folder / "model.safetensors", model.folder / "model.safetensors.index.json"
-    if single.exists():
-        return entries_in([model.file(single.name)])
-    require(index.exists(), f"{model.folder}: has no .safetensors weights; pickled weights are never read")
-    shards = _object(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise DamagedError(f"{index}: expected a weight_map of tensors and files")
-    return entries_in([model.file(str(name)) for name in sorted(set(map(str, shards.values())))])
+    files = weight_files(model.folder)
+    require(bool(files), f"{model.folder}: has no .safetensors weights; pickled weights are never read")
+    return entries_in([model.file(path.name) for path in files])
 
 
 def _files(model: Artifact, entries: dict[str, Entry]) -> str:

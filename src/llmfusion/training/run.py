@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class _Loop:
                 with torch.no_grad():
                     student = self._student(drawn)
                 self.objective.projection(student, drawn, totals).backward()
-            self._update()
+            self._update(partial(self._check_finite, -1, numbers))  # told as step 0
             if self.stop:
                 print("stopped before the first step; nothing is lost that takes long", flush=True)
                 sys.exit(143)
@@ -126,7 +127,7 @@ class _Loop:
             loss.backward()
             add_records(sums, record)
         self._check_finite(step, numbers, sums["loss"])
-        norm = self._update(lambda norm: self._check_finite(step, numbers, norm))
+        norm = self._update(partial(self._check_finite, step, numbers))
         if step % RECORD_EVERY == 0 or step + 1 == self.steps:
             self._record(step, {**sums, "grad_norm": norm})
 
