@@ -10,7 +10,7 @@ BIN := .venv/bin
 
 table2: .venv/ready
 	$(BIN)/python -m llmfusion.check config/mini.yaml
-	$(BIN)/snakemake --profile profiles/mini results/table2.csv
+	$(BIN)/python -m llmfusion.warm -- $(BIN)/snakemake --profile profiles/mini results/table2.csv
 	@cat runs/mini/results/table2.md
 
 test: check unit workflow e2e

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from llmfusion.data import sources
 from llmfusion.data.layouts import LAYOUTS, split
-from llmfusion.data.samples import Sample, sample_id, text_of, write_jsonl
+from llmfusion.data.samples import Sample, sample_id, text_of, write_jsonl, wrong_staged
 from llmfusion.errors import UserError
 from llmfusion.step import Job, run
 
@@ -42,12 +42,16 @@ def _converted(spec: dict, rejected: sources.Rejected, counted: dict[str, int]) 
             rejected.add("malformed", number)
             continue
         for part in split(body, spec.get("split_characters")):
+            sample = {"id": sample_id(origin, number, part), "domain": spec["domain"], **part}
+            if wrong_staged(sample, number) is not None:
+                rejected.add("malformed", number)
+                continue
             key = hash(text_of(part))
             if key in seen:
                 rejected.add("duplicate", number)
                 continue
             seen.add(key)
-            yield {"id": sample_id(origin, number, part), "domain": spec["domain"], **part}
+            yield sample
 
 
 if __name__ == "__main__":

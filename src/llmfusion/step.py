@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmfusion import artifacts, provenance
+from llmfusion import artifacts, provenance, warm
 from llmfusion.artifacts import Artifact, Draft
 from llmfusion.errors import UserError, redacted
 from llmfusion.lease import Lease
@@ -67,6 +67,8 @@ def run(step: str, build: Callable[[Job], None]) -> int:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        if warm.ADDRESS in os.environ:
+            return warm.ask(f"llmfusion.{step}")
         print("#", shlex.join([*parser.prog.split(), *sys.argv[1:]]), flush=True)
         _make(given, build)
     except UserError as error:

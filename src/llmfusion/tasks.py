@@ -6,7 +6,7 @@ from typing import Any
 
 from llmfusion.data import sources
 from llmfusion.data.layouts import TASK_LAYOUTS
-from llmfusion.data.samples import write_jsonl
+from llmfusion.data.samples import write_jsonl, wrong_item
 from llmfusion.errors import UserError
 from llmfusion.step import Job, run
 
@@ -31,7 +31,7 @@ def _items(source: dict[str, Any], rejected: sources.Rejected) -> Iterator[dict[
     name = source.get("repo") or source["path"]
     for number, row in enumerate(sources.rows(source)):
         item = sources.apply_layout(name, TASK_LAYOUTS[source["layout"]], row, number)
-        if item is None:
+        if item is None or wrong_item({"item": number, **item}, number) is not None:
             rejected.add("malformed", number)
         else:
             yield item

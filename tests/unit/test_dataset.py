@@ -28,11 +28,11 @@ def source(tmp_path, rows, **more):
 
 
 def test_rows_become_samples_and_what_is_left_out_is_counted(tmp_path):
-    rows = [{"q": "1", "a": "one"}, {"q": "2", "a": ""}, {"q": "1", "a": "one"}, {"q": "3", "a": None}, {"q": "4", "a": "four"}]
+    rows = [{"q": "1", "a": "one"}, {"q": "2", "a": ""}, {"q": "1", "a": "one"}, {"q": "3", "a": None}, {"q": "4", "a": "four"}, {"q": "5", "a": "\ud83d"}]
     samples, facts = build(tmp_path, source(tmp_path, rows))
     assert [[m["content"] for m in s["messages"]] for s in samples] == [["1", "one"], ["4", "four"]]
-    assert facts["rejected"] == {"duplicate": {"count": 1, "first": ["2"]}, "malformed": {"count": 2, "first": ["1", "3"]}}
-    assert (facts["samples"], facts["rows"], facts["license"]) == (2, 5, "mit")
+    assert facts["rejected"] == {"duplicate": {"count": 1, "first": ["2"]}, "malformed": {"count": 3, "first": ["1", "3", "5"]}}
+    assert (facts["samples"], facts["rows"], facts["license"]) == (2, 6, "mit")
     assert {s["domain"] for s in samples} == {"math"}
     assert len({s["id"] for s in samples}) == 2
 

@@ -10,6 +10,7 @@ import torch
 from llmfusion.data.chat import encode
 from llmfusion.errors import UserError
 from llmfusion.fusion.dskd import StudentTokens, TeacherTokens, dual_space, input_ids
+from llmfusion.fusion.objective import Objective
 from llmfusion.fusion.sources import CachedSource, Drawn, ProjectedSource, source_of
 from llmfusion.models.batches import label_rows
 from llmfusion.models.loading import load_model, load_tokenizer, save_model
@@ -223,3 +224,21 @@ def test_the_pivot_may_compete_with_a_source_under_mince(go, cache, pivot, token
     train(made, Trainee(load_model(pivot, "float32"), tokenizer), {**SPEC, "steps": 1, "fusion": {"target": "mince"}}, [mix], sources)
     [record] = [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
     assert sum(record["weight"].values()) == pytest.approx(1)
+
+
+def test_a_stop_after_the_projectors_were_prepared_does_not_prepare_them_again(go, monkeypatch):
+    """The first step is killed without a chance to save; what is gone on from is the state after the preparation."""
+
+    def killed(self, step, numbers):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Loop, "_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go("stopped", {"target": "kd"})
+    with monkeypatch.context() as patch:
+        patch.setattr(Objective, "projection", lambda *_: pytest.fail("prepared again"))
+        weights, records = go("stopped", {"target": "kd"})
+    whole, whole_records = go("whole", {"target": "kd"})
+    assert records == whole_records
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)

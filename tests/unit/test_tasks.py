@@ -15,11 +15,12 @@ def gsm8k(path, rows):
 
 def test_items_and_shots_are_numbered_and_malformed_rows_counted(tmp_path):
     rows = [{"question": "1+1?", "answer": "1+1=2\n#### 2"}, {"question": "?", "answer": None}, {"question": "2+2?", "answer": "#### 4"}]
+    rows.append({"question": "half a \ud83d", "answer": "#### 5"})
     made = job(tmp_path, {"items": gsm8k(tmp_path / "a.jsonl", rows), "shots_from": gsm8k(tmp_path / "b.jsonl", rows[:1])})
     tasks.build(made)
     assert [(i["item"], i["question"], i["answer"]) for i in read_jsonl(made.folder / "items.jsonl")] == [(0, "1+1?", "2"), (1, "2+2?", "4")]
     assert [i["solution"] for i in read_jsonl(made.folder / "shots.jsonl")] == ["1+1=2"]
-    assert made.facts == {"items": 2, "items_rejected": {"malformed": {"count": 1, "first": ["1"]}}, "shots": 1, "shots_rejected": {}, "license": "mit"}
+    assert made.facts == {"items": 2, "items_rejected": {"malformed": {"count": 2, "first": ["1", "3"]}}, "shots": 1, "shots_rejected": {}, "license": "mit"}
 
 
 def test_generated_items_are_the_held_out_ones(tmp_path):

@@ -89,6 +89,10 @@ def wrong_item(row: dict[str, Any], number: int) -> str | None:
     """What keeps a row from being a test item (or a few-shot example) of its line, or None."""
     if row.get("item") != number:
         return f"expected item {number}, found {row.get('item')!r}"
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "expected text, found half a surrogate pair"
     return next((f"{key}: expected a value, found null" for key, value in row.items() if value is None), None)
 
 

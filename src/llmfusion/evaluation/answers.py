@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: di
     ``tasks`` maps a name to its format, shots, prompt and max_new_tokens, ``staged`` to its items. Decoding is greedy,
     through the tokenizer's chat template.
     """
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from transformers import GenerationConfig
@@ -45,10 +46,10 @@ def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: di
         )
     manager = TaskManager(include_path=str(FORMATS), include_defaults=False)
     configs = [config(name, task, staged[name]) for name, task in tasks.items()]
-    found = simple_evaluate(
-        loaded, tasks=configs, task_manager=manager, predict_only=True, apply_chat_template=True, bootstrap_iters=0, log_samples=True, random_seed=0,
-        numpy_random_seed=0, torch_random_seed=0, fewshot_random_seed=0,
-    )  # fmt: skip
+    asked = manager.load(configs)
+    for task in asked["tasks"].values():
+        task.override_metric("bypass")  # only answers: simple_evaluate's predict_only, without its second of questions about the machine
+    found = evaluate(loaded, asked, apply_chat_template=True, bootstrap_iters=0, log_samples=True)
     facts = {}
     for name, task in tasks.items():
         samples = sorted(found["samples"][name], key=lambda s: s["doc"]["item"])
@@ -85,11 +86,20 @@ def config(name: str, task: dict[str, Any], staged: Artifact) -> dict[str, Any]:
     return {
         **base,
         "task": name,
-        "doc_to_text": text,
+        "doc_to_text": _compiled(text),
+        "doc_to_target": _compiled(base["doc_to_target"]),
         "num_fewshot": 0,  # the shots are part of the prompt: chosen by subject, which lm-eval does only through 57 tasks
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)},
         "generation_kwargs": {**base["generation_kwargs"], "max_gen_toks": task.get("max_new_tokens", 256)},
     }
+
+
+def _compiled(template: str) -> Callable[[Item], str]:
+    """lm-eval's own rendering; given the text, it would compile it anew for every item, which costs more than a small model's answer."""
+    from lm_eval.utils import env
+
+    compiled = env.from_string(template)
+    return lambda item: compiled.render(**item)  # a function: lm-eval copies the configuration deeply, which a template does not survive
 
 
 def with_shots(items: list[Item], pool: list[Item], count: int, prompt: str, target: str) -> list[Item]:

@@ -63,11 +63,11 @@ def save(folder: Path, step: int, fingerprint: str, model: Any, optimizer: torch
     return path
 
 
-def restore(folder: Path, fingerprint: str, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]]:
+def restore(folder: Path, fingerprint: str, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]] | None:
     """Load the newest readable state of this very training into model and optimizer. Returns its step and metrics.
 
     States of another spec or other inputs (``fingerprint``) are removed, and what killed writers left half-done; without
-    a usable one the answer is ``(0, [])``.
+    a usable one the answer is None.
     """
     for left in folder.glob(".*.tmp"):  # each can be as large as a state
         left.unlink()
@@ -85,7 +85,7 @@ def restore(folder: Path, fingerprint: str, model: Any, optimizer: torch.optim.O
             continue
         _load(tensors, model, optimizer)
         return int(note["step"]), json.loads(note["records"])
-    return 0, []
+    return None
 
 
 def _make_room(folder: Path, size: int) -> None:

@@ -41,7 +41,7 @@ class CautiousAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(m, grads, 1 - b1)
         torch._foreach_mul_(v, b2)
         torch._foreach_addcmul_(v, grads, grads, 1 - b2)
-        updates = [_masked(a, g, group["norm"]) for a, g in zip(m, grads, strict=True)] if group["cautious"] else m
+        updates = _masked(m, grads, group["norm"]) if group["cautious"] else m
         roots = torch._foreach_sqrt(v)
         torch._foreach_add_(roots, group["eps"])
         t = states[0]["step"]  # all parameters of a group have been through the same steps
@@ -54,10 +54,16 @@ class CautiousAdamW(torch.optim.Optimizer):
         return state
 
 
-def _masked(m: Tensor, gradient: Tensor, norm: str) -> Tensor:
-    mask = (m * gradient > 0).to(m.dtype)
-    scale = mask.numel() / (mask.sum() + 1) if norm == "numel_plus_1" else 1 / mask.mean().clamp(min=1e-3)
-    return m * mask * scale
+def _masked(m: list[Tensor], gradients: list[Tensor], norm: str) -> list[Tensor]:
+    """Each first moment where it agrees with its gradient, 0 elsewhere, scaled up by the share of what is left."""
+    masks = list(torch._foreach_mul(m, gradients))
+    torch._foreach_sign_(masks)
+    torch._foreach_clamp_min_(masks, 0)
+    kept = torch.stack(torch._foreach_norm(masks, 1)).tolist()
+    scales = [t.numel() / (k + 1 if norm == "numel_plus_1" else max(k, 1e-3 * t.numel())) for t, k in zip(m, kept, strict=True)]
+    torch._foreach_mul_(masks, scales)
+    torch._foreach_mul_(masks, m)
+    return masks
 
 
 def learning_rate(step: int, steps: int, peak: float, lowest: float, warmup: float) -> float:
