@@ -98,7 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"{given.out} is the study itself; name another file to write")
         data = read_study(given.study).model_dump(mode="json", by_alias=True, exclude_defaults=True)
         made = replicated(data, given.seeds, given.sets)
-        made |= {"title": f"{data['title']}, {len(given.seeds)} seeds over {given.sets} set{'s' * (given.sets > 1)} of source models", "directory": f"{data['directory']}-seeds"}
+        made |= {
+            "title": f"{data['title']}, {len(given.seeds)} seeds over {given.sets} set{'s' * (given.sets > 1)} of source models",
+            "directory": f"{data['directory']}-seeds",
+        }
         words = f"{given.study.name} --seeds {' '.join(map(str, given.seeds))} --sets {given.sets}"
         given.out.write_text(
             f"# Written by: python -m llmfusion.replicate {words}\n" + yaml.dump(made, Dumper=_Plain, sort_keys=False, width=200, default_flow_style=None)

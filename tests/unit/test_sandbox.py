@@ -63,7 +63,7 @@ WRONG = {
     "sys.exit(0)": ("    import sys\n    sys.exit(0)\n", "SystemExit"),
     "sys.exit(0) while loading": ("    return 4\n\nimport sys\nsys.exit(0)\n", "SystemExit while loading"),
     "os._exit(0)": ("    import os\n    os._exit(0)\n", "the program ended"),
-    "kills itself": ("    import os, signal\n    os.kill(os.getpid(), signal.SIGKILL)\n", "the program ended"),
+    "kills itself": ("    import os, signal\n    os.kill(os.getpid(), signal.SIGKILL)\n", "PermissionError"),
     "equal to everything": ("    class E(int):\n        __eq__ = lambda s, o: True\n    return E(5)\n", "wrong answer"),
     "patched builtins": ("    return 0\n\nimport builtins\nbuiltins.int = lambda v: 4\nbuiltins.issubclass = lambda *a: True\n", "TypeError"),
     "an exception called passed": ("    class passed(Exception):\n        pass\n    raise passed\n", "no proper reply"),

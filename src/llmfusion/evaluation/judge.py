@@ -13,6 +13,7 @@ import re
 import resource
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,38 +81,66 @@ def decode(value: Any, depth: int = 0) -> Any:
     raise ValueError("unknown tag")
 
 
+class Sandbox:
+    """The process in bubblewrap that forks for every program; it serves one at a time."""
+
+    def __init__(self, command: list[str]):
+        self.control, theirs = socket.socketpair()
+        self.process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={}, start_new_session=True)
+        theirs.close()
+
+    def start(self) -> tuple[int, int]:
+        """Have it fork for a program. Returns our ends of the pipes: one to write requests, one to read replies."""
+        (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+        try:
+            socket.send_fds(self.control, [b"p"], [theirs_in, theirs_out])
+        except OSError:
+            pass  # it is dead, which who reads the pipes will find
+        finally:
+            os.close(theirs_in)
+            os.close(theirs_out)
+        return ours_out, ours_in
+
+    def end(self) -> bool:
+        """End the program and whatever it is busy with. Returns whether the sandbox can take another one."""
+        self.control.settimeout(START_SECONDS)
+        try:
+            self.control.send(b"e")
+            return self.control.recv(1) == b"e"
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """End it and everything in it."""
+        self.process.kill()
+        self.process.communicate()
+        self.control.close()
+
+    def said(self) -> str | None:
+        """The last line of what it wrote to stderr, if anything."""
+        assert self.process.stderr is not None
+        os.set_blocking(self.process.stderr.fileno(), False)
+        lines = (self.process.stderr.read(4096) or b"").decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else None
+
+
 class Candidate:
     """A program in its sandbox; calling it calls its entry point. The time limit is for everything together.
 
-    ``request`` has ``command`` (of the sandbox), ``limits``, ``filter``, ``program``, ``entry_point`` and ``timeout`` in seconds.
+    ``request`` has ``limits``, ``filter``, ``program``, ``entry_point`` and ``timeout`` in seconds.
     """
 
-    def __init__(self, request: dict[str, Any]):
+    def __init__(self, request: dict[str, Any], sandbox: Sandbox, pipes: tuple[int, int]):
         self.lost: Failed | None = None  # why there can be no more answers; a test that swallows it has proved nothing
         self.deadline = time.monotonic() + START_SECONDS
-        self.process = subprocess.Popen(
-            request["command"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, start_new_session=True
-        )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None  # both are pipes
-        self.requests, self.replies, self.pending = self.process.stdin, self.process.stdout, b""
-        for pipe in (self.requests, self.replies):
-            os.set_blocking(pipe.fileno(), False)
-        try:
-            self._start(request)
-        except BaseException:
-            self.close()
-            raise
-
-    def _start(self, request: dict[str, Any]) -> None:
+        self.requests, self.replies, self.pending = *pipes, b""
+        for pipe in pipes:
+            os.set_blocking(pipe, False)
         try:
             self._send({key: request[key] for key in ("limits", "filter", "program", "entry_point")})
             self._receive("confined")
         except Failed as error:
-            self.process.kill()
-            assert self.process.stderr is not None
-            said = self.process.stderr.read(4096).decode(errors="replace").strip().splitlines()
-            raise Unusable(f"the sandbox did not start ({said[-1] if said else error})") from None
+            raise Unusable(f"the sandbox did not start ({sandbox.said() or error})") from None
         self.deadline = time.monotonic() + request["timeout"]
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # from now on it ends the process, whatever the test is busy with
         signal.setitimer(signal.ITIMER_REAL, request["timeout"] + GRACE_SECONDS)
@@ -133,14 +162,6 @@ class Candidate:
             self.lost = error
             raise
 
-    def close(self) -> None:
-        """End the sandbox and everything in it."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.requests, self.replies, self.process.stderr):
-            with contextlib.suppress(OSError):
-                pipe.close()  # type: ignore[union-attr]
-
     def _send(self, message: Any) -> None:
         """Write one request; a program that never reads it cannot hold us beyond the deadline."""
         left = memoryview(repr(message).encode("utf-8", "surrogatepass") + b"\n")
@@ -151,7 +172,7 @@ class Candidate:
                 if wait <= 0 or not selector.select(wait):
                     raise Failed("time limit")
                 try:
-                    left = left[os.write(self.requests.fileno(), left) :]
+                    left = left[os.write(self.requests, left) :]
                 except OSError:
                     raise Failed("the program ended") from None
 
@@ -162,7 +183,7 @@ class Candidate:
                 left = self.deadline - time.monotonic()
                 if left <= 0 or not selector.select(left):
                     raise Failed("time limit")
-                chunk = self.replies.read(65536)
+                chunk = os.read(self.replies, 65536)
                 if not chunk:
                     raise Failed("the program ended")
                 self.pending += chunk
@@ -181,12 +202,12 @@ class Candidate:
         return message[kind]
 
 
-def verdict(task: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+def verdict(task: dict[str, Any], request: dict[str, Any], sandbox: Sandbox, pipes: tuple[int, int]) -> dict[str, Any]:
     """Test one ``{task_id, prompt, completion, test, entry_point}``: ``{task_id, passed, reason}``. Raises :class:`Unusable`."""
     names = _trusted(task)
     passed, reason = False, "passed"
     try:
-        tested = Candidate({**request, "program": task["prompt"] + task["completion"], "entry_point": task["entry_point"]})
+        tested = Candidate({**request, "program": task["prompt"] + task["completion"], "entry_point": task["entry_point"]}, sandbox, pipes)
         try:
             names[task["entry_point"]] = tested
             names["check"](tested)
@@ -196,7 +217,6 @@ def verdict(task: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
             passed = True
         finally:
             _allow(2 * TEST_MEMORY)  # a full memory must not keep us from the verdict
-            tested.close()
     except AssertionError:
         reason = "wrong answer"
     except Failed as error:
@@ -231,21 +251,29 @@ def _helpers(prompt: str) -> CodeType:
 
 def serve() -> None:
     """Answer requests, one a line, each in a fork of this fresh process: a verdict, ``{"unusable": why}`` or ``{"signal": number}``."""
+    sandbox: Sandbox | None = None
     for line in sys.stdin.buffer:
+        request = json.loads(line)
+        sandbox = sandbox or Sandbox(request["command"])
+        pipes = sandbox.start()
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
-            _answer(json.loads(line), writing)
-        os.close(writing)
+            _answer(request, sandbox, pipes, writing)
+        for pipe in (writing, *pipes):
+            os.close(pipe)
         with open(reading, "rb") as file:
             told = file.readline()  # not to the end: a test's own child may keep the pipe open
         status = os.waitpid(child, 0)[1]
+        if not sandbox.end():
+            sandbox.close()
+            sandbox = None
         ended = {"signal": os.WTERMSIG(status)} if os.WIFSIGNALED(status) else {"unusable": f"it ended with status {status}"}
         sys.stdout.buffer.write(told if told.endswith(b"\n") else json.dumps(ended).encode() + b"\n")
         sys.stdout.buffer.flush()
 
 
-def _answer(request: dict[str, Any], writing: int) -> None:
+def _answer(request: dict[str, Any], sandbox: Sandbox, pipes: tuple[int, int], writing: int) -> None:
     """The forked process: one verdict, within the time and memory limits; what the test prints goes nowhere. Never returns."""
     signal.signal(signal.SIGALRM, _late)
     signal.alarm(int(START_SECONDS) + 5)
@@ -254,7 +282,7 @@ def _answer(request: dict[str, Any], writing: int) -> None:
     for fd in (0, 1, 2):
         os.dup2(nowhere, fd)
     try:
-        told = verdict(request.pop("task"), request)
+        told = verdict(request.pop("task"), request, sandbox, pipes)
     except Unusable as error:
         told = {"unusable": str(error)}
     except BaseException as error:  # SystemExit of a test, say

@@ -1,4 +1,4 @@
-"""A system-call filter for untrusted programs: no new process, thread or program, no socket, no shared memory, no kernel toys.
+"""A system-call filter for untrusted programs: no new process, thread or program, no signal, no socket, no shared memory, no kernel toys.
 
 Resource limits alone do not do: RLIMIT_NPROC does not bind root, and memory shared between processes or kept in queues
 is not counted by RLIMIT_AS. The filter is a classic BPF program (linux/filter.h, linux/seccomp.h) that refuses the calls
@@ -24,6 +24,11 @@ REFUSED: dict[str, tuple[int | None, int | None]] = {
     "quotactl": (179, 60), "acct": (163, 89), "swapon": (167, 224), "reboot": (169, 142), "init_module": (175, 105), "finit_module": (313, 273),
     "delete_module": (176, 106), "kexec_load": (246, 104), "kexec_file_load": (320, 294), "syslog": (103, 116), "inotify_init": (253, None),
     "inotify_init1": (294, 26), "fanotify_init": (300, 262), "io_setup": (206, 0),
+    # Nothing may be done to the process that forks for the programs, or to itself by its number.
+    "kill": (62, 129), "tkill": (200, 130), "tgkill": (234, 131), "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240),
+    "prlimit64": (302, 261), "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setparam": (142, 118), "sched_setscheduler": (144, 119),
+    "sched_setaffinity": (203, 122), "sched_setattr": (314, 274), "migrate_pages": (256, 238), "move_pages": (279, 239),
+    "process_madvise": (440, 440), "process_mrelease": (448, 448), "setpgid": (109, 154), "setsid": (112, 157),
     # A read-only bubblewrap mount does not cover /dev/null and /dev/urandom, which their owner (root) could change for everybody.
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None), "fchown": (93, 55), "lchown": (94, None),
     "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
