@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmfusion.config.plan import canonical, digest
+from llmfusion.digests import canonical, digest
 from llmfusion.errors import DamagedError, UserError
 
 REMEMBER_BYTES = 64 * 2**20  # larger files are hashed once a change, smaller ones at every reading

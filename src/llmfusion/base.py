@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from llmfusion.config.study import ROOT
+from llmfusion import ROOT
 from llmfusion.models.staging import KINDS
 from llmfusion.step import Job, run
 

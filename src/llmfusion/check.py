@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from llmfusion import ROOT
 from llmfusion.config.errors import StudyError
 from llmfusion.config.models import Study
 from llmfusion.config.plan import output_of
-from llmfusion.config.study import ROOT
 from llmfusion.config.workflow import checked
 from llmfusion.errors import UserError
 from llmfusion.evaluation.sandbox import bubblewrap, require_isolation

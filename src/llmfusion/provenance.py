@@ -6,10 +6,9 @@ import socket
 import subprocess
 import sys
 import time
-from importlib import metadata
 from typing import Any
 
-from llmfusion.config.study import ROOT
+from llmfusion import ROOT
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "datasets", "lm_eval", "pydantic", "snakemake")
 
@@ -34,6 +33,8 @@ def collect(started: float) -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

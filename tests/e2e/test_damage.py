@@ -22,7 +22,8 @@ import pytest
 
 from llmfusion import artifacts, step, verify
 from llmfusion.artifacts import Draft, address_of, draft_folder, manifest_of, publish
-from llmfusion.config.plan import canonical, output_of
+from llmfusion.config.plan import output_of
+from llmfusion.digests import canonical
 from llmfusion.errors import DamagedError, UserError
 from tests.project import environment
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llmfusion.config import ROOT, StudyError, read_study, strict_yaml
+from llmfusion import ROOT
+from llmfusion.config import StudyError, read_study, strict_yaml
 from llmfusion.config.models import Study
 
 MINI = ROOT / "tests" / "unit" / "study.yaml"  # a study of its own: what the project ships may grow

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmfusion.config import ROOT
+from llmfusion import ROOT
 from llmfusion.config.__main__ import main
 from tests.unit.mini_study import MINI, write
 

@@ -8,7 +8,8 @@ import jsonschema
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from llmfusion.config import ROOT, strict_yaml
+from llmfusion import ROOT
+from llmfusion.config import strict_yaml
 from llmfusion.config.merging import Merge
 from llmfusion.config.models import Study
 from tests.unit.mini_study import small, small_study

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmfusion.fusion.divergences import DIVERGENCES
 from llmfusion.fusion.losses import fused_loss
 
 N, D, V = 11, 6, 13
@@ -24,6 +25,14 @@ class Teacher:
     def log_probs(self, rows, temperature):
         with np.errstate(divide="ignore"):
             return torch.tensor(np.log(self.probabilities(temperature)), dtype=torch.float32)[rows]
+
+
+class Exact(Teacher):
+    """The same in float64."""
+
+    def log_probs(self, rows, temperature):
+        with np.errstate(divide="ignore"):
+            return torch.tensor(np.log(self.probabilities(temperature)))[rows]
 
 
 def problem(teachers, seed=0):
@@ -66,6 +75,46 @@ def test_value_gradient_and_cross_entropies_are_those_of_the_definition(count, l
         np.testing.assert_allclose(leaf.grad.numpy(), expected, rtol=0, atol=2e-5)
     np.testing.assert_allclose(found.cross_entropy.numpy(), crosses, rtol=2e-6)
     assert not any(t.requires_grad for t in (found.sft, found.fusion, found.cross_entropy))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("chunk", [1, 7, N])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_any_chunks_give_value_and_gradients_of_the_full_logits(count, chunk, divergence):
+    """Against autograd through the (N, V) logits, in float64, for all four inputs; two rows are ignored, one token unknown to a teacher."""
+    teachers = [Exact(seed, unknown=(3,) if seed == 1 else ()) for seed in range(count)]
+    hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(count))
+    labels[[2, 9]] = -100
+    leaves = [x.clone().requires_grad_() for x in (hidden, head, bias, weights)]
+    found = fused_loss(*leaves[:3], labels, teachers, leaves[3], 0.4, 1.7, DIVERGENCES[divergence], chunk)
+    ours = torch.autograd.grad(found.loss * 3, leaves)
+    h, w, b, k = leaves
+    kept = labels >= 0
+    log_p = (h @ w.T + b).log_softmax(-1)
+    soft = ((h @ w.T + b) / 1.7).log_softmax(-1)
+    terms = [k[:, i] * DIVERGENCES[divergence](t.log_probs(slice(None), 1.7), soft) for i, t in enumerate(teachers)]
+    expected = 0.6 * torch.nn.functional.nll_loss(log_p[kept], labels[kept], reduction="sum") + 0.4 * sum(t[kept].sum() for t in terms)
+    torch.testing.assert_close(found.loss, expected)
+    for mine, theirs in zip(ours, torch.autograd.grad(expected * 3, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert (found.cross_entropy[[2, 9]] == 0).all()
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_gradients_are_those_of_finite_differences(count):
+    teachers = [Exact(seed) for seed in range(count)]
+    hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(count))
+    leaves = [x.requires_grad_() for x in (hidden, head, bias, *([weights] if count else []))]
+    assert torch.autograd.gradcheck(lambda h, w, b, *k: fused_loss(h, w, b, torch.as_tensor(labels), teachers, *(k or [None]), 0.4, 2.0, chunk=4).loss, leaves)
+
+
+def test_inputs_that_need_no_gradient_get_none():
+    hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(1))
+    hidden.requires_grad_()
+    fused_loss(hidden, head, bias, labels, [Exact(1)], weights, 0.5).loss.backward()
+    assert hidden.grad is not None
+    assert head.grad is bias.grad is weights.grad is None
+    assert not fused_loss(hidden.detach(), head, bias, labels, [Exact(1)], weights, 0.5).loss.requires_grad
 
 
 def test_the_parts_add_up():

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from llmfusion.config import ROOT, load_study, read_study
-from llmfusion.config.plan import canonical, describe, digest, make_plan, output_of
+from llmfusion import ROOT
+from llmfusion.config import load_study, read_study
+from llmfusion.config.plan import describe, make_plan, output_of
 from llmfusion.config.workflow import checked
+from llmfusion.digests import canonical, digest
 from tests.unit.mini_study import MINI, small_study, write
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from llmfusion.config import ROOT, read_study
+from llmfusion import ROOT
+from llmfusion.config import read_study
 from llmfusion.config.workflow import checked
 from llmfusion.replicate import main, replicated
 from tests.unit.mini_study import MINI, small

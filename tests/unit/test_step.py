@@ -16,7 +16,7 @@ import pytest
 
 from llmfusion import step
 from llmfusion.artifacts import Artifact, draft_folder, read
-from llmfusion.config.plan import digest
+from llmfusion.digests import digest
 from llmfusion.errors import UserError
 from llmfusion.lease import Lease
 from llmfusion.step import Job, run

@@ -5,30 +5,19 @@ job reproduces the artifact. ``recipe`` is raised when a step's meaning changes.
 its inputs' fingerprints: it says what was asked for, before anything has been computed.
 """
 
-import hashlib
-import json
 from typing import Any
 
 from pydantic import BaseModel
 
+from llmfusion import ROOT
 from llmfusion.config.models import Study
-from llmfusion.config.study import ROOT
+from llmfusion.digests import canonical, digest
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")  # never code or pickles
 RECIPES = {
     "dataset": 1, "mix": 1, "tasks": 1, "base": 1, "generate": 1, "capture": 1,
     "train": 1, "merge": 2, "answer": 1, "score": 1, "table": 2,
 }  # fmt: skip
-
-
-def canonical(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def digest(*parts: str) -> str:
-    """sha256 over the parts, hex."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def dump(section: BaseModel, *leave_out: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llmfusion import ROOT
 from llmfusion.config.errors import Problem, StudyError, report
 from llmfusion.config.models import Study
 from llmfusion.config.plan import Plan, output_of
-from llmfusion.config.study import ROOT
 
 
 def check_staged(file: str | Path, study: Study, plan: Plan) -> None:

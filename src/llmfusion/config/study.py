@@ -6,11 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from llmfusion import ROOT
 from llmfusion.config import check, strict_yaml
 from llmfusion.config.errors import Key, Problem, StudyError, from_pydantic, report
 from llmfusion.config.models import BaseModelEntry, Dataset, Merge, Mix, Study, Table, Task, TrainedModel
-
-ROOT = Path(__file__).resolve().parents[3]  # the clone: paths in a study are relative to it
 
 _ENTRIES: dict[tuple[str, ...], Any] = {
     ("datasets",): Dataset,

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmfusion import ROOT
 from llmfusion.config.errors import StudyError
 from llmfusion.config.models import Study
 from llmfusion.config.plan import Plan, make_plan, output_of
 from llmfusion.config.staged import check_staged
-from llmfusion.config.study import ROOT, read_study
+from llmfusion.config.study import read_study
 
 
 class StudyPlan:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmfusion.config.study import ROOT
+from llmfusion import ROOT
 from llmfusion.data import worlds
 from llmfusion.errors import UserError
 

@@ -33,8 +33,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from llmfusion.errors import UserError
-
-LOGITS = 2**25  # values of (c, V) logits that exist at once: 128 MiB in float32, 256 rows of a vocabulary of 128K
+from llmfusion.fusion.losses import chunk_for
 
 
 class Projectors(nn.Module):
@@ -125,7 +124,7 @@ class ProjectedRows:
         self.hidden, self.head, self.bias = hidden, head, bias
         self.entropy, self.cross_entropy, self.mask = entropy, cross_entropy, mask
 
-    def log_probs(self, rows: slice, temperature: float) -> Tensor:
+    def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
         """``(c, v)``: the projected states through the student's own head as it is now."""
         logits = functional.linear(self.hidden[rows], self.head, self.bias)
         return functional.log_softmax(logits / temperature, dim=-1)
@@ -242,11 +241,6 @@ def _pad(rows: Tensor, sizes: Sequence[int], places: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ sums over rows, in chunks
 Piece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # states (c, width) and which rows -> a sum, with a gradient, and notes (c, .)
-
-
-def chunk_for(head: Tensor) -> int:
-    """How many rows to take at once through a head ``(V, .)``."""
-    return max(1, LOGITS // len(head))
 
 
 def row_sum(hidden: Tensor, piece: Piece, chunk: int) -> tuple[Tensor, Tensor]:

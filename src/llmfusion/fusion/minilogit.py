@@ -48,15 +48,15 @@ class MinilogitRows:
         parts = [self._describe(slice(start, start + chunk)) for start in range(0, len(labels), chunk)]
         self.mask, self.entropy, self.cross_entropy, self.share = (torch.cat(column) for column in zip(*parts, strict=True))
 
-    def log_probs(self, rows: slice, temperature: float) -> Tensor:
+    def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
         """``log softmax(z / T)``, (c, V)."""
         return functional.log_softmax(self._minimum(rows)[0] / temperature, dim=-1)
 
     @torch.no_grad()
-    def _minimum(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def _minimum(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
         return relative_minimum([teacher.log_probs(rows, 1.0) for teacher in self.teachers], self.labels[rows], self.masks[rows])
 
-    def _describe(self, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _describe(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z, teacher = self._minimum(rows)
         labels = self.labels[rows, None]
         usable = (teacher[:, 0] >= 0).to(z.dtype)

@@ -60,10 +60,12 @@ class HiddenRows:
         self.hidden, self.source = hidden, source
         self.entropy, self.cross_entropy, self.mask = entropy, cross_entropy, mask
 
-    def log_probs(self, rows: slice, temperature: float) -> Tensor:
+    def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
         """``(c, V)``: softmax over the shared tokens only; the others get -inf, never a zero logit."""
         source = self.source
         logits = functional.linear(self.hidden[rows].float(), source.head, source.bias)  # (c, V_teacher)
+        if source.same_rows:
+            return functional.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
         shared = functional.log_softmax(logits[:, source.shared] / temperature, dim=-1)
         out = shared.new_full((len(shared), source.vocabulary), -torch.inf)
         out[:, source.shared] = shared
@@ -89,6 +91,7 @@ class CachedSource:
         shared = sorted(i for token, i in theirs.items() if ours.get(token) == i and i < min(vocabulary, len(head)))
         self.shared = torch.tensor(shared, device=device)
         self.all_shared = len(shared) == self.cache.facts["rows_of_head"]
+        self.same_rows = len(shared) == vocabulary == len(head)  # nothing to leave out or to fill up
         self.end, self.other_end = tokenizer.eos_token_id, other.eos_token_id
 
     def projectors(self, width: int) -> None:

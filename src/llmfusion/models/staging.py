@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmfusion import ROOT
 from llmfusion.artifacts import require
 from llmfusion.config.plan import MODEL_FILES
-from llmfusion.config.study import ROOT
 from llmfusion.errors import UserError
 from llmfusion.models.loading import load_tokenizer, model_facts
 from llmfusion.step import Job
