@@ -38,6 +38,7 @@ def in_processes(job: Job, number: int, module: str) -> None:
     with tempfile.TemporaryDirectory(prefix="processes-", dir=job.work) as name:
         folder = Path(name)
         (folder / "job.json").write_text(json.dumps(_told(job, module)))
+        print(f"{number} processes share the samples of every step", flush=True)
         status = _torchrun(number, folder)
         _end(folder, number, status)
         job.facts.update(json.loads((folder / "facts.json").read_bytes()))
