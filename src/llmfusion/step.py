@@ -33,6 +33,7 @@ class Job:
     key: str
     minutes: float | None
     began: float = field(default_factory=time.monotonic)  # what its minutes are counted from; the same clock in all processes
+    start: float | None = None  # seconds until the work itself began, as begins() noted them
     needs: str = ""  # what need() was told, for the message where the disk fills all the same
 
     def input(self, address: str) -> Artifact:
@@ -44,6 +45,10 @@ class Job:
     def elapsed(self) -> float:
         """Seconds since this job was started, the wait for another writer included."""
         return time.monotonic() - self.began
+
+    def begins(self) -> None:
+        """Note that everything is loaded and the work itself begins: what comes from here on grows with the study's size."""
+        self.start = round(self.elapsed(), 3)
 
     def need(self, what: str, result: int, resume: int = 0) -> None:
         """Refuse the job (:class:`UserError`) where its result, or its resume state in ``work/``, cannot be written: bytes of both."""
@@ -121,7 +126,7 @@ def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
         try:
             build(job)
             lease.check()
-            artifacts.publish(draft, given.out, provenance.collect(started))
+            artifacts.publish(draft, given.out, {**provenance.collect(started), "start_seconds": job.start})
         except Exception as error:
             if isinstance(error, OSError):
                 lease.check()  # the draft may be gone because another writer took over: then say that

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llmfusion.config.plan import output_of
-from llmfusion.costs.work import LOADS_A_MODEL, Workload
+from llmfusion.costs.work import Workload
 
 ALIKE = {"pretrain": "train"}  # one loop, whatever it starts from
 
@@ -51,30 +51,33 @@ def measured(directory: Path, address: str) -> Measured | None:
 def refined(coefficients: dict[str, tuple[float, ...]], workload: Workload) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
     """Coefficients that finished jobs of ``workload`` show, the given ones for steps without any; and the jobs behind each.
 
-    Relative errors are squared and summed; coefficients are never negative. Where all jobs of a step are alike its start
-    cannot be told from its work: then it is the start of trainings for programs that load a model, the given one else.
+    Relative errors are squared and summed; coefficients are never negative, and the sum of the jobs is met. Programs that load
+    a model note when their work begins; of others the start is told from the work where jobs differ, else it is the given one.
     """
     out, counts = dict(coefficients), {}
-    found: dict[str, list[tuple[tuple[float, ...], float]]] = {}
+    found: dict[str, list[tuple[tuple[float, ...], float, float | None]]] = {}
     for address, job in workload.jobs.items():
         if workload.made(address) and (took := measured(workload.directory, address)) is not None:
-            found.setdefault(ALIKE.get(job.step, job.step), []).append((job.work, took.seconds))
-    for step in sorted(found, key=lambda step: step != "train"):  # trainings first: their start serves others
-        works, seconds = zip(*found[step], strict=True)
-        start = out["train"][0] if step in LOADS_A_MODEL else coefficients[step][0]
-        out[step] = _fit(np.array(works), np.array(seconds), coefficients[step], start)
+            found.setdefault(ALIKE.get(job.step, job.step), []).append((job.work, took.seconds, took.provenance.get("start_seconds")))
+    for step, jobs in found.items():
+        works, seconds = np.array([work for work, _, _ in jobs]), np.array([took for _, took, _ in jobs])
+        noted = [start for _, _, start in jobs if start is not None]
+        out[step] = _fit(works, seconds, coefficients[step], sum(noted) / len(noted) if noted else None)
         counts[step] = len(seconds)
     return out | {step: out[other] for step, other in ALIKE.items()}, counts
 
 
-def _fit(works: np.ndarray, seconds: np.ndarray, given: Sequence[float], start: float) -> tuple[float, ...]:
+def _fit(works: np.ndarray, seconds: np.ndarray, given: Sequence[float], noted: float | None) -> tuple[float, ...]:
+    """Coefficients of one step: ``works (jobs, coefficients)``, ``seconds (jobs,)``, and the mean start where programs noted it."""
     totals = works[:, 1:] @ np.array(given[1:])  # (jobs,) work in the given coefficients' seconds
-    if totals.max() < 1.3 * totals.min() or len(seconds) < 3:
-        start = min(start, 0.9 * float(seconds.min()))
-        factor = float((seconds - start).sum() / totals.sum()) if totals.sum() else 1.0
-        return (start, *(max(factor, 0.0) * value for value in given[1:]))
-    found = _not_negative(works, seconds, np.array(given))
-    return tuple(found * (seconds.sum() / (works @ found).sum()))  # relative errors favour the short jobs; the sum is what is paid
+    alike = totals.max() < 1.3 * totals.min() or len(seconds) < 3
+    if noted is None and not alike:
+        found = _not_negative(works, seconds, np.array(given))
+        return tuple(found * (seconds.sum() / (works @ found).sum()))
+    start = min(given[0] if noted is None else noted, 0.9 * float(seconds.min()))
+    rates = np.array(given[1:]) if alike else _not_negative(works[:, 1:], seconds - start, np.array(given[1:]))
+    spent = float((works[:, 1:] @ rates).sum())
+    return (start, *(rates * (float((seconds - start).sum()) / spent if spent else 1.0)))
 
 
 def _not_negative(works: np.ndarray, seconds: np.ndarray, given: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ class Assumptions:
     prompt_tokens: float = assumption(300, "tokens of a test prompt without examples")
     shot_tokens: float = assumption(120, "tokens of one few-shot example")
     peak: float = assumption(989e12, "FLOP/s of one GPU at full speed (H100, bfloat16, dense)")
+    gpu_memory: float = assumption(80e9, "bytes of one GPU's memory")
     mfu: float = assumption(0.4, "share of it that a training or a teacher's pass reaches")
     teacher_share: float = assumption(0.09, "time that a cached teacher adds to a training")
     projected_share: float = assumption(0.2, "time that a cached teacher of another vocabulary adds")
@@ -86,7 +87,6 @@ STAGES = {  # step: stage of the report
     "dataset": "data", "tasks": "data", "mix": "data", "base": "base models", "pretrain": "base models", "capture": "teacher caches",
     "generate": "generated answers", "train": "trainings", "merge": "merges", "answer": "answers", "score": "scores", "table": "scores",
 }  # fmt: skip
-LOADS_A_MODEL = ("base", "pretrain", "capture", "generate", "train", "answer")
 
 
 class Workload:

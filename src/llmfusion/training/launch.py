@@ -41,7 +41,9 @@ def in_processes(job: Job, number: int, module: str) -> None:
         print(f"{number} processes share the samples of every step", flush=True)
         status = _torchrun(number, folder)
         _end(folder, number, status)
-        job.facts.update(json.loads((folder / "facts.json").read_bytes()))
+        found = json.loads((folder / "facts.json").read_bytes())
+        job.facts.update(found["facts"])
+        job.start = found["start"]
 
 
 def _require_devices(number: int) -> None:
@@ -154,7 +156,7 @@ def _make(folder: Path, number: int) -> None:
         import_module(told["module"]).make(job)
         distributed.wait()
     if number == 0:
-        (folder / "facts.json").write_text(json.dumps(job.facts))
+        (folder / "facts.json").write_text(json.dumps({"facts": job.facts, "start": job.start}))
 
 
 def _verified(folder: Path) -> Artifact:

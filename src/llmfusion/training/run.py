@@ -85,6 +85,7 @@ class _Loop:
 
     def run(self) -> None:
         signal.signal(signal.SIGTERM, self._ask_to_stop)
+        self.job.begins()
         state = self.job.work / "state"
         first, self.records = distributed.first_then_others(lambda: checkpoint.restore(state, self.job.key, self.trained, self.optimizer))
         if not distributed.same(first):
