@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 
 import psutil
@@ -51,12 +52,23 @@ def test_a_cancelled_training_goes_on_in_a_new_job(training: Callable, name: str
     run.same_as_undisturbed()
 
 
-def test_a_training_that_meets_its_time_limit_goes_on_with_more_time(training: Callable) -> None:
+def test_a_training_saves_before_its_time_ends_and_goes_on_with_more(training: Callable) -> None:
     run, main = training("sft", "--set-resources", "train_model:runtime=1 * attempt")
-    for process in trainers(run):  # so slow that it cannot save in time by itself; SLURM wakes it to end it
-        process.send_signal(signal.SIGSTOP)
+    [trainer] = trainers(run)
+    trainer.suspend()  # a slow step: another one would not fit into the minute
+    time.sleep(20)
+    trainer.resume()
     run.finish(main)
     assert "going on after step" in run.log("models/trained/sft")
+    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("FAILED", "00:01:00"), ("COMPLETED", "00:02:00")]
+    run.same_as_undisturbed()
+
+
+def test_a_training_that_slurm_ends_at_its_time_limit_is_made_with_more_time(training: Callable) -> None:
+    run, main = training("sft", "--set-resources", "train_model:runtime=1 * attempt")
+    [trainer] = trainers(run)
+    trainer.suspend()  # a step that never ends: nothing can be saved
+    run.finish(main)
     assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("TIMEOUT", "00:01:00"), ("COMPLETED", "00:02:00")]
     run.same_as_undisturbed()
 
