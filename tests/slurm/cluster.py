@@ -224,16 +224,14 @@ def _die_with_parent() -> None:
 
 
 def _kill_steps(root: Path, node: str) -> None:
-    """Kill slurmstepd of a node and what it runs; they outlive their slurmd."""
+    """Kill a node's slurmstepds, then what they ran: they outlive their slurmd, and would report the end of what is killed before them."""
     import psutil
 
-    for process in psutil.process_iter(["cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if words.startswith("slurmstepd") and (root / f"spool.{node}").exists() and _steps_of(process.pid, root, node):
-            family = [*process.children(recursive=True), process]
-            for member in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    member.kill()
+    found = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("slurmstepd") and _steps_of(p.pid, root, node)]
+    run = [child for process in found for child in process.children(recursive=True)]
+    for process in [*found, *run]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _steps_of(pid: int, root: Path, node: str) -> bool:

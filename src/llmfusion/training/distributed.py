@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed
 
+from llmfusion.errors import UserError
+
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the others wait while the first saves
 
@@ -32,6 +34,8 @@ def count() -> int:
 def joined() -> Iterator[None]:
     """Join the other processes that torchrun started; on a GPU node each takes the device of its local number."""
     if torch.cuda.is_available():
+        if torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
+            raise UserError(f"{os.environ['WORLD_SIZE']} processes need a GPU each, there are {torch.cuda.device_count()}: change the model's `processes`")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     yield

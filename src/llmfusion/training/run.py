@@ -79,7 +79,7 @@ class _Loop:
             spec.get("weight_decay", 0.01), spec.get("optimizer", "c_adamw") == "c_adamw", spec.get("cautious_norm", "mean_clamp"),
         )  # fmt: skip
         self.records: list[dict[str, Any]] = []
-        self.stop = False
+        self.asked = self.stop = False  # a signal asks this process; to stop is what all processes have agreed on
         self.saved = time.monotonic()
         self.reserve = Reserve(sum(p.numel() for p in self.trained.parameters()))
 
@@ -105,9 +105,9 @@ class _Loop:
         with self.reserve.save():
             if distributed.rank() == 0:
                 checkpoint.save(state, step + 1, self.job.key, self.trained, self.optimizer, self.records)
-            distributed.wait()
+            [asked] = distributed.any_of(self.asked)  # also meanwhile
         self.saved = time.monotonic()
-        if self.stop:
+        if self.stop or asked:
             _say(f"stopped after step {step + 1} of {self.steps}; the state is saved in {state}")
             sys.exit(143)
 
@@ -123,17 +123,17 @@ class _Loop:
                     student = self._student(drawn)
                 self.objective.projection(student, drawn, totals).backward()
             self._update(partial(self._check_finite, -1, numbers))  # told as step 0
-            [self.stop] = distributed.any_of(self.stop)
+            [self.stop] = distributed.any_of(self.asked)
             if self.stop:
                 _say("stopped before the first step; nothing is lost that takes long")
                 sys.exit(143)
 
     def _ask_to_stop(self, *_: object) -> None:
-        self.stop = True
+        self.asked = True
 
     def _must_save(self) -> bool:
         over = self.job.minutes is not None and self.job.elapsed() > self.job.minutes * 60 - self.reserve.seconds(self.job.minutes)
-        self.stop, late = distributed.any_of(self.stop or over, time.monotonic() - self.saved > SAVE_SECONDS)
+        self.stop, late = distributed.any_of(self.asked or over, time.monotonic() - self.saved > SAVE_SECONDS)
         return self.stop or late
 
     def _step(self, step: int, numbers: list[int]) -> None:
