@@ -1,19 +1,19 @@
 # make table2   a fresh machine: environment, then Table 2 on miniature models, then print it
-# make test     a fresh machine: environment, then every check and test
-# make test-all and the long loops of kills, damage and hostile programs: more than an hour
+# make test     a fresh machine: environment, then every check and test (SLURM's need its programs: docs/cluster.md)
+# make test-all and the long loops of kills, damage, hostile programs and faults of a cluster: more than an hour
 PYTHON ?= python3.11
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 BIN := .venv/bin
 
-.PHONY: table2 test test-all check unit workflow e2e lock generated clean
+.PHONY: table2 test test-all check unit workflow e2e slurm lock generated clean
 
 table2: .venv/ready
 	$(BIN)/python -m llmfusion.check config/mini.yaml
 	$(BIN)/python -m llmfusion.warm -- $(BIN)/snakemake --profile profiles/mini results/table2.csv
 	@cat runs/mini/results/table2.md
 
-test: check unit workflow e2e
+test: check unit workflow e2e slurm
 
 test-all: test
 	$(BIN)/python -m pytest -m long
@@ -34,6 +34,9 @@ workflow: .venv/ready
 
 e2e: .venv/ready
 	$(BIN)/python -m pytest tests/e2e
+
+slurm: .venv/ready
+	$(BIN)/python -m pytest tests/slurm
 
 .venv/ready: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -65,6 +65,8 @@ rule generate_answers:
         "logs/benchmarks/data/generated/{model}/{mix}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    resources:
+        gpu=study.gpus("data/generated/{model}/{mix}"),
     params:
         spec=study.spec("data/generated/{model}/{mix}"),
     shell:

@@ -14,10 +14,13 @@ rule stage_base:
         "logs/benchmarks/models/base/{base}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    resources:
+        gpu=study.gpus("models/base/{base}"),
+        runtime=10080,  # minutes, without a profile that says better
     params:
         spec=study.spec("models/base/{base}"),
     shell:
-        "python -m llmfusion.base --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion.base --minutes {resources.runtime} --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule train_model:
@@ -31,10 +34,13 @@ rule train_model:
         "logs/benchmarks/models/trained/{trained}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    resources:
+        gpu=study.gpus("models/trained/{trained}"),
+        runtime=10080,  # minutes, without a profile that says better
     params:
         spec=study.spec("models/trained/{trained}"),
     shell:
-        "python -m llmfusion.train --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion.train --minutes {resources.runtime} --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule merge_models:

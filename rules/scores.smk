@@ -14,6 +14,8 @@ rule answer:
         "logs/benchmarks/answers/{model}/{batch}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    resources:
+        gpu=study.gpus("answers/{model}/{batch}"),
     params:
         spec=study.spec("answers/{model}/{batch}"),
     shell:

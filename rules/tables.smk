@@ -1,5 +1,6 @@
 localrules:
     table,
+    cost,
 
 
 rule table:
@@ -19,3 +20,18 @@ rule table:
         spec=study.spec("tables/{table}"),
     shell:
         "python -m llmfusion.table --spec {params.spec:q} --out {output.csv} --inputs {input:q} > {log} 2>&1"
+
+
+rule cost:
+    input:
+        study.stages["tables"],
+    output:
+        csv="results/cost.csv",
+    log:
+        "logs/cost.log",
+    benchmark:
+        "logs/benchmarks/cost.tsv"
+    conda:
+        "../envs/llmfusion.yaml"
+    shell:
+        "python -m llmfusion.cost {input:q} --out {output.csv} > {log} 2>&1"

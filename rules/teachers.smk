@@ -14,6 +14,8 @@ rule capture_teacher:
         "logs/benchmarks/teachers/{model}/{mix}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    resources:
+        gpu=study.gpus("teachers/{model}/{mix}"),
     params:
         spec=study.spec("teachers/{model}/{mix}"),
     shell:

@@ -10,10 +10,18 @@ from llmfusion.step import Job, run
 
 def build(job: Job) -> None:
     """Fill the folder with a complete checkpoint."""
+    from llmfusion.training.launch import in_processes
+
     spec = job.spec["base"]
     _need(job, spec)
-    job.facts.update(KINDS[spec["kind"]](job, spec))
+    in_processes(job, spec.get("processes", 1), "llmfusion.base")
     print(f"{job.facts['architecture']}, {job.facts['parameters']:,} parameters")
+
+
+def make(job: Job) -> None:
+    """Fill the folder; of several processes the first writes."""
+    spec = job.spec["base"]
+    job.facts.update(KINDS[spec["kind"]](job, spec))
 
 
 def _need(job: Job, spec: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ def build(job: Job) -> None:
     spec = job.spec
     teacher, mix = job.input(f"models/{spec['model']}"), job.input(f"data/mix/{spec['mix']}")
     job.need(f"the cache of {spec['model']} over {spec['mix']}", least_bytes(teacher, mix, spec))
+    job.begins()
     job.facts.update(capture(teacher, mix, job.folder, spec["capture"], spec.get("chat_template")))
     print(f"{job.facts['samples']} samples, {job.facts['rows']} rows; log-prob gap {job.facts['logprob_gap']:.2g} nats")
 

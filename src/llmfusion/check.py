@@ -78,7 +78,7 @@ def disk(study: Study) -> Finding:
     text += f", without those that start from {', '.join(unknown)}, whose size is known once it is staged" if unknown else ""
     if known > free:
         return Finding("MISSING", f"{text}: free some, or set the study's 'directory' to a larger place")
-    return Finding("note" if unknown else "ok", f"{text} (caches and answers come on top)")
+    return Finding("note" if unknown else "ok", f"{text} (caches and resume states come on top: python -m llmfusion.plan)")
 
 
 def _usable(place: Path) -> None:

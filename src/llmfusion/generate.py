@@ -22,6 +22,7 @@ def build(job: Job) -> None:
     samples = [s for s in read_jsonl(mix.file("samples.jsonl")) if "messages" in s]
     if not samples:
         raise UserError(f"{mix.folder}: holds raw text only; there is nothing to answer")
+    job.begins()
     kept = answer_all(model, tokenizer, samples, mix.facts["max_length"], settings.get("batch_size", 32), rejected)
     count = write_jsonl(job.folder / "samples.jsonl", kept)
     if not count:

@@ -25,6 +25,8 @@ def collect(started: float) -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "gpu": _gpu(),
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "gpu_peak_mb": _gpu_peak(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "llmfusion": _version("llmfusion") or "source",
@@ -52,6 +54,12 @@ def _processor() -> str:
 def _gpu() -> str | None:
     torch = sys.modules.get("torch")
     return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+
+
+def _gpu_peak() -> int | None:
+    """Most memory torch ever held on the GPU in this process; None where several processes computed, each on its own."""
+    torch = sys.modules.get("torch")
+    return int(torch.cuda.max_memory_allocated() / 1e6) or None if torch is not None and torch.cuda.is_available() else None
 
 
 def _git() -> str | None:

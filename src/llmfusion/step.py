@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Job:
     facts: dict[str, Any]
     key: str
     minutes: float | None
+    began: float = field(default_factory=time.monotonic)  # what its minutes are counted from; the same clock in all processes
+    start: float | None = None  # seconds until the work itself began, as begins() noted them
     needs: str = ""  # what need() was told, for the message where the disk fills all the same
 
     def input(self, address: str) -> Artifact:
@@ -39,6 +41,14 @@ class Job:
         if address not in self.inputs:
             raise UserError(f"{address} is not among this job's inputs: {', '.join(self.inputs)}")
         return self.inputs[address]
+
+    def elapsed(self) -> float:
+        """Seconds since this job was started, the wait for another writer included."""
+        return time.monotonic() - self.began
+
+    def begins(self) -> None:
+        """Note that everything is loaded and the work itself begins: what comes from here on grows with the study's size."""
+        self.start = round(self.elapsed(), 3)
 
     def need(self, what: str, result: int, resume: int = 0) -> None:
         """Refuse the job (:class:`UserError`) where its result, or its resume state in ``work/``, cannot be written: bytes of both."""
@@ -63,7 +73,7 @@ def run(step: str, build: Callable[[Job], None]) -> int:
     parser.add_argument("--spec", required=True, help="what to make: canonical JSON, as the study's plan gives it")
     parser.add_argument("--out", required=True, type=Path, help="the declared output, results/.../manifest.json")
     parser.add_argument("--inputs", nargs="*", default=[], help="the declared inputs")
-    parser.add_argument("--minutes", type=float, default=None, help="time this job has; a training saves before it ends")
+    parser.add_argument("--minutes", type=float, default=None, help="time this job has from its start; a training saves before it ends")
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -99,7 +109,7 @@ def _disk_full(error: Exception) -> bool:
 
 
 def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
-    started = time.time()
+    started, began = time.time(), time.monotonic()
     address = artifacts.address_of(given.out)
     work = Path("work") / address
     with Lease(work / "lease") as lease:
@@ -114,11 +124,11 @@ def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
             _clear(work)
             return
         draft.folder.mkdir(parents=True)
-        job = Job(json.loads(given.spec), inputs, draft.folder, work, draft.facts, draft.key, given.minutes)
+        job = Job(json.loads(given.spec), inputs, draft.folder, work, draft.facts, draft.key, given.minutes, began)
         try:
             build(job)
             lease.check()
-            artifacts.publish(draft, given.out, provenance.collect(started))
+            artifacts.publish(draft, given.out, {**provenance.collect(started), "start_seconds": job.start})
         except Exception as error:
             if isinstance(error, OSError):
                 lease.check()  # the draft may be gone because another writer took over: then say that

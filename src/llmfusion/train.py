@@ -7,19 +7,31 @@ from llmfusion.step import Job, run
 
 
 def build(job: Job) -> None:
-    """Train from ``init`` on the mix (and on generated answers), with the cached teachers; save a complete checkpoint."""
+    """Refuse what can be refused, then :func:`make` in as many processes as the model asks for."""
     from llmfusion.fusion.objective import NAMES
-    from llmfusion.fusion.sources import source_of
-    from llmfusion.models.batches import device_of
-    from llmfusion.models.loading import load_model, load_tokenizer, save_model
     from llmfusion.training import checkpoint
-    from llmfusion.training.run import Trainee, train
+    from llmfusion.training.launch import in_processes
 
     spec = job.spec["run"]
     target = spec.get("fusion", {}).get("target", "kd")
     require(target in NAMES, f"there is no fusion target {target!r}; there are: {', '.join(NAMES)}")
+    checkpoint.need(job, job.input(f"models/{spec['init']}").facts["parameters"], spec.get("save_dtype", "bfloat16"))
+    in_processes(job, spec.get("processes", 1), "llmfusion.train")
+
+
+def make(job: Job) -> None:
+    """Train from ``init`` on the mix (and on generated answers), with the cached teachers; save a complete checkpoint.
+
+    Of several processes the first writes.
+    """
+    from llmfusion.fusion.sources import source_of
+    from llmfusion.models.batches import device_of
+    from llmfusion.models.loading import load_model, load_tokenizer, save_model
+    from llmfusion.training import distributed
+    from llmfusion.training.run import Trainee, train
+
+    spec = job.spec["run"]
     pivot = job.input(f"models/{spec['init']}")
-    checkpoint.need(job, pivot.facts["parameters"], spec.get("save_dtype", "bfloat16"))
     tokenizer = load_tokenizer(pivot, job.spec.get("chat_template"))
     rows = pivot.facts["vocabulary_size"]
     caches = {name: job.input(f"teachers/{name}/{spec['mix']}") for name in spec.get("teachers", [])}
@@ -27,7 +39,8 @@ def build(job: Job) -> None:
     mixes = [job.input(f"data/mix/{spec['mix']}"), *(job.input(f"data/generated/{m}/{spec['mix']}") for m in spec.get("generated", []))]
     model = load_model(pivot, "float32")  # last: everything that can be refused is refused before
     facts = train(job, Trainee(model, tokenizer), spec, mixes, teachers)
-    facts |= save_model(model, tokenizer, job.folder, spec.get("save_dtype", "bfloat16"))
+    if distributed.rank() == 0:
+        facts |= save_model(model, tokenizer, job.folder, spec.get("save_dtype", "bfloat16"))
     job.facts.update(facts, license=sorted(set(pivot.licences)))
 
 

@@ -9,6 +9,7 @@ import pytest
 from tests.project import clone, snakemake, study
 
 TARGET = "results/table2.csv"
+COST = "results/cost.csv"
 ROWS = ("base/pivot", "base/code", "trained/sft", "trained/seqkd-code", "trained/kd-code", "merged/ta-homogeneous")
 
 
@@ -62,5 +63,5 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 def made(project: Project) -> Path:
     """A copy in which the tiny study has been run with two jobs at a time."""
     folder = project("made")
-    (folder / "run.log").write_text(snakemake(folder, "--profile", "profiles/tiny", "--cores", "2", TARGET))
+    (folder / "run.log").write_text(snakemake(folder, "--profile", "profiles/tiny", "--cores", "2", TARGET, COST))
     return folder

@@ -15,10 +15,10 @@ from tests.project import BIN, ROOT, SECRETS, environment, jobs, outputs, snakem
 PROFILE = ("--profile", "profiles/tiny")
 
 
-def results(folder: Path) -> dict[str, bytes]:
-    """Everything that must be the same in two runs: tables, scores and manifests by name."""
-    base = folder / "runs/tiny/results"
-    files = (p for p in sorted(base.rglob("*")) if p.suffix in (".json", ".csv", ".md") and not p.name.endswith("provenance.json"))
+def results(folder: Path, name: str = "tiny") -> dict[str, bytes]:
+    """Everything that must be the same in two runs of a study: tables, scores and manifests by name."""
+    base = folder / f"runs/{name}/results"
+    files = (p for p in sorted(base.rglob("*")) if p.suffix in (".json", ".csv", ".md") and not p.name.endswith("provenance.json") and p.name != "cost.csv")
     return {str(p.relative_to(base)): p.read_bytes() for p in files if p.is_file()}
 
 

@@ -125,3 +125,10 @@ def test_a_teacher_must_be_among_the_tokenizers_its_mix_fits() -> None:
     assert [key for key, text in found(lambda data: data["mixes"]["student"].update(tokenizers=["base/pivot", "base/math"])) if "under tokenizers" in text] == [
         "models.trained.kd-code.teachers.0"
     ]
+
+
+def test_a_table_cannot_have_the_name_of_the_report_of_costs() -> None:
+    def change(data: dict) -> None:
+        data["tables"]["cost"] = data["tables"].pop("table2")
+
+    assert [key for key, text in found(change) if "results/cost.csv; take another" in text] == ["tables.cost"]

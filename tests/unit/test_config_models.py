@@ -104,3 +104,17 @@ def test_templates_are_checked(change: Callable, told: str) -> None:
 def test_a_template_of_ones_own_is_accepted() -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert small_study(lambda data: data.update(chat_template=template)).chat_template == template
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"processes": 3}, "batch_size 16 is no multiple of processes 3, which share it"),
+        ({"processes": 2, "micro_batch_size": 16}, "batch_size 16 / 2 processes is no multiple of micro_batch_size 16"),
+        ({"processes": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_processes_share_the_batch_evenly(given: dict, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        small_study(lambda d: d["models"]["trained"]["sft"].update(given))
+    small_study(lambda d: d["models"]["trained"]["sft"].update(processes=2, micro_batch_size=4))

@@ -9,7 +9,7 @@ import pytest
 
 from llmfusion import ROOT
 from llmfusion.config import load_study, read_study
-from llmfusion.config.plan import describe, make_plan, output_of
+from llmfusion.config.plan import describe, gpus_of, make_plan, output_of
 from llmfusion.config.workflow import checked
 from llmfusion.digests import canonical, digest
 from tests.unit.mini_study import MINI, small_study, write
@@ -193,3 +193,21 @@ def test_every_file_of_a_models_folder_is_an_input_that_snakemake_watches(tmp_pa
         (tmp_path / name).touch()
     found = make_plan(small_study(lambda data: data["models"]["base"].update(own={"kind": "path", "path": str(tmp_path), "vocabulary": "x", "license": "mit"})))
     assert found.artifacts["models/base/own"]["inputs"] == [str(tmp_path / name) for name in ("config.json", "model-1.safetensors", "tokenizer.json")]
+
+
+@pytest.mark.parametrize(
+    ("spec", "gpus"),
+    [
+        ({"step": "train", "run": {}}, 1),
+        ({"step": "train", "run": {"processes": 8}}, 8),
+        ({"step": "base", "base": {"kind": "hub"}}, 0),
+        ({"step": "base", "base": {"kind": "scratch", "processes": 2}}, 2),
+        ({"step": "capture"}, 1),
+        ({"step": "generate"}, 1),
+        ({"step": "answer"}, 1),
+        ({"step": "merge"}, 0),
+        ({"step": "score"}, 0),
+    ],
+)
+def test_a_spec_says_how_many_gpus_its_job_asks_for(spec: dict[str, Any], gpus: int) -> None:
+    assert gpus_of(spec) == gpus

@@ -1,12 +1,15 @@
 """The plan of the studies the project ships, out of a fresh copy: no data, no GPU, no SLURM, no network."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from tests.project import clone, cpu_seconds_of, environment, jobs, outputs, snakemake
+from tests.project import clone, cpu_seconds_of, environment, jobs, outputs, snakemake, study
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,48 @@ def test_the_slurm_profile_asks_for_a_gpu_where_models_run(fresh: Path) -> None:
     plan = snakemake(fresh, "--profile", "slurm", "-n", "results/table2.csv")
     wants = {block.split(":")[0] for block in plan.split("\nrule ")[1:] if "gpu=1" in block}
     assert wants == {"generate_answers", "capture_teacher", "train_model", "answer"}
+
+
+def test_planning_through_the_slurm_profile_takes_at_most_6_cpu_seconds(fresh: Path) -> None:
+    assert cpu_seconds_of(lambda: snakemake(fresh, "--profile", "slurm", "-n", "results/table2.csv")) <= 6
+
+
+def test_gpus_are_those_of_the_study_and_minutes_reach_the_trainer(fresh: Path) -> None:
+    def two(content: dict[str, Any]) -> None:
+        content["models"]["trained"]["sft"]["processes"] = content["models"]["base"]["code"]["processes"] = 2
+
+    study(fresh / "config/two.yaml", two)
+    words = ("--profile", "slurm", "-n", "-p", "models", "--configfile", "config/two.yaml")
+    asked = {}
+    for block in snakemake(fresh, *words).split("\nrule ")[1:]:
+        output, gpus = re.search(r"output: results/(\S+)/manifest.json", block), re.search(r"resources: .*gpu=(\d+)", block)
+        minutes = re.search(r"--minutes (\d+) ", block)
+        asked[output.group(1) if output else ""] = (gpus and gpus.group(1), minutes and minutes.group(1))
+    assert asked["models/trained/sft"] == ("2", "1440")
+    assert asked["models/trained/kd-code"] == ("1", "1440")
+    assert asked["models/base/code"] == ("2", "240")
+    assert asked["models/merged/ta-homogeneous"] == (None, None)
+
+
+def test_only_the_profile_retries_and_what_it_asks_for_grows_with_the_attempt(fresh: Path) -> None:
+    profile = yaml.safe_load((fresh / "profiles/slurm/config.yaml").read_text())
+    assert profile["retries"] == 2
+    assert not any("retries" in file.read_text() for file in [fresh / "Snakefile", *(fresh / "rules").glob("*.smk")])
+    asked = [profile["default-resources"], *profile["set-resources"].values()]
+    assert all(value.endswith(" * attempt") for resources in asked for value in resources.values())
+    assert all(set(resources) == {"mem_mb", "runtime"} for resources in asked)  # no account, partition, GPU model
+    assert profile["slurm-array-jobs"] == "score"
+    assert profile["jobs"] >= 152  # cells of the paper's table
+
+
+def test_a_site_overlay_adds_account_and_partition_to_every_job(fresh: Path) -> None:
+    plan = snakemake(fresh, "--profile", "slurm", "--workflow-profile", "profiles/site-example", "-n", "results/table2.csv")
+    blocks = [block for block in plan.split("\nrule ")[1:] if not block.startswith("table")]
+    assert len(blocks) > 300
+    assert all("slurm_account=my-account, slurm_partition=gpu" in block for block in blocks)
+    [train] = [block for block in blocks if "output: results/models/trained/sft/" in block]
+    assert "mem_mb=200000" in train
+    assert "runtime=1440" in train
 
 
 def test_the_miniature_study_is_planned_from_any_folder(fresh: Path, tmp_path: Path) -> None:

@@ -106,6 +106,8 @@ def _batches(known: Known) -> Iterator[Problem]:
 
 def _tables(known: Known) -> Iterator[Problem]:
     for key, table in known.entries("tables"):
+        if key[1] == "cost":
+            yield Problem(key, "is the name of the report of costs, results/cost.csv; take another")
         yield from _repeated((*key, "tasks"), table.tasks, "task")
         for i, task in enumerate(table.tasks):
             yield from _missing((*key, "tasks", i), task, known.tasks, "task")

@@ -36,6 +36,9 @@ class Training(Section):
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the computation; weights and moments are always float32")
     save_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the saved weights; parents of merges need float32")
     seed: int = Field(42, description="seed of the data order (and of the weights, from scratch)")
+    processes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="processes of one node, a GPU each, that share the samples of every step; each holds the whole model"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Training":
@@ -43,8 +46,11 @@ class Training(Section):
             raise ValueError("give exactly one of epochs and steps")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min {self.lr_min} is above lr {self.lr}")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
+        if self.batch_size % self.processes:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of processes {self.processes}, which share it")
+        if self.micro_batch_size and self.batch_size // self.processes % self.micro_batch_size:
+            shared = f" / {self.processes} processes" if self.processes > 1 else ""
+            raise ValueError(f"batch_size {self.batch_size}{shared} is no multiple of micro_batch_size {self.micro_batch_size}")
         return self
 
 

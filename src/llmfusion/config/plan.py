@@ -133,6 +133,14 @@ def describe(study: Study, model: str) -> tuple[str, str]:
     return run.fusion.target if len(sources) == 1 else f"unified-{run.fusion.target}", "+".join(sources)
 
 
+def gpus_of(spec: dict[str, Any]) -> int:
+    """GPUs a job with this spec asks for: one a process of a training, one where a model reads or answers, else none."""
+    training = spec.get("run") or spec.get("base") or {}
+    if spec["step"] == "train" or training.get("kind") == "scratch":
+        return training.get("processes", 1)
+    return int(spec["step"] in ("capture", "generate", "answer"))
+
+
 def output_of(address: str) -> str:
     """The file a job declares for an artifact: its manifest, the score, or the table."""
     if address.startswith("scores/"):

@@ -1,5 +1,6 @@
 """The study as Snakemake sees it: checked, planned, and answering what a rule asks about its artifact. Imports no torch."""
 
+import json
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 from llmfusion import ROOT
 from llmfusion.config.errors import StudyError
 from llmfusion.config.models import Study
-from llmfusion.config.plan import Plan, make_plan, output_of
+from llmfusion.config.plan import Plan, gpus_of, make_plan, output_of
 from llmfusion.config.staged import check_staged
 from llmfusion.config.study import read_study
 
@@ -41,6 +42,10 @@ class StudyPlan:
     def inputs(self, pattern: str) -> Callable[[Any], list[str]]:
         """The input function of artifacts at ``pattern``, e.g. ``scores/{model}/{task}``."""
         return lambda wildcards: self._artifacts[pattern.format(**wildcards)]["inputs"]
+
+    def gpus(self, pattern: str) -> Callable[[Any], int]:
+        """The resource function: GPUs of a training at ``pattern``, one a process; 0 for what is only staged."""
+        return lambda wildcards: gpus_of(json.loads(self._artifacts[pattern.format(**wildcards)]["spec"]))
 
     def spec(self, pattern: str) -> Callable[[Any], str]:
         """The params function that gives the spec of artifacts at ``pattern``."""

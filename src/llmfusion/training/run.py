@@ -7,8 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from llmfusion.fusion.objective import Objective, Totals, add_records
 from llmfusion.fusion.sources import Drawn, Source
 from llmfusion.models.batches import device_of, label_rows, pad
 from llmfusion.step import Job
-from llmfusion.training import checkpoint
+from llmfusion.training import checkpoint, distributed
 from llmfusion.training.corpus import Corpus
 from llmfusion.training.optim import CautiousAdamW, learning_rate
 
@@ -51,8 +53,9 @@ def train(job: Job, trainee: Trainee, spec: dict[str, Any], mixes: Sequence[Arti
     steps = corpus.steps(spec)
     loop = _Loop(job, trainee, spec, corpus, teachers, steps)
     loop.run()
-    with open(job.folder / "metrics.jsonl", "w") as file:
-        file.writelines(json.dumps(record, sort_keys=True) + "\n" for record in loop.records)
+    if distributed.rank() == 0:
+        with open(job.folder / "metrics.jsonl", "w") as file:
+            file.writelines(json.dumps(record, sort_keys=True) + "\n" for record in loop.records)
     return {
         "steps": steps,
         "samples": len(corpus),
@@ -78,69 +81,88 @@ class _Loop:
             spec.get("weight_decay", 0.01), spec.get("optimizer", "c_adamw") == "c_adamw", spec.get("cautious_norm", "mean_clamp"),
         )  # fmt: skip
         self.records: list[dict[str, Any]] = []
-        self.stop = False
-        self.began = self.saved = time.monotonic()
+        self.asked = self.stop = False  # a signal asks this process; to stop is what all processes have agreed on
+        self.saved = time.monotonic()
+        self.reserve = Reserve(sum(p.numel() for p in self.trained.parameters()))
 
     def run(self) -> None:
         signal.signal(signal.SIGTERM, self._ask_to_stop)
-        state, first = self.job.work / "state", 0
-        if (found := checkpoint.restore(state, self.job.key, self.trained, self.optimizer)) is not None:
-            first, self.records = found
-            print(f"going on after step {first} of {self.steps}", flush=True)
+        self.job.begins()
+        state = self.job.work / "state"
+        found = distributed.first_then_others(lambda: checkpoint.restore(state, self.job.key, self.trained, self.optimizer))
+        first = -1 if found is None else found[0]
+        if not distributed.same(first):
+            raise UserError(f"{state}: the processes of this training read different states ({first} steps here); remove the folder to begin anew")
+        if found is not None:
+            self.records = found[1]
+            _say(f"going on after step {first} of {self.steps}")
         elif self._prepare_projectors():
-            checkpoint.save(state, 0, self.job.key, self.trained, self.optimizer, [])
-        for step, numbers in self.corpus.batches(self.spec, first, self.steps):
-            self._step(step, numbers)
+            self._save(state, -1)  # before the first step
+        for step, numbers in self.corpus.batches(self.spec, max(first, 0), self.steps):
+            with self.reserve.step():
+                self._step(step, numbers)
             if self._must_save() and step + 1 < self.steps:
+                self._save(state, step)
+
+    def _save(self, state: Path, step: int) -> None:
+        """Save after ``step``, and end the process if it was asked to; the others wait, or torchrun would take the first for left behind."""
+        with self.reserve.save():
+            if distributed.rank() == 0:
                 checkpoint.save(state, step + 1, self.job.key, self.trained, self.optimizer, self.records)
-                self.saved = time.monotonic()
-                if self.stop:
-                    print(f"stopped after step {step + 1} of {self.steps}; the state is saved in {state}", flush=True)
-                    sys.exit(143)
+            [asked] = distributed.any_of(self.asked)  # also meanwhile
+        self.saved = time.monotonic()
+        if self.stop or asked:
+            _say(f"stopped after step {step + 1} of {self.steps}; the state is saved in {state}")
+            sys.exit(143)
 
     def _prepare_projectors(self) -> int:
         """Steps for the projectors alone, over batches of their own: projections of random states would wreck the student. Returns their number."""
         steps = self.objective.fusion.get("projector_steps", 0) if len(self.objective.projectors) else 0
         self._set_rate(self.spec["lr"])
-        for _, numbers in self.corpus.batches({**self.spec, "seed": -1 - self.spec.get("seed", 42)}, 0, steps):
+        seed = -1 - self.spec.get("seed", 42)
+        for step, numbers in self.corpus.batches({**self.spec, "seed": seed}, 0, steps):
+            distributed.seed_step(seed, step)
             for drawn, totals in self._micro_batches(numbers):
                 with torch.no_grad():
                     student = self._student(drawn)
                 self.objective.projection(student, drawn, totals).backward()
             self._update(partial(self._check_finite, -1, numbers))  # told as step 0
+            [self.stop] = distributed.any_of(self.asked)
             if self.stop:
-                print("stopped while the projectors were prepared; they are begun again", flush=True)
+                _say("stopped while the projectors were prepared; they are begun again")
                 sys.exit(143)
         return steps
 
     def _ask_to_stop(self, *_: object) -> None:
-        self.stop = True
+        self.asked = True
 
     def _must_save(self) -> bool:
-        now = time.monotonic()
-        if self.job.minutes is not None and now - self.began > self.job.minutes * 60 - 30:
-            self.stop = True
-        return self.stop or now - self.saved > SAVE_SECONDS
+        over = self.job.minutes is not None and self.job.elapsed() > self.job.minutes * 60 - self.reserve.seconds(self.job.minutes)
+        self.stop, late = distributed.any_of(self.asked or over, time.monotonic() - self.saved > SAVE_SECONDS)
+        return self.stop or late
 
     def _step(self, step: int, numbers: list[int]) -> None:
         self._set_rate(learning_rate(step, self.steps, self.spec["lr"], self.spec.get("lr_min", 0.0), self.spec.get("warmup", 0.0)))
+        distributed.seed_step(self.spec.get("seed", 42), step)
         sums: dict[str, Any] = {}
         for drawn, totals in self._micro_batches(numbers):
             loss, record = self.objective(self._student(drawn), drawn, totals)
             loss.backward()
             add_records(sums, record)
+        sums = distributed.sum_records(sums)
         self._check_finite(step, numbers, sums["loss"])
         norm = self._update(partial(self._check_finite, step, numbers))
         if step % RECORD_EVERY == 0 or step + 1 == self.steps:
             self._record(step, {**sums, "grad_norm": norm})
 
-    def _micro_batches(self, numbers: list[int]) -> Iterator[tuple[list[Drawn], Totals]]:
-        drawn = [self.corpus.drawn[i] for i in numbers]
-        totals, size = self.objective.totals(drawn), self.spec.get("micro_batch_size") or len(drawn)
+    def _micro_batches(self, numbers: list[int]) -> Iterator[tuple[Sequence[Drawn], Totals]]:
+        drawn: Sequence[Drawn] = [self.corpus.drawn[i] for i in numbers]
+        totals, drawn = self.objective.totals(drawn), distributed.part(drawn)  # counts of the whole step, samples of this process
+        size = self.spec.get("micro_batch_size") or len(drawn)
         for start in range(0, len(drawn), size):
             yield drawn[start : start + size], totals
 
-    def _student(self, drawn: list[Drawn]) -> StudentTokens:
+    def _student(self, drawn: Sequence[Drawn]) -> StudentTokens:
         """The student's final states at the label rows of some samples."""
         ids, attention = pad([d.encoded.ids for d in drawn], self.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.spec.get("precision") == "bfloat16"):
@@ -158,6 +180,7 @@ class _Loop:
 
     def _update(self, check: Callable[[float], None] = lambda norm: None) -> float:
         """Clip student and projectors, each by its own norm, and step. Returns the student's norm, which ``check`` sees first."""
+        distributed.sum_gradients(self.trained.parameters())
         norms = [torch.nn.utils.clip_grad_norm_(group["params"], self.spec.get("clip_norm", 1.0)) for group in self.optimizer.param_groups]
         for norm in norms:
             check(float(norm))
@@ -174,5 +197,42 @@ class _Loop:
     def _record(self, step: int, measured: dict[str, Any]) -> None:
         self.records.append({"step": step + 1, "lr": self.optimizer.param_groups[0]["lr"], **measured})
         if step % 100 == 0 or step + 1 == self.steps:
-            rate, seconds = self.records[-1]["lr"], time.monotonic() - self.began
-            print(f"step {step + 1}/{self.steps} loss {measured['loss']:.4f} lr {rate:.3g} {seconds:.0f} s", flush=True)
+            rate = self.records[-1]["lr"]
+            _say(f"step {step + 1}/{self.steps} loss {measured['loss']:.4f} lr {rate:.3g} {self.job.elapsed():.0f} s")
+
+
+class Reserve:
+    """How long before the end of its time a job must begin to save: measured, and estimated until the first save."""
+
+    START = 60.0  # seconds: a scheduler's clock runs while two Snakemakes start ahead of this process, and while it leaves
+    BYTES_PER_SECOND = 2e8  # written and hashed, on a slow network disk
+
+    def __init__(self, parameters: int):
+        self.slowest_step, self.slowest_save = 0.0, 12 * parameters / self.BYTES_PER_SECOND
+        self._measured = False
+
+    def seconds(self, minutes: float) -> float:
+        """For a job of ``minutes``: the start (a quarter of a short job's time), one more step, and a save, a fifth slower than ever."""
+        return min(self.START, 15 * minutes) + 1.2 * (self.slowest_step + self.slowest_save)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Measure a step."""
+        began = time.monotonic()
+        yield
+        self.slowest_step = max(self.slowest_step, time.monotonic() - began)
+
+    @contextmanager
+    def save(self) -> Iterator[None]:
+        """Measure a save; the first one replaces the estimate, for which a resume state is weights and two moments in float32."""
+        began = time.monotonic()
+        yield
+        took = time.monotonic() - began
+        self.slowest_save = max(self.slowest_save, took) if self._measured else took
+        self._measured = True
+
+
+def _say(text: str) -> None:
+    """One line in the log, not one a process."""
+    if distributed.rank() == 0:
+        print(text, flush=True)

@@ -1,0 +1,121 @@
+"""One training by several processes of a node: each takes a part of every optimizer step's samples, the gradients are summed.
+
+The loss of a sample is divided by counts of the whole step (:class:`llmfusion.fusion.objective.Totals`), so the sum over
+processes is what one process computes, up to the order of additions. All processes hold the whole model and make the same
+update; the first one alone writes. A single process needs no process group: then nothing here communicates.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from llmfusion.errors import UserError
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=2)  # the others wait while the first saves
+
+
+def rank() -> int:
+    """Number of this process, 0 for the one that writes."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def count() -> int:
+    """Number of processes."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes that torchrun started; on a GPU node each takes the device of its local number."""
+    if torch.cuda.is_available():
+        if torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
+            raise UserError(f"{os.environ['WORLD_SIZE']} processes need a GPU each, there are {torch.cuda.device_count()}: change the model's `processes`")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    yield
+    distributed.destroy_process_group()  # not after an error: the others may not answer, and the process ends anyway
+
+
+def part(samples: Sequence[T]) -> Sequence[T]:
+    """This process's part of a step's samples: equal and consecutive (the study refuses what does not divide)."""
+    size = len(samples) // count()
+    return samples[rank() * size : (rank() + 1) * size]
+
+
+def seed_step(seed: int, step: int) -> None:
+    """With several processes, dropout is drawn from seed, step and process: it needs no state to go on after a stop."""
+    if count() > 1:
+        torch.manual_seed((seed * 1_000_003 + step) * 4096 + rank())
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its sum over processes; who has none where another has one takes part with zeros."""
+    if count() == 1:
+        return
+    found = list(parameters)
+    there = torch.tensor([p.grad is not None for p in found], dtype=torch.uint8)
+    distributed.all_reduce(there, distributed.ReduceOp.MAX)
+    for parameter, used in zip(found, there.tolist(), strict=True):
+        if used:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+            distributed.all_reduce(parameter.grad)
+
+
+def sum_records(record: dict[str, Any]) -> dict[str, Any]:
+    """Numbers by (nested) name, summed over processes."""
+    if count() == 1:
+        return record
+    values = torch.tensor(list(_leaves(record)), dtype=torch.float64)
+    distributed.all_reduce(values)
+    return _filled(record, iter(values.tolist()))
+
+
+def any_of(*flags: bool) -> list[bool]:
+    """For each flag whether any process says so: all of them decide alike."""
+    if count() == 1:
+        return list(flags)
+    said = torch.tensor(flags, dtype=torch.uint8)
+    distributed.all_reduce(said, distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in said]
+
+
+def first_then_others(call: Callable[[], T]) -> T:
+    """``call()`` in the first process, then in the others: for what tidies up while it reads."""
+    if rank() == 0:
+        result = call()
+        wait()
+        return result
+    wait()
+    return call()
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    any_of(False)
+
+
+def same(value: int) -> bool:
+    """Whether all processes have the same number."""
+    if count() == 1:
+        return True
+    ends = torch.tensor([value, -value])
+    distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+    return int(ends[0]) == -int(ends[1])
+
+
+def _leaves(record: dict[str, Any]) -> Iterator[float]:
+    for _, value in sorted(record.items()):
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield float(value)
+
+
+def _filled(record: dict[str, Any], values: Iterator[float]) -> dict[str, Any]:
+    return {name: _filled(value, values) if isinstance(value, dict) else next(values) for name, value in sorted(record.items())}

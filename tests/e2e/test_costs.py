@@ -1,0 +1,64 @@
+"""Costs of real runs: what the rows took, and a plan for another size made from one that was run."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmfusion.config.workflow import checked
+from llmfusion.costs.measured import measured, refined, seconds_of
+from llmfusion.costs.work import Assumptions, Workload, assumed_seconds
+from tests.e2e.conftest import COST, ROWS, TARGET, Project, tiny
+from tests.e2e.test_runs import PROFILE
+from tests.project import environment, snakemake, study
+
+
+def test_every_row_tells_what_it_took(made: Path) -> None:
+    rows = {row["model"]: row for row in csv.DictReader((made / "runs/tiny" / COST).open())}
+    assert list(rows) == list(ROWS)
+    for row in rows.values():
+        assert row["not_measured"] == "0"
+        assert 0 < float(row["chain_hours"]) <= float(row["job_hours"])
+        assert float(row["peak_memory_mb"]) > 100  # torch was loaded
+    fusion = {model: float(row["fusion_gpu_hours"]) for model, row in rows.items()}
+    assert fusion["base/pivot"] == 0
+    assert fusion["merged/ta-homogeneous"] == pytest.approx(fusion["trained/kd-code"] + fusion["trained/sft"])  # its two parents
+    assert fusion["trained/kd-code"] > 0
+
+
+def test_a_finished_study_is_planned_from_what_it_took(made: Path) -> None:
+    words = [sys.executable, "-m", "llmfusion.plan", "config/tiny.yaml"]
+    done = subprocess.run(words, cwd=made, env={**environment(), "PYTHONPATH": str(made / "src")}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "measured: " in done.stdout
+    assert "train (" in done.stdout
+
+
+@pytest.mark.long
+def test_one_study_predicts_twice_the_steps_and_half_the_items_within_30_percent(made: Path, project: Project) -> None:
+    def other(content: dict[str, Any]) -> None:
+        tiny(content)
+        for run in [*content["models"]["base"].values(), *content["models"]["trained"].values()]:
+            run["steps"] *= 2
+        for task in content["tasks"].values():
+            task["items"]["rows"] //= 2
+
+    folder = project("other-size")
+    study(folder / "config/tiny.yaml", other)
+    snakemake(folder, *PROFILE, "--cores", "2", TARGET)
+    (known, asked) = (Workload(*checked_in(place), Assumptions()) for place in (made, folder))
+    rates, _ = refined(assumed_seconds(Assumptions()), known)
+    took = {address: found.seconds for address in asked.jobs if (found := measured(asked.directory, address)) is not None}
+    assert set(took) >= {address for address, job in asked.jobs.items() if job.step == "train"}
+    expected = {address: seconds_of(asked.jobs[address].work, rates[asked.jobs[address].step]) for address in took}
+    assert sum(expected.values()) == pytest.approx(sum(took.values()), rel=0.3)
+
+
+def checked_in(folder: Path) -> Any:
+    """A copy's study, with its directory where the copy is."""
+    file = folder / "config/absolute.yaml"
+    file.write_text((folder / "config/tiny.yaml").read_text().replace("directory: runs/tiny", f"directory: {folder}/runs/tiny"))
+    return checked(file)

@@ -1,0 +1,119 @@
+"""A cluster for the session, and a slice of the miniature study made without it: what every run on SLURM must give, byte for byte."""
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import tiny
+from tests.e2e.test_runs import results
+from tests.project import clone, environment, study
+from tests.slurm.cluster import Cluster, cluster
+
+TARGET = "results/table2.csv"
+STUDY = ("--configfile", "config/slice.yaml")
+PROFILE = ("--profile", "slurm")
+# the test cluster has no accounting and answers at once; a site needs none of this
+HERE = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "4", "--latency-wait", "5")
+RULES = ("stage_base", "mix_samples", "generate_answers", "capture_teacher", "train_model", "merge_models", "answer", "score")
+ONE_THREAD = ("--set-threads", *(f"{rule}=1" for rule in RULES))  # two threads add in another order than the local run's one
+ROW = "merged/ta-homogeneous"
+MADE_ON_SLURM = ("models/trained", "models/merged", "answers", "scores", "table2.csv", "table2.md", "table2.json")
+
+
+def slice_of(content: dict[str, Any]) -> None:
+    """One row: a merge of SFT and of a fusion by two processes, on two tasks. Six jobs, with data, bases and cache made before."""
+    tiny(content)
+    content["directory"] = "runs/slice"
+    models, table = content["models"], content["tables"]["table2"]
+    models["trained"] = {name: models["trained"][name] for name in ("sft", "kd-code")}
+    models["trained"]["kd-code"]["processes"] = 2
+    models["trained"]["sft"]["steps"] = 300  # long enough to be disturbed
+    models["trained"]["kd-code"]["steps"] = 150
+    table.pop("reference", None)
+    table["rows"] = [row for row in table["rows"] if row["model"] == ROW]
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    with cluster() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def undisturbed() -> Iterator[Path]:
+    """A copy of the project in which the slice has been made by the local executor."""
+    place = Path(tempfile.mkdtemp(prefix="llmfusion-slice-"))
+    folder = clone(place / "local")
+    study(folder / "config/slice.yaml", slice_of)
+    words = ["snakemake", TARGET, *STUDY, "--cores", "2"]
+    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield folder
+    shutil.rmtree(place)
+
+
+class OnSlurm:
+    """A copy of the project with the start of the slice in it, to be finished on the cluster."""
+
+    def __init__(self, folder: Path, slurm: Cluster, undisturbed: Path, target: str = TARGET):
+        self.folder, self.slurm, self.undisturbed, self.target = folder, slurm, undisturbed, target
+        self.before = {job["JobId"] for job in slurm.jobs()}
+
+    def words(self, *more: str) -> list[str]:
+        return ["snakemake", *PROFILE, self.target, *STUDY, *HERE, *ONE_THREAD, *more]
+
+    def start(self, *more: str) -> subprocess.Popen:
+        """Snakemake as a user starts it on a login node; its words go to ``run.log``."""
+        environ = {**environment(), **self.slurm.environment}
+        environ["PATH"] = os.pathsep.join([environment()["PATH"].split(os.pathsep)[0], self.slurm.environment["PATH"]])
+        with open(self.folder / "run.log", "a") as log:
+            return subprocess.Popen(self.words(*more), cwd=self.folder, env=environ, stdout=log, stderr=log)
+
+    def said(self) -> str:
+        return (self.folder / "run.log").read_text()
+
+    def finish(self, main: subprocess.Popen, seconds: float = 420) -> None:
+        assert main.wait(seconds) == 0, self.said()[-8000:]
+
+    def jobs(self, of: str = "") -> list[dict[str, str]]:
+        """This run's SLURM jobs whose comment names a rule, in the order they were submitted."""
+        found = [job for job in self.slurm.jobs() if job["JobId"] not in self.before and of in job.get("Comment", "")]
+        return sorted(found, key=lambda job: (int(job["JobId"]), int(job.get("ArrayTaskId", "0"))))
+
+    def provenance(self, artifact: str) -> dict[str, Any]:
+        return json.loads((self.folder / f"runs/slice/results/{artifact}/provenance.json").read_bytes())
+
+    def log(self, artifact: str) -> str:
+        path = self.folder / f"runs/slice/logs/{artifact}.log"
+        return path.read_text() if path.exists() else ""
+
+    def same_as_undisturbed(self) -> None:
+        """Every table, score and manifest has the bytes of the local run, and nothing else lies about."""
+        mine, theirs = results(self.folder, "slice"), results(self.undisturbed, "slice")
+        assert mine.keys() == theirs.keys()
+        assert [name for name in mine if mine[name] != theirs[name]] == []
+        base = self.folder / "runs/slice"
+        left = [*(base / "results").rglob(".*"), *(p for p in (base / "work").rglob("*") if p.is_file() and not p.name.startswith("lease"))]
+        assert [str(path) for path in left] == []
+
+
+@pytest.fixture
+def on_slurm(slurm: Cluster, undisturbed: Path, tmp_path: Path) -> Callable[..., OnSlurm]:
+    """Makes copies in which what stands in ``without`` is yet to be made."""
+
+    def make(name: str, without: tuple[str, ...] = MADE_ON_SLURM, target: str = TARGET) -> OnSlurm:
+        folder = shutil.copytree(undisturbed, tmp_path / name, symlinks=True)
+        for gone in without:
+            path = folder / "runs/slice/results" / gone
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(folder / "runs/slice/logs")
+        return OnSlurm(folder, slurm, undisturbed, target)
+
+    return make

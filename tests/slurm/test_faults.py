@@ -1,0 +1,137 @@
+"""What goes wrong on a cluster: in the end there are the bytes of an undisturbed run, and only one ever wrote them."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from tests.project import environment
+from tests.slurm.cluster import wait
+from tests.slurm.conftest import STUDY, OnSlurm
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture
+def training(on_slurm: Callable[..., OnSlurm]) -> Callable[..., tuple[OnSlurm, subprocess.Popen]]:
+    """Starts a run in which one training is left to make, and waits until it is at its first steps."""
+
+    def begin(name: str, *more: str) -> tuple[OnSlurm, subprocess.Popen]:
+        run = on_slurm(name, (f"models/trained/{name}",), f"results/models/trained/{name}/manifest.json")
+        main = run.start(*more)
+        wait(lambda: "step 1/" in run.log(f"models/trained/{name}") or main.poll() is not None, 120)
+        assert main.poll() is None, run.said()
+        return run, main
+
+    return begin
+
+
+def trainers(run: OnSlurm) -> list[psutil.Process]:
+    """The processes that train in this run's folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if str(run.folder) in process.cwd() and "llmfusion.train" in process.cmdline():
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("name", ["sft", "kd-code"], ids=["one process", "two processes"])
+def test_a_cancelled_training_goes_on_in_a_new_job(training: Callable, name: str) -> None:
+    run, main = training(name)
+    [first] = run.jobs()
+    run.slurm.ask("scancel", first["JobId"])
+    run.finish(main)
+    assert "going on after step" in run.log(f"models/trained/{name}")
+    assert [job["JobState"] for job in run.jobs()] == ["CANCELLED", "COMPLETED"]
+    run.same_as_undisturbed()
+
+
+def test_a_training_saves_before_its_time_ends_and_goes_on_with_more(training: Callable) -> None:
+    run, main = training("sft", "--set-resources", "train_model:runtime=1 * attempt")
+    [trainer] = trainers(run)
+    trainer.suspend()  # a slow step: another one would not fit into the minute
+    time.sleep(20)
+    trainer.resume()
+    run.finish(main)
+    assert "going on after step" in run.log("models/trained/sft")
+    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("FAILED", "00:01:00"), ("COMPLETED", "00:02:00")]
+    run.same_as_undisturbed()
+
+
+def test_a_training_that_slurm_ends_at_its_time_limit_is_made_with_more_time(training: Callable) -> None:
+    run, main = training("sft", "--set-resources", "train_model:runtime=1 * attempt")
+    [trainer] = trainers(run)
+    trainer.suspend()  # a step that never ends: nothing can be saved
+    run.finish(main)
+    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("TIMEOUT", "00:01:00"), ("COMPLETED", "00:02:00")]
+    run.same_as_undisturbed()
+
+
+def test_a_job_of_a_node_that_fails_is_made_on_another(training: Callable) -> None:
+    run, main = training("sft")
+    [job] = run.jobs()
+    node = job["NodeList"]
+    run.slurm.kill_node(node)
+    try:
+        wait(lambda: run.jobs()[0]["JobState"] == "PENDING", 60)
+        run.slurm.ask("scontrol", "update", f"jobid={job['JobId']}", "StartTime=now")  # SLURM waits two minutes
+        run.finish(main)
+    finally:
+        run.slurm.start_node(node)
+        run.slurm.ask("scontrol", "update", f"nodename={node}", "state=resume")
+    [again] = run.jobs()
+    assert (again["JobId"], again["JobState"], again["Restarts"]) == (job["JobId"], "COMPLETED", "1")
+    assert again["NodeList"] != node
+    run.same_as_undisturbed()
+
+
+def test_a_preempted_job_is_queued_again_and_gives_the_same(training: Callable) -> None:
+    run, main = training("sft", "--default-resources", "slurm_partition=scavenge", "mem_mb=8000", "runtime=60")
+    [job] = run.jobs()
+    assert job["Partition"] == "scavenge"
+    environ = {**environment(), **run.slurm.environment}
+    words = ["sbatch", "--partition", "urgent", "--nodes", str(len(run.slurm.nodes)), "--exclusive", "--output", "/dev/null", "--wrap", "sleep 5"]
+    subprocess.run(words, env=environ, check=True, capture_output=True)
+    wait(lambda: run.jobs("train_model")[0]["JobState"] == "PENDING", 60)
+    run.slurm.ask("scontrol", "update", f"jobid={job['JobId']}", "StartTime=now")
+    run.finish(main)
+    [again] = run.jobs("train_model")
+    assert (again["JobId"], again["JobState"], again["Restarts"]) == (job["JobId"], "COMPLETED", "1")
+    run.same_as_undisturbed()
+
+
+def test_ctrl_c_cancels_the_jobs_and_the_same_command_goes_on(training: Callable) -> None:
+    run, main = training("sft")
+    main.send_signal(signal.SIGINT)
+    assert main.wait(60) == 1, run.said()
+    wait(lambda: run.jobs()[0]["JobState"] == "CANCELLED", 30)
+    wait(lambda: not trainers(run), 30)
+    run.finish(run.start())
+    assert "going on after step" in run.log("models/trained/sft")
+    run.same_as_undisturbed()
+
+
+def test_snakemake_killed_and_started_again_while_its_job_lives_has_one_writer(training: Callable) -> None:
+    run, main = training("sft")
+    [trainer] = trainers(run)
+    trainer.suspend()  # so that the second job meets it
+    main.kill()
+    main.wait()
+    locked = run.start()
+    assert locked.wait(60) == 1
+    assert "cannot be locked" in run.said()
+    unlock = ["snakemake", *STUDY, "--unlock"]
+    subprocess.run(unlock, cwd=run.folder, env=environment(), check=True, capture_output=True)
+    again = run.start()
+    wait(lambda: "waiting for work/models/trained/sft/lease" in run.log("models/trained/sft") or again.poll() is not None, 120)
+    os.kill(trainer.pid, signal.SIGCONT)
+    run.finish(again)
+    assert "was finished meanwhile; adopted" in run.log("models/trained/sft")
+    assert len(run.jobs()) == 2
+    run.same_as_undisturbed()
