@@ -88,19 +88,21 @@ class Tensor:
 
 def _read(source: NDArray[Any], out: Array) -> None:
     if source.dtype == np.uint16:
-        kernels.widen(_aligned(source), out)
+        kernels.widen(frozen(source), out)
     else:
         np.copyto(out, source)
 
 
 def _difference(source: NDArray[Any], theta: Array, out: Array) -> None:
     if source.dtype == np.uint16:
-        kernels.widen_difference(_aligned(source), theta, out)
+        kernels.widen_difference(frozen(source), theta, out)
     else:
         with np.errstate(invalid="ignore", over="ignore"):  # told as an error of the file
             np.subtract(source, theta, out=out, dtype=np.float32)
 
 
-def _aligned(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """A file's header may leave tensors at odd addresses; and compiled code is made once, for arrays that may be written to or not."""
-    return np.require(bits, requirements="CA") if bits.flags.aligned else bits.copy()
+def frozen(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """As an array that is read only, plain and aligned (a file's header may leave tensors at odd addresses): kernels are compiled for one kind."""
+    view = np.asarray(bits).view() if bits.flags.aligned else bits.copy()
+    view.flags.writeable = False
+    return view

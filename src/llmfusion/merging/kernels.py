@@ -233,12 +233,15 @@ def count_coarse(keys, histogram):
 
 
 @_compiled
-def count_fine(keys, bin_, histogram):
-    """Add the keys whose upper 16 bits are ``bin_`` to a histogram of the lower 16."""
+def count_fine(keys, bin_, histogram, delta, sums):
+    """Add the keys whose upper 16 bits are ``bin_`` to a histogram of the lower 16, and their ``delta^2`` to ``sums`` at the same place."""
     bits = keys.view(np.uint32)
     for i in range(bits.size):
         if bits[i] >> np.uint32(16) == bin_:
-            histogram[bits[i] & np.uint32(0xFFFF)] += 1
+            low = bits[i] & np.uint32(0xFFFF)
+            value = np.float64(delta[i])
+            histogram[low] += 1
+            sums[low] += value * value
 
 
 @_compiled
@@ -253,16 +256,6 @@ def squares_above(keys, threshold, delta):
             value = np.float64(part[k]) if key[k] > threshold else 0.0
             lanes[k] += value * value
     return total_of(lanes)
-
-
-@_compiled
-def squares_in(keys, bin_, delta, sums):
-    """Add ``delta^2`` of the keys in a coarse bin to ``sums (65536,)``, by their lower 16 bits."""
-    bits = keys.view(np.uint32)
-    for i in range(bits.size):
-        if bits[i] >> np.uint32(16) == bin_:
-            value = np.float64(delta[i])
-            sums[bits[i] & np.uint32(0xFFFF)] += value * value
 
 
 @_compiled

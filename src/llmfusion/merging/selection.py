@@ -27,7 +27,7 @@ class Top:
         self.nonzero, self.number, self.threshold = 0, 0, NEVER
         self.squares = np.zeros(len(models))
         self._coarse = np.zeros(1 << 15, np.int64)
-        self._fine = np.zeros(1 << 16, np.int64)
+        self._fine = np.zeros((len(models), 1 << 16), np.int64)  # the same row for each model
         self._sums = np.zeros((len(models), 1 << 16))
         self._bin, self._rest, self._wanted = -1, 0, 0
 
@@ -51,19 +51,18 @@ class Top:
         if self._bin < 0:
             return
         bin_ = np.uint32(self._bin)
-        kernels.count_fine(key, bin_, self._fine)
         for m, j in enumerate(self.models):
             self.squares[m] += kernels.squares_above(key, np.uint32(self._bin << 16 | 0xFFFF), deltas[j])
-            kernels.squares_in(key, bin_, deltas[j], self._sums[m])
+            kernels.count_fine(key, bin_, self._fine[m], deltas[j], self._sums[m])
 
     def resolve(self) -> bool:
         """After the second pass; True if a third one is needed."""
         if self._bin < 0:
             return False
-        low, self._wanted = _bin_of(self._fine, self._rest)
+        low, self._wanted = _bin_of(self._fine[0], self._rest)
         self.threshold = self._bin << 16 | low
         self.squares += self._sums[:, low + 1 :].sum(axis=1)
-        if self._wanted == self._fine[low]:
+        if self._wanted == self._fine[0, low]:
             self.squares += self._sums[:, low]
             self._wanted = 0
         return self._wanted > 0
