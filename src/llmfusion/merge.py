@@ -49,7 +49,9 @@ def build(job: Job) -> None:
         shutil.move(path, job.folder / path.name)
     place.rmdir()
     job.facts.update({key: pivot.facts[key] for key in SAME} | facts)
-    print("\n".join([*work.matching.remarks, _summary(facts)]))
+    print(_summary(facts))
+    for told in [*work.matching.remarks, *([f"warning: {facts['warning']}"] if "warning" in facts else [])]:
+        print(told)
 
 
 def by_hand(arguments: list[str]) -> int:
@@ -113,8 +115,7 @@ def _merge(work: Plan, given: argparse.Namespace, options: dict[str, Any]) -> No
 
 
 def _summary(facts: dict[str, Any]) -> str:
-    told = f"{facts['tensors']} tensors, {facts['parameters']:,} values, {facts['changed']:.1%} of them changed"
-    return f"{told}\nwarning: {facts['warning']}" if "warning" in facts else told
+    return f"{facts['tensors']} tensors, {facts['parameters']:,} values, {facts['changed']:.1%} of them changed"
 
 
 def _size(folder: Path) -> int:

@@ -41,7 +41,7 @@ class Tensor:
         self.energies = np.zeros(self.models)
         self.nonzero = np.zeros(self.models, np.int64)
         self.conflicts = 0
-        self._theta, self._models, self._given_deltas = theta, models, deltas
+        self._theta, self._models, self._given_deltas = frozen(theta), [frozen(model) for model in models], deltas
         self._surveyed = False
         width = min(BLOCK, self.size)
         self._values, self._deltas = np.empty(width, np.float32), np.empty((self.models, width), np.float32)
@@ -68,11 +68,14 @@ class Tensor:
                 pass
 
     def _survey(self, start: int, theta: Array, deltas: Array) -> None:
-        if max(kernels.magnitude(values) for values in (theta, *deltas)) > FINITE:
-            self._refuse(start, start + theta.size)
+        largest = kernels.magnitude(theta)
         for j, delta in enumerate(deltas):
-            self.energies[j] += kernels.squares(delta)
-            self.nonzero[j] += kernels.count_nonzero(delta)
+            size, nonzero, squares = kernels.survey(delta)
+            largest = max(largest, size)
+            self.energies[j] += squares
+            self.nonzero[j] += nonzero
+        if largest > FINITE:
+            self._refuse(start, start + theta.size)
         if self.models > 1:
             self.conflicts += kernels.count_conflicts(deltas, self._signs)
 
@@ -88,21 +91,21 @@ class Tensor:
 
 def _read(source: NDArray[Any], out: Array) -> None:
     if source.dtype == np.uint16:
-        kernels.widen(frozen(source), out)
+        kernels.widen(source, out)
     else:
         np.copyto(out, source)
 
 
 def _difference(source: NDArray[Any], theta: Array, out: Array) -> None:
     if source.dtype == np.uint16:
-        kernels.widen_difference(frozen(source), theta, out)
+        kernels.widen_difference(source, theta, out)
     else:
         with np.errstate(invalid="ignore", over="ignore"):  # told as an error of the file
             np.subtract(source, theta, out=out, dtype=np.float32)
 
 
-def frozen(bits: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """As an array that is read only, plain and aligned (a file's header may leave tensors at odd addresses): kernels are compiled for one kind."""
-    view = np.asarray(bits).view() if bits.flags.aligned else bits.copy()
+def frozen(values: NDArray[Any]) -> NDArray[Any]:
+    """As a plain array that is read only and aligned (a file's header may leave tensors at odd addresses): kernels are compiled for one kind."""
+    view = np.asarray(values).view() if values.flags.aligned or values.dtype != np.uint16 else values.copy()
     view.flags.writeable = False
     return view

@@ -140,7 +140,7 @@ class _Writer:
         self.handle, self.at, self.stop, self.crc = handle, at, stop, 0
 
     def __call__(self, content: NDArray[Any]) -> None:
-        view = memoryview(np.ascontiguousarray(content)).cast("B") if content.size else memoryview(b"")
+        view = np.ascontiguousarray(content).view(np.uint8).data
         self.crc = zlib.crc32(view, self.crc)
         while len(view):
             written = os.pwrite(self.handle, view, self.at)

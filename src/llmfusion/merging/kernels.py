@@ -1,3 +1,4 @@
+# mypy: disable-error-code="assignment"
 """The arithmetic of merging, compiled: loops over one block of one tensor that release the interpreter's lock.
 
 Sums are kept in float64 over ``LANES`` interleaved lanes, added up in lane order: the order of additions is that of the code,
@@ -34,7 +35,7 @@ def cache_folder() -> str:
     return tempfile.mkdtemp(prefix="llmfusion-")
 
 
-numba.config.CACHE_DIR = cache_folder()
+numba.config.CACHE_DIR = cache_folder()  # type: ignore[attr-defined]
 
 
 def _compiled(function: Any) -> Any:
@@ -91,25 +92,21 @@ def magnitude(values):
 
 # ------------------------------------------------------------------------------------------------ what the report says
 @_compiled
-def squares(values):
-    """Sum of squares in float64."""
+def survey(delta):
+    """The largest absolute value as float32 bits, how many values are not 0, and the sum of squares in float64."""
+    bits = delta.view(np.uint32)
     lanes = np.zeros(LANES)
-    n = values.size
+    largest, nonzero, n = np.uint32(0), 0, delta.size
     for start in range(0, n, LANES):
-        part = values[start : min(start + LANES, n)]
+        part = delta[start : min(start + LANES, n)]
         for k in range(part.size):
             value = np.float64(part[k])
             lanes[k] += value * value
-    return total_of(lanes)
-
-
-@_compiled
-def count_nonzero(values):
-    """How many values are not 0."""
-    count = 0
-    for i in range(values.size):
-        count += np.int32(values[i] != np.float32(0))
-    return count
+    for i in range(n):
+        size = bits[i] & np.uint32(0x7FFFFFFF)
+        largest = max(largest, size)
+        nonzero += np.int32(size != np.uint32(0))
+    return largest, nonzero, total_of(lanes)
 
 
 @_compiled
@@ -233,29 +230,35 @@ def count_coarse(keys, histogram):
 
 
 @_compiled
-def count_fine(keys, bin_, histogram, delta, sums):
-    """Add the keys whose upper 16 bits are ``bin_`` to a histogram of the lower 16, and their ``delta^2`` to ``sums`` at the same place."""
+def count_fine(keys, bin_, delta, histogram, sums):
+    """Add the keys whose upper 16 bits are ``bin_`` to a histogram of the lower 16, and their ``delta^2`` to ``sums`` at the same
+    place; returns the sum of ``delta^2`` over the keys above that bin."""
     bits = keys.view(np.uint32)
-    for i in range(bits.size):
-        if bits[i] >> np.uint32(16) == bin_:
-            low = bits[i] & np.uint32(0xFFFF)
-            value = np.float64(delta[i])
-            histogram[low] += 1
-            sums[low] += value * value
-
-
-@_compiled
-def squares_above(keys, threshold, delta):
-    """Sum of ``delta^2`` where the key's bits exceed ``threshold``."""
-    bits = keys.view(np.uint32)
+    last = np.uint32(bin_) << np.uint32(16) | np.uint32(0xFFFF)
     lanes = np.zeros(LANES)
     n = bits.size
     for start in range(0, n, LANES):
         key, part = bits[start : min(start + LANES, n)], delta[start : min(start + LANES, n)]
         for k in range(key.size):
-            value = np.float64(part[k]) if key[k] > threshold else 0.0
+            value = np.float64(part[k]) if key[k] > last else 0.0
             lanes[k] += value * value
+    for i in range(n):
+        if bits[i] >> np.uint32(16) == bin_:
+            low = bits[i] & np.uint32(0xFFFF)
+            value = np.float64(delta[i])
+            histogram[low] += 1
+            sums[low] += value * value
     return total_of(lanes)
+
+
+@_compiled
+def bin_of(histogram, number):
+    """The bin that holds the ``number``-th largest value, and how many of it are still wanted."""
+    place = histogram.size - 1
+    while place > 0 and histogram[place] < number:
+        number -= histogram[place]
+        place -= 1
+    return place, number
 
 
 @_compiled

@@ -149,7 +149,7 @@ def _names(base: Checkpoint, other: Checkpoint) -> dict[str, str]:
     out = {name: found for name in base.entries if (found := _name_in(name, other.entries)) is not None}
     for name in base.entries:
         if name not in out and name.endswith(HEADS) and _tied(base) and _tied(other):
-            out |= {name: embedding for embedding in other.entries if embedding.endswith(EMBEDDINGS)}
+            out.update((name, table) for table in other.entries if table.endswith(EMBEDDINGS))
     return out
 
 

@@ -122,7 +122,7 @@ def rsaf(tensor: Tensor, options: Options) -> Plan:
         return [min(max(1, math.ceil(share * tensor.size)), top.nonzero) for share, top in zip(shares, tops, strict=True)]
 
     tops = select(tensor, rates, _each(tensor), numbers)
-    notes = {}
+    notes: dict[str, float] = {}
     for j, (moment, share, top) in enumerate(zip(moments, shares, tops, strict=True)):
         notes |= {f"S_{j}": moment.skewness(), f"K_{j}": share, f"k_{j}": float(top.number), f"threshold_{j}": top.value}
     return _combined(tensor, options, np.concatenate([top.squares for top in tops]), (rates, tops), notes)
@@ -170,9 +170,11 @@ class Moments:
             self.count += sums(self._centre, self._sums)
 
     def skewness(self) -> float:
-        """Population (Fisher) skewness ``m3 / m2^1.5``; 0 where the variance is 0."""
+        """Population (Fisher) skewness ``m3 / m2^1.5``; 0 where the variance is 0, NaN where a cube overflows."""
         if not self.count:
             return 0.0
+        if not np.isfinite(self._sums).all():
+            return math.nan
         mean, square, cube = (float(s) / self.count for s in self._sums)
         variance = square - mean**2
         # rounding leaves a variance of about (1e-16 mean)^2 behind constants

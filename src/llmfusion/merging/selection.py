@@ -8,7 +8,6 @@ equal the threshold than are wanted, finds the position of the last one that is.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llmfusion.merging import kernels
 from llmfusion.merging.blocks import Array, Block, Tensor
@@ -44,22 +43,20 @@ class Top:
         """Between the first and the second pass: how many to select."""
         self.number = number
         if number:
-            self._bin, self._rest = _bin_of(self._coarse, number)
+            self._bin, self._rest = kernels.bin_of(self._coarse, number)
 
     def refine(self, key: Array, deltas: Array) -> None:
         """Second pass."""
         if self._bin < 0:
             return
-        bin_ = np.uint32(self._bin)
         for m, j in enumerate(self.models):
-            self.squares[m] += kernels.squares_above(key, np.uint32(self._bin << 16 | 0xFFFF), deltas[j])
-            kernels.count_fine(key, bin_, self._fine[m], deltas[j], self._sums[m])
+            self.squares[m] += kernels.count_fine(key, np.uint32(self._bin), deltas[j], self._fine[m], self._sums[m])
 
     def resolve(self) -> bool:
         """After the second pass; True if a third one is needed."""
         if self._bin < 0:
             return False
-        low, self._wanted = _bin_of(self._fine[0], self._rest)
+        low, self._wanted = kernels.bin_of(self._fine[0], self._rest)
         self.threshold = self._bin << 16 | low
         self.squares += self._sums[:, low + 1 :].sum(axis=1)
         if self._wanted == self._fine[0, low]:
@@ -93,16 +90,10 @@ def select(tensor: Tensor, keys: Keys, models: Sequence[Sequence[int]], numbers:
     for block in tensor.blocks():
         for top, key in zip(tops, keys(block, False), strict=True):
             top.refine(key, block.deltas)
-    if any([top.resolve() for top in tops]):
+    tied = [top.resolve() for top in tops]
+    if any(tied):
         for block in tensor.blocks():
-            if all([top.locate(block.start, key, block.deltas) for top, key in zip(tops, keys(block, False), strict=True)]):
+            located = [top.locate(block.start, key, block.deltas) for top, key in zip(tops, keys(block, False), strict=True)]
+            if all(located):
                 break
     return tops
-
-
-def _bin_of(histogram: NDArray[np.int64], number: int) -> tuple[int, int]:
-    """The bin that holds the ``number``-th largest value, and how many of it are still wanted."""
-    above = np.cumsum(histogram[::-1])  # values in this bin and all higher ones
-    place = int(np.searchsorted(above, number))
-    before = int(above[place - 1]) if place else 0
-    return histogram.size - 1 - place, number - before

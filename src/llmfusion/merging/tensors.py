@@ -113,7 +113,7 @@ def raw(entry: Entry) -> NDArray[np.uint8]:
 
 def stored(entry: Entry) -> NDArray[Any]:
     """A floating-point tensor, flat and memory-mapped as it is stored; bfloat16 as its bits in uint16."""
-    return raw(entry).view(FLOATS[entry.dtype])
+    return np.asarray(raw(entry)).view(FLOATS[entry.dtype])  # a plain array: slicing a memmap costs microseconds
 
 
 @dataclass(frozen=True)
