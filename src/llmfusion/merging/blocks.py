@@ -68,7 +68,7 @@ class Tensor:
                 pass
 
     def _survey(self, start: int, theta: Array, deltas: Array) -> None:
-        largest = kernels.magnitude(theta)
+        largest = 0 if self.models else kernels.magnitude(theta)  # a delta from what is not finite is not finite
         for j, delta in enumerate(deltas):
             size, nonzero, squares = kernels.survey(delta)
             largest = max(largest, size)

@@ -8,7 +8,9 @@ Compiled code is kept in ``NUMBA_CACHE_DIR`` if that is set, else in ``$XDG_CACH
 can be written, as for a read-only home, in a private folder for temporary files. The first merge on a machine compiles, all later ones load.
 """
 
+import importlib
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,16 @@ def cache_folder() -> str:
     return tempfile.mkdtemp(prefix="llmfusion-")
 
 
+def _load_without_scipy() -> None:
+    """numba looks for scipy's matrix products when it loads its functions: half a second of every start, for what is not used here."""
+    name = "scipy.linalg.cython_blas"
+    if name not in sys.modules:
+        sys.modules[name] = None  # type: ignore[assignment]
+        importlib.import_module("numba.np.arraymath")
+        del sys.modules[name]
+
+
+_load_without_scipy()
 numba.config.CACHE_DIR = cache_folder()  # type: ignore[attr-defined]
 
 
