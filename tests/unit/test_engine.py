@@ -136,6 +136,14 @@ def test_a_merge_that_overflows_its_dtype_is_refused(tmp_path):
         merged(pivot, [model], tmp_path / "out", weight=1.5)
 
 
+def test_rows_and_buffers_that_are_only_copied_must_fit_the_dtype_too(tmp_path):
+    pivot = folder_of(tmp_path / "p", {"w": torch.zeros(2), "rotary.inv_freq": torch.full((2,), 1e6)})
+    model = folder_of(tmp_path / "m", {"w": torch.ones(2)})
+    assert merged(pivot, [model], tmp_path / "wide", out_dtype="bfloat16")[1]["rotary.inv_freq"].dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"tensor rotary.inv_freq: the merge is not finite in F16"):
+        merged(pivot, [model], tmp_path / "out", out_dtype="float16")
+
+
 def test_a_folder_without_weights_is_refused(tmp_path, models):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: has no \.safetensors weights"):

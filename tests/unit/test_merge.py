@@ -251,3 +251,32 @@ def test_compiled_code_goes_where_it_is_told_and_to_a_private_folder_where_home_
     private = found(HOME=str(home), TMPDIR=str(temporary))
     assert os.path.dirname(private) == str(temporary)
     assert os.stat(private).st_mode & 0o777 == 0o700
+
+
+def test_a_step_that_was_killed_goes_on_with_the_next_tensor(tmp_path, pivot, folders, monkeypatch):
+    from llmfusion.merging import engine
+
+    spec = {"merge": {"method": "sce", "pivot": "base/p", "parents": ["trained/a", "trained/b"]}}
+    inputs = {"models/base/p": pivot, "models/trained/a": artifact(folders[0]), "models/trained/b": artifact(folders[1])}
+    whole = job(tmp_path, spec, inputs, "whole")
+    build(whole)
+    merge_part, seen = engine._merge_part, []
+
+    def dies(plan, part, *rest):
+        seen.append(part.name)
+        if len(seen) > 4:
+            raise KeyboardInterrupt
+        return merge_part(plan, part, *rest)
+
+    monkeypatch.setattr(engine, "_merge_part", dies)
+    with pytest.raises(KeyboardInterrupt):
+        build(job(tmp_path, spec, inputs, "killed"))
+    assert not list((tmp_path / "killed/out").iterdir())
+    finished = seen[:4]
+    seen.clear()
+    monkeypatch.setattr(engine, "_merge_part", lambda plan, part, *rest: seen.append(part.name) or merge_part(plan, part, *rest))
+    again = job(tmp_path, spec, inputs, "killed")
+    build(again)
+    assert sorted(seen) == sorted(set(entries_of(pivot.folder)) - set(finished))
+    assert {p.name: p.read_bytes() for p in again.folder.iterdir()} == {p.name: p.read_bytes() for p in whole.folder.iterdir()}
+    assert not list(again.work.iterdir())

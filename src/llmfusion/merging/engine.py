@@ -97,8 +97,7 @@ def _merge_part(work: Plan, part: Part, handle: int, stop: threading.Event) -> D
         if stop.is_set():
             break
         merged = merging.merge(block)
-        if not np.uint32(kernels.magnitude(merged)).view(np.float32) < OVERFLOW[target.dtype]:  # nor for a NaN
-            raise UserError(f"tensor {part.name}: the merge is not finite in {target.dtype}; nothing was published")
+        _check(merged, target.dtype, part.name)
         content, rounded = _rounded(merged, target.dtype)
         before = block.theta if target.dtype in (part.pivot.dtype, "F32") else _rounded(block.theta, target.dtype)[1]
         count, square = kernels.moved(rounded, before)
@@ -106,6 +105,11 @@ def _merge_part(work: Plan, part: Part, handle: int, stop: threading.Event) -> D
         write(content)
     _copy(part, target.dtype, part.values, write)
     return {"crc32": write.crc, "row": row_of(part.name, tensor, merging, changed, squares)}
+
+
+def _check(values: Array, dtype: str, name: str) -> None:
+    if not np.uint32(kernels.magnitude(values)).view(np.float32) < OVERFLOW[dtype]:  # nor for a NaN
+        raise UserError(f"tensor {name}: the merge is not finite in {dtype}; nothing was published")
 
 
 def _rounded(values: Array, dtype: str) -> tuple[NDArray[Any], Array]:
@@ -130,6 +134,7 @@ def _copy(part: Part, dtype: str, start: int, write: "_Writer") -> None:
             write(content[at : at + COPIED])
         return
     for block in Tensor(stored(part.pivot)[start:], [], [f"{part.pivot.file}: tensor {part.name}"]).blocks():
+        _check(block.theta, dtype, part.name)
         write(_rounded(block.theta, dtype)[0])
 
 
