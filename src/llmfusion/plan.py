@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from llmfusion.config.errors import StudyError
-from llmfusion.config.study import ROOT
+from llmfusion import ROOT
 from llmfusion.config.workflow import checked
 from llmfusion.costs.measured import measured, refined, seconds_of
 from llmfusion.costs.schedule import wall_seconds

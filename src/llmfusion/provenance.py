@@ -10,7 +10,7 @@ from typing import Any
 
 from llmfusion import ROOT
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "datasets", "lm_eval", "pydantic", "snakemake")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "pyarrow", "datasets", "lm_eval", "pydantic", "snakemake")
 
 
 def collect(started: float) -> dict[str, Any]:

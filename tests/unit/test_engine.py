@@ -4,10 +4,14 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from llmfusion.errors import UserError
-from llmfusion.merging.engine import merge
+from llmfusion.merging import engine
+from llmfusion.merging.methods import merge_arrays
+from llmfusion.merging.planning import plan
 from llmfusion.models.loading import load_model, load_tokenizer
 from tests.unit.stand_ins import artifact
 
@@ -21,8 +25,8 @@ def folder_of(place, tensors, **files):
 
 
 def merged(pivot, models, out, method="ta", **options):
-    out.mkdir()
-    return merge(pivot, models, method, options, out), load_file(out / "model.safetensors") if (out / "model.safetensors").exists() else None
+    facts, _ = engine.run(plan(pivot, models, method, options), out, "key")
+    return facts, load_file(out / "model.safetensors") if (out / "model.safetensors").exists() else None
 
 
 @pytest.fixture
@@ -46,7 +50,7 @@ def test_a_merge_is_that_of_its_tensors_in_float64_and_copies_the_rest_from_the_
         expected = t + 0.3 * (phi[0][name].double() - t) + 0.5 * (phi[1][name].double() - t)
         torch.testing.assert_close(found[name].double(), expected, rtol=0, atol=1e-6)
     assert all(torch.equal(found[name], theta[name]) for name in ("steps", "flags"))
-    assert facts == {"tensors": 4, "parameters": 18, "changed": 1.0}
+    assert facts == {"tensors": 4, "parameters": 18, "changed": 1.0, "kept": 1.0}
     assert (tmp_path / "out" / "config.json").read_text() == '{"a": 1}'
     report = {row["tensor"]: row for row in csv.DictReader((tmp_path / "out" / "merge_report.csv").read_text().splitlines())}
     norms = [float((p["w"] - theta["w"]).norm()) for p in phi]
@@ -98,13 +102,13 @@ def test_all_differences_in_names_and_shapes_are_told_at_once_with_their_folders
         merged(pivot, [one, two], tmp_path / "out")
     lines = str(told.value).splitlines()
     assert "4 differences" in lines[0]
-    assert [line.strip() for line in lines[1:]] == [
-        f"b is missing in {one}",
-        f"d of {one} is not in the pivot {pivot}",
-        f"c is [4, 1] in {one} and [4] in the pivot {pivot}",
+    assert sorted(line.strip() for line in lines[1:]) == [
         f"a is [3] in {two} and [2] in the pivot {pivot}",
+        f"b is missing in {one}",
+        f"c is [4, 1] in {one} and [4] in the pivot {pivot}",
+        f"d of {one} is not in the pivot {pivot}",
     ]
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -132,9 +136,15 @@ def test_a_merge_that_overflows_its_dtype_is_refused(tmp_path):
         merged(pivot, [model], tmp_path / "out", weight=1.5)
 
 
-def test_an_unknown_method_and_a_folder_without_weights_are_refused(tmp_path, models):
-    with pytest.raises(UserError, match=r"merge method 'soup' is not built in this version; built: ta"):
-        merged(models[0], models[1:], tmp_path / "a", method="soup")
+def test_rows_and_buffers_that_are_only_copied_must_fit_the_dtype_too(tmp_path):
+    pivot = folder_of(tmp_path / "p", {"w": torch.zeros(2), "rotary.inv_freq": torch.full((2,), 1e6)})
+    model = folder_of(tmp_path / "m", {"w": torch.ones(2)})
+    assert merged(pivot, [model], tmp_path / "wide", out_dtype="bfloat16")[1]["rotary.inv_freq"].dtype == torch.bfloat16
+    with pytest.raises(UserError, match=r"tensor rotary.inv_freq: the merge is not finite in F16"):
+        merged(pivot, [model], tmp_path / "out", out_dtype="float16")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path, models):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: has no \.safetensors weights"):
         merged(tmp_path / "empty", models[1:], tmp_path / "b")
@@ -158,10 +168,227 @@ def test_weights_of_other_formats_and_notes_of_the_pivot_are_not_handed_on(tmp_p
     for name in ("pytorch_model.bin", "old.gguf", "manifest.json", "provenance.json", "metrics.jsonl"):
         (models[0] / name).write_text("{}")
     merged(models[0], models[1:], tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "merge_report.csv"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "merge_report.csv", "merge_report.json"}
 
 
-def test_the_index_of_shards_is_the_pivots(tmp_path, models):
-    (models[0] / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "model.safetensors"}}))
+def sharded(folder, tensors):
+    """The same tensors in a file each, with an index."""
+    folder.mkdir()
+    names = {name: f"model-{i + 1:05}-of-{len(tensors):05}.safetensors" for i, name in enumerate(tensors)}
+    for name, file in names.items():
+        save_file({name: tensors[name]}, folder / file)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": names}))
+    return folder
+
+
+def test_the_index_of_shards_is_the_pivots(tmp_path):
+    tensors = {"a": torch.zeros(2).bfloat16(), "b": torch.zeros(3).bfloat16()}
+    pivot, model = sharded(tmp_path / "p", tensors), folder_of(tmp_path / "m", {name: t + 1 for name, t in tensors.items()})
+    merged(pivot, [model], tmp_path / "out")
+    index = "model.safetensors.index.json"
+    assert (tmp_path / "out" / index).read_bytes() == (pivot / index).read_bytes()
+    merged(pivot, [model], tmp_path / "wide", out_dtype="float32")
+    told = json.loads((tmp_path / "wide" / index).read_text())
+    assert told == {"metadata": {"total_size": 20}, "weight_map": json.loads((pivot / index).read_text())["weight_map"]}
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_merge_is_written_in_the_dtype_asked_for(tmp_path, dtype):
+    generator = torch.Generator().manual_seed(0)
+    theta, one, two = (torch.randn(70_001, generator=generator).bfloat16() for _ in range(3))
+    folders = [folder_of(tmp_path / str(i), {"w": t, "n": torch.tensor([3])}) for i, t in enumerate((theta, one, two.float()))]
+    _, found = merged(folders[0], folders[1:], tmp_path / "out", out_dtype=dtype)
+    exact = theta.float() + ((one.float() - theta.float()) * 0.5 + (two.float() - theta.float()) * 0.5)
+    assert found["w"].dtype == getattr(torch, dtype)
+    assert torch.equal(found["w"], exact.to(getattr(torch, dtype)))
+    assert found["n"].tolist() == [3]
+
+
+@pytest.mark.parametrize(("method", "options"), [("ta", {}), ("ties", {}), ("sce", {}), ("rsaf", {}), ("rsaf_literal", {})])
+def test_any_number_of_threads_gives_the_same_bytes(tmp_path, method, options):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (300, 250), "b": (40_000,), "c": (1,), "d": (7, 11), "e": (200_000,)}
+    theta = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
+    others = [{name: (t.float() + 0.1 * torch.randn(t.shape, generator=generator)).bfloat16() for name, t in theta.items()} for _ in range(3)]
+    pivot, *models = (folder_of(tmp_path / str(i), tensors) for i, tensors in enumerate((theta, *others)))
+    for threads in (1, 2, 7):
+        engine.run(plan(pivot, models, method, options), tmp_path / f"out{threads}", "key", threads)
+    one, *more = ({p.name: p.read_bytes() for p in (tmp_path / f"out{threads}").iterdir()} for threads in (1, 2, 7))
+    assert all(other == one for other in more)
+
+
+def test_files_can_be_read_by_others_and_hidden_chat_templates_come_along(tmp_path, models):
+    (models[0] / "additional_chat_templates").mkdir()
+    (models[0] / "additional_chat_templates" / "tools.jinja").write_text("{{ x }}")
+    (models[0] / "config.json").chmod(0o600)
     merged(models[0], models[1:], tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"] == {"w": "model.safetensors"}
+    files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert {p.name for p in files} >= {"tools.jinja", "config.json", "model.safetensors"}
+    assert {p.stat().st_mode & 0o777 for p in files} == {0o644}
+
+
+def test_the_report_tells_what_a_hand_count_finds(tmp_path):
+    pivot = folder_of(tmp_path / "p", {"w": torch.tensor([1.0, 1, 1, 1])})
+    one = folder_of(tmp_path / "m1", {"w": torch.tensor([5.0, 1, 2, 1])})
+    two = folder_of(tmp_path / "m2", {"w": torch.tensor([1.0, 1, 0, 3])})
+    merged(pivot, [one, two], tmp_path / "out", "sce", tau=0.5, select_scope="values")
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    (row,) = report["tensors"]
+    # deltas 4 0 1 0 and 0 0 -1 2; variances 4 0 1 1: one of three positions, the first
+    assert (row["k"], row["threshold"], row["eta_0"], row["eta_1"]) == (1, pytest.approx(2, rel=1e-7), 1, 0)
+    assert (row["sign_conflicts"], row["changed"], row["kept"]) == (0.25, 0.25, 16 / 22)
+    assert (row["nonzero"], row["merged_norm"]) == ("0.5 0.5", "4")
+    assert report["totals"] == {"tensors": 1, "parameters": 4, "changed": 0.25, "kept": 16 / 22}
+    (line,) = csv.DictReader((tmp_path / "out" / "merge_report.csv").read_text().splitlines())
+    assert float(line["kept_energy"]) == 16 / 22
+
+
+def test_a_merge_that_is_nearly_the_pivot_says_so_with_the_figure(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(20_000, generator=generator) * 0.02
+    folders = [folder_of(tmp_path / str(i), {"w": theta + (i > 0) * 1e-4 * torch.randn(20_000, generator=generator)}) for i in range(3)]
+    facts, _ = merged(folders[0], folders[1:], tmp_path / "literal", "rsaf_literal")
+    assert facts["kept"] < 0.01
+    assert f"rsaf_literal kept {facts['kept']:.3%} of the sum of squares" in facts["warning"]
+    assert "warning" not in merged(folders[0], folders[1:], tmp_path / "default", "rsaf")[0]
+    assert "warning" not in merged(folders[0], folders[1:], tmp_path / "quiet", "rsaf_literal", warn_below=0.0)[0]
+
+
+# ------------------------------------------------------------------------------------------------ what transformers does not read
+def test_redundant_heads_buffers_and_prefixes_are_no_differences(tmp_path):
+    table, body = torch.arange(6.0).view(3, 2), torch.ones(2)
+    hub = {"wte.weight": table, "h.0.ln_1.weight": body, "lm_head.weight": table.clone(), "h.0.attn.bias": torch.ones(1, 1, 2, 2),
+           "h.0.attn.masked_bias": torch.tensor(-1e4), "rotary_emb.inv_freq": torch.ones(4)}  # fmt: skip
+    trained = {"transformer.wte.weight": table + 1, "transformer.h.0.ln_1.weight": body + 1}
+    pivot = folder_of(tmp_path / "p", hub, config='{"model_type": "gpt2"}')  # ties by default: nothing says so but the bytes
+    model = folder_of(tmp_path / "m", trained, config='{"model_type": "gpt2"}')
+    _, found = merged(pivot, [model], tmp_path / "out")
+    assert torch.equal(found["wte.weight"], table + 1)
+    assert torch.equal(found["lm_head.weight"], table + 1)
+    assert torch.equal(found["h.0.ln_1.weight"], body + 1)
+    assert all(torch.equal(found[name], hub[name]) for name in hub if "attn" in name or "inv_freq" in name)
+    back = merged(model, [pivot], tmp_path / "back")[1]  # the other way round: the pivot has no head
+    assert set(back) == set(trained)
+    assert torch.equal(back["transformer.wte.weight"], table)
+
+
+@pytest.mark.parametrize("tie", ["false", None])
+def test_a_head_that_is_missing_or_one_of_its_own_is_a_difference(tmp_path, tie):
+    config = "{}" if tie is None else f'{{"tie_word_embeddings": {tie}}}'
+    full = {"model.embed_tokens.weight": torch.zeros(3, 2), "lm_head.weight": torch.ones(3, 2)}
+    both = folder_of(tmp_path / "both", full, config='{"x": 1}' if tie is None else config)
+    without = folder_of(tmp_path / "without", {"model.embed_tokens.weight": torch.zeros(3, 2)}, config='{"x": 1}' if tie is None else config)
+    with pytest.raises(UserError, match=rf"lm_head.weight is missing in {without}"):
+        merged(both, [without], tmp_path / "out")
+    with pytest.raises(UserError, match=rf"lm_head.weight of {both} is not in the pivot {without}"):
+        merged(without, [both], tmp_path / "out")
+
+
+def tokenizer(folder, tokens):
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {token: i for i, token in enumerate(tokens)}}}))
+
+
+def test_rows_of_tokens_that_both_have_are_merged_and_the_others_are_the_pivots(tmp_path):
+    pivot = folder_of(tmp_path / "p", {"model.embed_tokens.weight": torch.zeros(4, 2).bfloat16()})
+    longer = folder_of(tmp_path / "m1", {"model.embed_tokens.weight": torch.ones(6, 2).bfloat16()})
+    shorter = folder_of(tmp_path / "m2", {"model.embed_tokens.weight": torch.ones(3, 2).bfloat16()})
+    with pytest.raises(UserError, match=rf"embed_tokens.weight is \[6, 2\] in {longer} and \[4, 2\] in the pivot"):  # nobody can say which token a row is
+        merged(pivot, [longer], tmp_path / "out")
+    for folder, tokens in ((pivot, "abcd"), (longer, "abcdef"), (shorter, "abc")):
+        tokenizer(folder, tokens)
+    assert any("only the rows of both are merged" in remark for remark in plan(pivot, [longer], "ta", {}).matching.remarks)
+    for dtype in ("pivot", "float32"):
+        _, found = merged(pivot, [longer, shorter], tmp_path / dtype, out_dtype=dtype)
+        assert found["model.embed_tokens.weight"].tolist() == [[1, 1]] * 3 + [[0, 0]]
+    tokenizer(longer, "abdcef")
+    with pytest.raises(UserError, match=rf"tokenizers differ in 2 tokens, the first with id 2: 'd' in {longer} and 'c' in the pivot {pivot}"):
+        merged(pivot, [longer], tmp_path / "other")
+
+
+def test_settings_that_no_shape_shows_are_compared(tmp_path):
+    pivot = folder_of(tmp_path / "p", {"w": torch.zeros(2)}, config='{"architectures": ["A"], "num_attention_heads": 4, "rope_theta": 1e4}')
+    model = folder_of(tmp_path / "m", {"w": torch.ones(2)}, config='{"architectures": ["B"], "num_attention_heads": 8, "rope_theta": 5e5}')
+    with pytest.raises(UserError) as told:
+        merged(pivot, [model], tmp_path / "out")
+    assert f"architectures is ['B'] in {model} and ['A'] in the pivot {pivot}" in str(told.value)
+    assert f"num_attention_heads is 8 in {model} and 4 in the pivot {pivot}" in str(told.value)
+    (model / "config.json").write_text('{"architectures": ["A"], "num_attention_heads": 4, "rope_theta": 5e5}')
+    assert plan(pivot, [model], "ta", {}).matching.remarks == [f"rope_theta is 500000.0 in {model} and 10000.0 in the pivot {pivot}; the merge has the pivot's"]
+    (model / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    with pytest.raises(UserError, match="m: its weights are quantised"):
+        merged(pivot, [model], tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------ killed and run again
+def test_a_merge_goes_on_with_the_tensors_that_are_missing(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [{f"w{i}": torch.randn(50 + i, generator=generator) for i in range(6)} for _ in range(3)]
+    pivot, *models = (folder_of(tmp_path / str(i), t) for i, t in enumerate(tensors))
+    work, whole, out = plan(pivot, models, "rsaf", {}), tmp_path / "whole", tmp_path / "out"
+    engine.run(work, whole, "key", 1)
+    merge_part, seen = engine._merge_part, []
+
+    def dies(plan_, part, *rest):
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(part.name)
+        return merge_part(plan_, part, *rest)
+
+    monkeypatch.setattr(engine, "_merge_part", dies)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(work, out, "key", 1)
+    first = list(seen)
+    damaged = work.files["model.safetensors"].entries[first[0]]
+    content = bytearray((out / "model.safetensors").read_bytes())
+    content[damaged.start : damaged.end] = bytes(damaged.end - damaged.start)  # finished, but lost with the machine's memory
+    (out / "model.safetensors").write_bytes(content)
+    with open(out / engine.JOURNAL, "a") as journal:
+        journal.write('{"tensor": "w0", "do')
+    seen.clear()
+    monkeypatch.setattr(engine, "_merge_part", lambda plan_, part, *rest: seen.append(part.name) or merge_part(plan_, part, *rest))
+    engine.run(work, out, "key", 1)
+    assert sorted(seen) == sorted(set(tensors[0]) - set(first[1:]))
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_what_another_merge_left_is_not_continued(tmp_path, models, monkeypatch):
+    work, out, seen, merge_part = plan(models[0], models[1:], "ta", {}), tmp_path / "out", [], engine._merge_part
+
+    def leave():
+        monkeypatch.setattr(engine, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(work, out, "key", 1)
+        monkeypatch.undo()
+
+    for key, changed in (("other", work), ("key", plan(models[0], models[1:], "ta", {"lambda": 0.5}))):
+        leave()
+        seen.clear()
+        monkeypatch.setattr(engine, "_merge_part", lambda plan_, part, *rest: seen.append(part.name) or merge_part(plan_, part, *rest))
+        engine.run(changed, out, key, 1)
+        monkeypatch.undo()
+        assert len(seen) == len(work.parts)
+    leave()
+    monkeypatch.setattr(engine, "_merge_part", lambda *_: pytest.fail("nothing was left to merge"))
+    engine.run(work, out, "key", 1)
+
+
+# ------------------------------------------------------------------------------------------------ fuzz
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shapes_and_dtypes_are_merged_as_their_values(tmp_path_factory, data):
+    place = tmp_path_factory.mktemp("fuzz")
+    dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+    shapes = data.draw(st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    count = data.draw(st.integers(1, 3))
+    all_tensors = [{f"w{i}": torch.randn(s, generator=generator).to(data.draw(dtypes)) for i, s in enumerate(shapes)} for _ in range(count + 1)]
+    folders = [folder_of(place / str(i), tensors) for i, tensors in enumerate(all_tensors)]
+    method = data.draw(st.sampled_from(["ta", "ties", "sce", "rsaf", "rsaf_literal"]))
+    _, found = merged(folders[0], folders[1:], place / "out", method)
+    for name, theta in all_tensors[0].items():
+        values = [tensors[name].float().numpy() for tensors in all_tensors]
+        expected, _ = merge_arrays(method, values[0], values[1:], {})
+        assert found[name].shape == theta.shape
+        assert torch.equal(found[name], torch.tensor(expected).to(theta.dtype))

@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmfusion.errors import DamagedError
-from llmfusion.merging.tensors import as_float32, entries_of, from_float32, raw, write
+from llmfusion.merging.blocks import Tensor
+from llmfusion.merging.engine import _rounded
+from llmfusion.merging.tensors import entries_of, layout_of, raw, stored
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -26,10 +28,10 @@ def hard_values():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_is_torchs_bit_for_bit(dtype):
     values = hard_values()
-    with np.errstate(over="ignore"):
-        content = from_float32(values, dtype)
+    content, widened = _rounded(values, dtype)
     expected = torch.tensor(values).to(DTYPES[dtype])
-    assert content == expected.contiguous().view(torch.uint8).numpy().tobytes()
+    assert content.tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()
+    assert torch.equal(torch.tensor(widened), expected.float())
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -37,27 +39,39 @@ def test_every_sixteen_bit_number_survives_the_way_to_float32_and_back(tmp_path,
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(DTYPES[dtype])
     numbers = numbers[torch.isfinite(numbers)]
     save_file({"a": numbers}, tmp_path / "a.safetensors")
-    values = as_float32(entries_of(tmp_path)["a"])
+    values = np.concatenate([block.theta.copy() for block in Tensor(stored(entries_of(tmp_path)["a"]), []).blocks()])
     assert np.array_equal(values.view(np.uint32), numbers.float().numpy().view(np.uint32))
-    assert from_float32(values, dtype) == raw(entries_of(tmp_path)["a"]).tobytes()
+    assert _rounded(values, dtype)[0].tobytes() == raw(entries_of(tmp_path)["a"]).tobytes()
 
 
-def test_a_file_written_here_is_read_by_safetensors(tmp_path):
+def test_a_layout_is_a_file_that_safetensors_reads(tmp_path):
     a, b, scalar = np.arange(6, dtype=np.float32), np.arange(3, dtype="<i8"), np.float32(2.5)
-    layout = {"a": ("F32", (2, 3), 24), "b": ("I64", (3,), 24), "none": ("F16", (0, 4), 0), "scalar": ("F32", (), 4)}
-    write(tmp_path / "a.safetensors", layout, iter([("a", a.tobytes()), ("b", b.tobytes()), ("none", b""), ("scalar", scalar.tobytes())]))
+    tensors = {"a": ("F32", (2, 3)), "b": ("I64", (3,)), "none": ("F16", (0, 4)), "scalar": ("F32", ())}
+    layout = layout_of(tmp_path / "a.safetensors", tensors, {"format": "pt", "more": "kept"})
+    content = bytearray(layout.size)
+    content[: len(layout.head)] = layout.head
+    for name, values in (("scalar", scalar), ("b", b), ("a", a)):  # in any order
+        content[layout.entries[name].start : layout.entries[name].end] = values.tobytes()
+    (tmp_path / "a.safetensors").write_bytes(content)
     found = load_file(tmp_path / "a.safetensors")
     assert torch.equal(found["a"], torch.arange(6.0).view(2, 3))
     assert torch.equal(found["b"], torch.arange(3))
     assert found["none"].shape == (0, 4)
     assert found["scalar"] == 2.5
-    assert {name: (e.dtype, e.shape) for name, e in entries_of(tmp_path).items()} == {name: (d, s) for name, (d, s, _) in layout.items()}
-    assert as_float32(entries_of(tmp_path)["none"]).size == 0
+    assert entries_of(tmp_path) == layout.entries
+    assert stored(entries_of(tmp_path)["none"]).size == 0
 
 
-def test_a_tensor_of_another_size_than_announced_is_not_written(tmp_path):
-    with pytest.raises(ValueError, match="a: 4 bytes, expected 8"):
-        write(tmp_path / "a.safetensors", {"a": ("F32", (2,), 8)}, iter([("a", b"1234")]))
+def test_tensors_at_odd_addresses_are_read(tmp_path):
+    values = torch.randn(70_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file({"a": torch.zeros(3, dtype=torch.uint8), "w": values}, tmp_path / "aligned.safetensors")
+    body = values.view(torch.uint8).numpy().tobytes()
+    header = json.dumps({"a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]}, "w": {"dtype": "BF16", "shape": [70000], "data_offsets": [3, 140003]}})
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 3 + body)
+    source = stored(entries_of(tmp_path / "odd")["w"])
+    blocks = Tensor(source, [source]).blocks()
+    assert torch.equal(torch.tensor(np.concatenate([block.theta.copy() for block in blocks])), values.float())
 
 
 @pytest.mark.parametrize(

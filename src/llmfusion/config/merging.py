@@ -12,6 +12,8 @@ class _Merge(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     pivot: _Address = Field(description="the model all parents started from")
     parents: list[_Address] = Field(min_length=1, description="models to merge")
+    out_dtype: Literal["pivot", "float32", "bfloat16", "float16"] = Field("pivot", description="of the merged weights; pivot: each tensor as in the pivot")
+    warn_below: float = Field(0.05, ge=0, le=1, description="warn where a merge keeps less of the deltas' squares, or changes a smaller share of the values")
 
 
 class TaMerge(_Merge):
@@ -41,10 +43,24 @@ class SceMerge(_Selecting):
     method: Literal["sce"] = Field(description="SCE: select by variance, calculate coefficients, erase minority signs")
 
 
+_Eps = Annotated[float, Field(gt=0, description="added to the pivot's absolute value in the rate of change")]
+_Rate = Annotated[Literal["relative", "log"], Field(description="whose skewness sets the share: |delta|/(|pivot| + eps), or its logarithm")]
+_SelectBy = Annotated[Literal["rate", "delta"], Field(description="select by |delta|/(|pivot| + eps), or by |delta|")]
+
+
 class RsafMerge(_Selecting):
     method: Literal["rsaf"] = Field(description="RSAF: as SCE, but selecting by the rate of change, a share set by its skewness")
-    eps: float = Field(1e-8, gt=0, description="added to the pivot's absolute value in the rate of change")
-    select_by: Literal["rate", "delta"] = Field("rate", description="select by |delta|/(|pivot| + eps), or by |delta|")
+    eps: _Eps = 1e-8
+    rate: _Rate = "relative"
+    select_by: _SelectBy = "rate"
 
 
-Merge = Annotated[TaMerge | TiesMerge | SceMerge | RsafMerge, Field(discriminator="method")]
+class RsafLiteralMerge(_Merge):
+    method: Literal["rsaf_literal"] = Field(description="RSAF as printed: only the selected values are merged, without a division; nearly the pivot")
+    tau: float = Field(0.1, gt=0, le=1, description="share of the positions that are selected, before the skewness changes it")
+    eps: _Eps = 1e-8
+    rate: _Rate = "relative"
+    select_by: _SelectBy = "rate"
+
+
+Merge = Annotated[TaMerge | TiesMerge | SceMerge | RsafMerge | RsafLiteralMerge, Field(discriminator="method")]

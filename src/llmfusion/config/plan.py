@@ -16,7 +16,7 @@ from llmfusion.digests import canonical, digest
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")  # never code or pickles
 RECIPES = {
     "dataset": 1, "mix": 1, "tasks": 1, "base": 1, "generate": 1, "capture": 1,
-    "train": 1, "merge": 2, "answer": 1, "score": 1, "table": 2,
+    "train": 1, "merge": 3, "answer": 1, "score": 1, "table": 2,
 }  # fmt: skip
 
 

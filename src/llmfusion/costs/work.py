@@ -12,7 +12,7 @@ from typing import Any
 
 from llmfusion.config.models import Study
 from llmfusion.config.plan import Plan, gpus_of, output_of
-from llmfusion.config.study import ROOT
+from llmfusion import ROOT
 
 TEST_ITEMS = {"mmlu": 14042, "gsm8k": 1319, "math": 5000, "humaneval": 164}  # by layout, of the tests the papers use
 TRAINING = 6  # FLOPs a parameter and token: 2 forward, 4 backward (Kaplan et al. 2020)

@@ -1,105 +1,264 @@
-"""Merge checkpoints tensor by tensor: checks from headers alone, float32 arithmetic, one cast at the end."""
+"""Merge checkpoints at the speed of the disk: inputs memory-mapped, the output written in place, tensors in a pool of threads.
 
-import csv
+The output has the pivot's files, each with its header first; every tensor is written at its offset, block by block. A journal tells
+which tensors are finished, with a checksum: a merge that was killed goes on with the next one and gives the same bytes.
+"""
+
+import contextlib
+import json
+import math
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmfusion.artifacts import require
+from llmfusion.artifacts import require, sync
+from llmfusion.config.plan import RECIPES, canonical, digest
 from llmfusion.errors import UserError
+from llmfusion.merging import kernels
+from llmfusion.merging.blocks import Array, Tensor, frozen
+from llmfusion.merging.matching import Part
 from llmfusion.merging.methods import METHODS
-from llmfusion.merging.tensors import FLOATS, OVERFLOW, Entry, as_float32, entries_of, from_float32, raw, widen, write
+from llmfusion.merging.planning import Plan
+from llmfusion.merging.report import Row, row_of, totals, write_report
+from llmfusion.merging.tensors import FLOATS, OVERFLOW, raw, stored
 
-Checkpoint = dict[str, Entry]
-NOTES = ("manifest.json", "provenance.json", "metrics.jsonl", "merge_report.csv")  # about the pivot, not the merge
+NOTES = ("manifest.json", "provenance.json", "metrics.jsonl", "merge_report.csv", "merge_report.json", "README.md")  # about the pivot, not the merge
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # the pivot's, unmerged
+JOURNAL = "journal.jsonl"
+COPIED = 4 * 2**20  # bytes at a time
+
+Told = Callable[[int, int], None]  # bytes read and written so far, and in all
 
 
-def merge(pivot: Path, models: Sequence[Path], method: str, options: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Merge ``models`` (fine-tuned from ``pivot``) into the folder ``out``; configs and tokenizer are the pivot's.
+def default_threads() -> int:
+    """``OMP_NUM_THREADS``, which Snakemake sets to a job's threads, else the cores this process may use."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
 
-    Raises :class:`UserError` with every difference in names and shapes before reading any weights, and for values that
-    are not finite. Writes ``merge_report.csv`` (per tensor: values, share changed, norms) and returns facts.
+
+def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: Told | None = None) -> tuple[dict[str, Any], dict[str, int]]:
+    """Merge into the folder ``out``, which may hold what a killed run of the same ``key`` left. Returns facts, and a CRC-32 a tensor.
+
+    Writes weights, ``merge_report.csv`` and ``.json``, and everything of the pivot that is no weights. Raises :class:`UserError` for
+    values that are not finite, in an input or in the merge.
     """
-    require(method in METHODS, f"merge method {method!r} is not built in this version; built: {', '.join(METHODS)}")
-    base, others = entries_of(pivot), [entries_of(m) for m in models]
-    check_alike(pivot, base, models, others)
-    report: list[dict[str, Any]] = []
-    for file in sorted({e.file for e in base.values()}):
-        names = [name for name, entry in base.items() if entry.file == file]
-        layout = {n: _out_layout(base[n]) for n in names}
-        write(out / file.name, layout, _merged(names, base, others, method, options, layout, report))
-    for path in sorted(pivot.iterdir()):
-        if path.suffix not in WEIGHTS and path.name not in NOTES and path.is_file():
-            shutil.copyfile(path, out / path.name)
-    with open(out / "merge_report.csv", "w", newline="") as handle:
-        writer = csv.DictWriter(handle, list(report[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(report)
-    values = sum(row["values"] for row in report)
-    return {"tensors": len(report), "parameters": values, "changed": sum(row["changed"] * row["values"] for row in report) / values}
+    journal = Journal(out / JOURNAL, digest(key, canonical([work.method, work.options, RECIPES["merge"]])))
+    done = _continued(work, out, journal)
+    total, moved = work.read + work.written, 0
+    handles = {name: os.open(out / name, os.O_RDWR) for name in work.files}
+    stop = threading.Event()
+    waiting = sorted((part for part in work.parts if part.name not in done), key=lambda part: -math.prod(part.pivot.shape))  # the longest first
+    try:
+        with ThreadPoolExecutor(threads or default_threads()) as pool:
+            try:
+                futures = {pool.submit(_merge_part, work, part, handles[part.pivot.file.name], stop): part for part in waiting}
+                for future in as_completed(futures):
+                    part = futures[future]
+                    done[part.name] = future.result()
+                    journal.add(part.name, done[part.name])
+                    moved += sum(entry.end - entry.start for entry in (part.pivot, *part.models, work.layout(part).entries[part.name]))
+                    if progress:
+                        progress(moved, total)
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+    finally:
+        for handle in handles.values():
+            os.close(handle)
+    return _finish(work, out, done), {part.name: done[part.name]["crc32"] for part in work.parts}
 
 
-def check_alike(pivot: Path, base: Checkpoint, models: Sequence[Path], others: Sequence[Checkpoint]) -> None:
-    """Raise :class:`UserError` naming every tensor that is missing, extra, of another shape or of a dtype that is not merged."""
-    require(bool(base), f"{pivot}: has no .safetensors weights")
-    wrong = []
-    for folder, other in zip(models, others, strict=True):
-        wrong += [f"{name} is missing in {folder}" for name in base if name not in other]
-        wrong += [f"{name} of {folder} is not in the pivot {pivot}" for name in other if name not in base]
-        wrong += [
-            f"{name} is {list(other[name].shape)} in {folder} and {list(entry.shape)} in the pivot {pivot}"
-            for name, entry in base.items()
-            if name in other and other[name].shape != entry.shape
-        ]
-    for folder, checkpoint in zip((pivot, *models), (base, *others), strict=True):
-        wrong += [
-            f"{name} of {folder} is {entry.dtype}, the pivot's {base[name].dtype}; floating-point tensors must be {', '.join(FLOATS)}"
-            for name, entry in checkpoint.items()
-            if name in base and (_unknown_float(entry) or (entry.dtype in FLOATS) != (base[name].dtype in FLOATS))
-        ]
-    if wrong:
-        raise UserError(f"these checkpoints cannot be merged; {len(wrong)} differences:\n  " + "\n  ".join(wrong))
+# ------------------------------------------------------------------------------------------------ one tensor
+Done = dict[str, Any]  # checksum of a tensor's bytes, and its row of the report (None for one that is copied)
 
 
-def _unknown_float(entry: Entry) -> bool:
-    """Whether a tensor is floating-point or complex of a kind that is not merged (F64, F8_E4M3, C64)."""
-    return entry.dtype not in FLOATS and entry.dtype[0] in "FC"
+def _merge_part(work: Plan, part: Part, handle: int, stop: threading.Event) -> Done:
+    target = work.layout(part).entries[part.name]
+    write = _Writer(handle, target.start, stop)
+    if not part.models:
+        _copy(part, target.dtype, 0, write)
+        return {"crc32": write.crc, "row": None}
+    sources = [stored(entry)[: part.values] for entry in (part.pivot, *part.models)]
+    labels = [f"{entry.file}: tensor {part.name}" for entry in (part.pivot, *part.models)]
+    tensor = Tensor(sources[0], sources[1:], labels)
+    merging = METHODS[work.method](tensor, work.options)
+    changed, squares = 0, 0.0
+    for block in tensor.blocks():
+        if stop.is_set():
+            break
+        merged = merging.merge(block)
+        _check(merged, target.dtype, part.name)
+        content, rounded = _rounded(merged, target.dtype)
+        before = block.theta if target.dtype in (part.pivot.dtype, "F32") else _rounded(block.theta, target.dtype)[1]
+        count, square = kernels.moved(rounded, before)
+        changed, squares = changed + count, squares + square
+        write(content)
+    _copy(part, target.dtype, part.values, write)
+    return {"crc32": write.crc, "row": row_of(part.name, tensor, merging, changed, squares)}
 
 
-def _out_layout(pivot: Entry) -> tuple[str, tuple[int, ...], int]:
-    """The pivot's dtype, whatever the parents have: arithmetic is float32, rounded once."""
-    return pivot.dtype, pivot.shape, pivot.end - pivot.start
+def _check(values: Array, dtype: str, name: str) -> None:
+    if not np.uint32(kernels.magnitude(values)).view(np.float32) < OVERFLOW[dtype]:  # nor for a NaN
+        raise UserError(f"tensor {name}: the merge is not finite in {dtype}; nothing was published")
 
 
-def _merged(
-    names: list[str], base: Checkpoint, others: Sequence[Checkpoint], method: str, options: dict[str, Any],
-    layout: dict[str, tuple[str, tuple[int, ...], int]], report: list[dict[str, Any]],
-) -> Iterator[tuple[str, bytes]]:  # fmt: skip
-    for name in names:
-        if base[name].dtype not in FLOATS:
-            yield name, raw(base[name]).tobytes()  # integers and flags are the pivot's
-            continue
-        theta = _finite(name, base[name])
-        deltas = np.stack([_finite(name, other[name]) - theta for other in others])  # (J, n)
-        result, notes = METHODS[method](theta, deltas, options)
-        if result.size and not max(result.max(), -result.min()) < OVERFLOW[layout[name][0]]:  # false for NaN, too
-            raise UserError(f"tensor {name}: the merge is not finite in {layout[name][0]}; nothing was published")
-        content = from_float32(result.astype(np.float32, copy=False), layout[name][0])
-        rounded = widen(np.frombuffer(content, np.uint8), layout[name][0])
-        report.append(
-            {"tensor": name, "values": theta.size, "changed": float(np.mean(rounded != theta)) if theta.size else 0.0,
-             "nonzero": " ".join(f"{np.count_nonzero(d) / max(d.size, 1):.6g}" for d in deltas),
-             "delta_norms": " ".join(f"{float(np.linalg.norm(d)):.6g}" for d in deltas), "merged_norm": f"{float(np.linalg.norm(rounded - theta)):.6g}", **notes}
-        )  # fmt: skip
-        yield name, content
+def _rounded(values: Array, dtype: str) -> tuple[NDArray[Any], Array]:
+    """Values in a safetensors dtype, to the nearest, ties to even: as stored, and widened again to float32."""
+    if dtype == "F32":
+        return values, values
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            content = values.astype(np.float16)
+        return content, content.astype(np.float32)
+    content, widened = np.empty(values.size, np.uint16), np.empty(values.size, np.float32)
+    kernels.narrow(values, content)
+    kernels.widen(frozen(content), widened)
+    return content, widened
 
 
-def _finite(name: str, entry: Entry) -> np.ndarray:
-    values = as_float32(entry)
-    if not np.isfinite(values).all():
-        raise UserError(f"{entry.file}: tensor {name} holds a NaN or an infinity")
-    return values
+def _copy(part: Part, dtype: str, start: int, write: "_Writer") -> None:
+    """The pivot's values from ``start`` on, in another dtype if that is asked for."""
+    if dtype == part.pivot.dtype:
+        content = raw(part.pivot)[start * FLOATS[dtype].itemsize if start else 0 :]
+        for at in range(0, content.size, COPIED):
+            write(content[at : at + COPIED])
+        return
+    for block in Tensor(stored(part.pivot)[start:], [], [f"{part.pivot.file}: tensor {part.name}"]).blocks():
+        _check(block.theta, dtype, part.name)
+        write(_rounded(block.theta, dtype)[0])
+
+
+class _Writer:
+    """Writes one array behind the other from an offset on, and keeps the checksum of what was written."""
+
+    def __init__(self, handle: int, at: int, stop: threading.Event):
+        self.handle, self.at, self.stop, self.crc = handle, at, stop, 0
+
+    def __call__(self, content: NDArray[Any]) -> None:
+        view = np.ascontiguousarray(content).view(np.uint8).data
+        self.crc = zlib.crc32(view, self.crc)
+        while len(view):
+            written = os.pwrite(self.handle, view, self.at)
+            self.at += written
+            view = view[written:]
+
+
+# ------------------------------------------------------------------------------------------------ going on, and finishing
+class Journal:
+    """Which tensors are finished: a line each, behind one with the key of the merge they belong to."""
+
+    def __init__(self, path: Path, key: str):
+        self.path, self.key = path, key
+
+    def read(self) -> dict[str, Done]:
+        """Finished tensors by name; empty where there is no journal of this merge."""
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return {}
+        found: dict[str, Done] = {}
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be half written
+            if json.loads(lines[0])["key"] == self.key if lines else False:
+                for line in lines[1:]:
+                    entry = json.loads(line)
+                    found[entry["tensor"]] = entry["done"]
+        return found
+
+    def start(self, done: dict[str, Done]) -> None:
+        """Begin the journal with what is known to be finished."""
+        with open(self.path, "w") as file:
+            file.write(json.dumps({"key": self.key}) + "\n")
+            file.writelines(self._line(name, entry) for name, entry in done.items())
+
+    def add(self, name: str, done: Done) -> None:
+        with open(self.path, "a") as file:
+            file.write(self._line(name, done))
+
+    @staticmethod
+    def _line(name: str, done: Done) -> str:
+        return json.dumps({"tensor": name, "done": done}) + "\n"
+
+
+def _continued(work: Plan, out: Path, journal: Journal) -> dict[str, Done]:
+    """Lay out the files, keeping what an earlier run has written whole; returns that."""
+    names = {part.name: part for part in work.parts}
+    done = {name: entry for name, entry in journal.read().items() if name in names}
+    if any(not (out / name).exists() or (out / name).stat().st_size != layout.size for name, layout in work.files.items()):
+        done = {}
+    done = {name: entry for name, entry in done.items() if _checksum(out, work, names[name]) == entry["crc32"]}
+    if not done:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, layout in work.files.items():
+        with open(out / name, "r+b" if done else "wb") as file:
+            file.write(layout.head)
+            file.truncate(layout.size)
+    journal.start(done)
+    return done
+
+
+def _checksum(out: Path, work: Plan, part: Part) -> int:
+    layout, crc = work.layout(part), 0
+    entry = layout.entries[part.name]
+    with open(out / entry.file, "rb") as file:
+        file.seek(entry.start)
+        for at in range(entry.start, entry.end, COPIED):
+            crc = zlib.crc32(file.read(min(COPIED, entry.end - at)), crc)
+    return crc
+
+
+def _finish(work: Plan, out: Path, done: dict[str, Done]) -> dict[str, Any]:
+    rows: list[Row] = [done[part.name]["row"] for part in work.parts if done[part.name]["row"]]
+    require(bool(rows), f"{work.matching.pivot.folder}: has no floating-point weights to merge")
+    _copy_rest(work, out)
+    facts = totals(rows, work.method, work.options.get("warn_below", 0.05))
+    write_report(out, work.method, work.options, rows, facts)
+    (out / JOURNAL).unlink()
+    for path in sorted(out.rglob("*")):
+        if path.is_file():
+            path.chmod(0o644)
+            sync(path)
+    return facts
+
+
+def _copy_rest(work: Plan, out: Path) -> None:
+    """Tokenizer, chat templates, settings: what lies beside the pivot's weights, byte for byte."""
+    pivot = work.matching.pivot.folder
+    for path in _rest(pivot):
+        target = out / path.relative_to(pivot)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    index = out / "model.safetensors.index.json"
+    if index.exists() and "out_dtype" in work.options:  # the one thing in it that another dtype makes wrong
+        content = json.loads(index.read_bytes())
+        if isinstance(content.get("metadata"), dict):
+            content["metadata"]["total_size"] = sum(e.end - e.start for layout in work.files.values() for e in layout.entries.values())
+            index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _rest(pivot: Path) -> Iterator[Path]:
+    for path in sorted([*pivot.iterdir(), *pivot.glob("additional_chat_templates/*.jinja")]):
+        stale = path.name.endswith(".index.json") and (path.name != "model.safetensors.index.json" or (pivot / "model.safetensors").exists())
+        if path.is_file() and path.suffix not in WEIGHTS and path.name not in NOTES and not path.name.startswith(".") and not stale:
+            yield path
+
+
+def progress_line(started: float) -> Told:
+    """A progress callback that keeps one line on a terminal up to date: share done, and bytes read and written a second."""
+
+    def tell(moved: int, total: int) -> None:
+        rate = moved / max(time.monotonic() - started, 1e-9)
+        end = "\n" if moved == total else ""
+        print(f"\r{moved / total:4.0%} of {total / 1e9:,.2f} GB, {rate / 1e9:.2f} GB/s", end=end, file=sys.stderr, flush=True)
+
+    return tell if sys.stderr.isatty() else lambda moved, total: None

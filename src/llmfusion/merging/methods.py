@@ -1,133 +1,237 @@
-"""Merge methods as pure functions: pivot and deltas of one tensor in, merged tensor out, all in float32.
+"""Merge methods as pure functions on one tensor, in one registry.
 
-``theta (n,)`` is the pivot's tensor, ``deltas (J, n)`` are the models minus the pivot. Options are those of
-:mod:`llmfusion.config.merging`, defaults left out.
+A method looks at the tensor as often as it needs, block by block, and returns a :class:`Plan`: what makes each block of the merge,
+and what is worth reporting. Memory does not grow with the tensor. Arithmetic is float32 in the order of the models, sums and rates
+are float64. Options are those of :mod:`llmfusion.config.merging`, defaults left out. On plain arrays: :func:`merge_arrays`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
-Merged = tuple[Array, dict[str, float]]
+from llmfusion.artifacts import require
+from llmfusion.merging import kernels
+from llmfusion.merging.blocks import BLOCK, Array, Block, Tensor
+from llmfusion.merging.selection import Keys, Top, select
+
+Options = dict[str, Any]
 
 
-def weights_of(options: dict[str, Any], count: int, default: float) -> NDArray[np.float32]:
-    """``weight`` as one value a model."""
-    given = options.get("weight")
-    return np.broadcast_to(np.asarray(default if given is None else given, np.float32), (count,))
+@dataclass
+class Plan:
+    """``merge`` makes a block of the merge ``(c,)`` float32; ``notes`` go into the report, the same keys for every tensor; ``kept`` is the
+    share of the deltas' squares that takes part."""
+
+    merge: Callable[[Block], Array]
+    notes: dict[str, float] = field(default_factory=dict)
+    kept: float = 1.0
 
 
-def ta(theta: Array, deltas: Array, options: dict[str, Any]) -> Merged:
+Method = Callable[[Tensor, Options], Plan]
+
+
+def ta(tensor: Tensor, options: Options) -> Plan:
     """Task arithmetic (Ilharco et al. 2023): ``theta + lambda sum_j w_j delta_j``; weight 1/J by default, so the mean.
 
     ``normalize`` divides by the sum of the weights.
     """
-    weights = weights_of(options, len(deltas), 1.0 / len(deltas))
-    total = np.tensordot(weights, deltas, axes=1)  # (n,)
+    weights, scale, out = _weights(options, tensor, 1.0 / tensor.models), np.float32(options.get("lambda", 1.0)), _scratch(tensor)
+
+    def merge(block: Block) -> Array:
+        kernels.add_weighted(block.theta, block.deltas, weights, scale, out)
+        return out[: block.theta.size]
+
     if options.get("normalize", False):
-        total /= weights.sum()
-    return theta + np.float32(options.get("lambda", 1.0)) * total, {}
+        total = weights.astype(np.float64).sum()
+        require(total != 0, f"weight: {weights.tolist()} have the sum 0, by which normalize: true divides; give other weights, or normalize: false")
+        weights = (weights / total).astype(np.float32)
+    return Plan(merge)
 
 
-def ties(theta: Array, deltas: Array, options: dict[str, Any]) -> Merged:
+def ties(tensor: Tensor, options: Options) -> Plan:
     """TIES (Yadav et al. 2023): keep the ``density`` largest |delta| of each model, elect a sign a position, average what agrees.
 
-    The sign is that of the weighted sum, +1 where it is 0. ``normalize`` (default) divides by the weights that agree.
+    ``int(density n)`` values a model, at least one. The sign is that of the weighted sum, + where it is 0. ``normalize`` (default)
+    divides by the weights that agree.
     """
-    weights = weights_of(options, len(deltas), 1.0)[:, None]
-    count = max(1, int(options.get("density", 0.6) * theta.size)) if theta.size else 0
-    kept = np.stack([np.where(top(np.abs(d), count), d, np.float32(0)) for d in deltas])  # (J, n)
-    agree = agreeing(kept, (weights * kept).sum(0))
-    total, share = (weights * kept * agree).sum(0), (weights * agree).sum(0)
-    if options.get("normalize", True):
-        total /= np.where(share == 0, np.float32(1), share)
-    energy = float((deltas.astype(np.float64) ** 2).sum())
-    notes = {"k": float(count), "kept_energy": float((kept.astype(np.float64) ** 2).sum()) / energy if energy else 0.0}
-    return theta + np.float32(options.get("lambda", 1.0)) * total, notes
+    weights, keys = _weights(options, tensor, 1.0), _scratch(tensor, tensor.models)
+
+    def sizes(block: Block, first: bool) -> Array:
+        for key, delta in zip(keys, block.deltas, strict=True):
+            kernels.sizes(delta, key)
+        return keys[:, : block.theta.size]
+
+    count = max(1, int(options.get("density", 0.6) * tensor.size)) if tensor.size else 0
+    tops = select(tensor, sizes, _each(tensor), lambda tops: [count] * tensor.models)
+    kept = _share(sum(top.squares[0] for top in tops), tensor)
+    notes = {"k": float(count), **{f"threshold_{j}": top.value for j, top in enumerate(tops)}, "kept_energy": kept}
+    return Plan(_agreeing(tensor, options, weights, weights, options.get("normalize", True), (sizes, tops)), notes, kept)
 
 
-def sce(theta: Array, deltas: Array, options: dict[str, Any]) -> Merged:
-    """SCE (Wan et al. 2024, arXiv 2408.07990): select the ``tau`` share of positions by variance over the models (of those
-    where it is not 0), coefficients from the selected squares, minority signs erased."""
-    variance = deltas.astype(np.float64).var(axis=0)  # (n,)
-    count = int(options.get("tau", 0.1) * np.count_nonzero(variance))
-    selected = top(variance, count) if count else np.zeros(theta.shape, bool)
-    masks = np.broadcast_to(selected if len(deltas) > 1 else np.ones(theta.shape, bool), deltas.shape)
-    merged, notes = _combine(theta, deltas, masks, options)
-    return merged, {"k": float(masks[0].sum()), **notes}
+def sce(tensor: Tensor, options: Options) -> Plan:
+    """SCE (Wan et al. 2024, arXiv 2408.07990): select the ``tau`` share of positions by variance over the models (of those where it
+    is not 0), coefficients from the selected squares, minority signs erased.
+
+    ``int(tau nonzero)`` positions; with ``tau: 1``, or one model, all.
+    """
+    tau, key = options.get("tau", 0.1), _scratch(tensor, 1)
+    if tau >= 1 or tensor.models == 1:
+        tensor.survey()
+        return _combined(tensor, options, tensor.energies, None, {"k": float(tensor.size), "threshold": 0.0})
+
+    def spreads(block: Block, first: bool) -> Array:
+        kernels.spreads(block.deltas, key[0, : block.theta.size])
+        return key[:, : block.theta.size]
+
+    (top,) = select(tensor, spreads, [range(tensor.models)], lambda tops: [int(tau * tops[0].nonzero)])
+    deviation = top.value / tensor.models**1.5
+    return _combined(tensor, options, top.squares, (spreads, [top] * tensor.models), {"k": float(top.number), "threshold": deviation})
 
 
-def rsaf(theta: Array, deltas: Array, options: dict[str, Any]) -> Merged:
+def rsaf(tensor: Tensor, options: Options) -> Plan:
     """RSAF (InfiFusion, Algorithm 1): select by the rate of change ``r = |delta| / (|theta| + eps)``, a share set by its skewness.
 
     ``K = tau / (1 + S)`` for skewness ``S >= 0``, else ``tau (1 + |S|)``, at most 1; ``ceil(K n)`` positions a model, at least
-    one; zeros are never selected. S is the population skewness in float64, 0 where the rates are constant.
+    one; zeros are never selected. S is the population skewness in float64, 0 where the rates are constant; with ``rate: log``
+    that of ``log r`` where the delta is not 0.
     """
-    tau, eps = options.get("tau", 0.1), options.get("eps", 1e-8)
-    masks: list[NDArray[np.bool_]] = []
+    tau, eps, log = options.get("tau", 0.1), options.get("eps", 1e-8), options.get("rate", "relative") == "log"
+    by_delta, keys = options.get("select_by", "rate") == "delta", _scratch(tensor, tensor.models)
+    moments = [Moments() for _ in range(tensor.models)]
+
+    def rates(block: Block, first: bool) -> Array:
+        for key, delta, moment in zip(keys[:, : block.theta.size], block.deltas, moments, strict=True):
+            if first:
+                moment.add(block.theta, delta, eps, key, log)
+            if by_delta:
+                kernels.sizes(delta, key)
+            elif log or not first:
+                kernels.rates(block.theta, delta, eps, key)
+        return keys[:, : block.theta.size]
+
+    shares: list[float] = []
+
+    def numbers(tops: Sequence[Top]) -> list[int]:
+        for skewness in (moment.skewness() for moment in moments):
+            require(math.isfinite(skewness), f"eps: {eps} is too small: the skewness of the rates of change overflows; take a larger one")
+            shares.append(min(1.0, tau / (1 + skewness) if skewness >= 0 else tau * (1 - skewness)))
+        return [min(max(1, math.ceil(share * tensor.size)), top.nonzero) for share, top in zip(shares, tops, strict=True)]
+
+    tops = select(tensor, rates, _each(tensor), numbers)
     notes: dict[str, float] = {}
-    for j, delta in enumerate(deltas):
-        size = np.abs(delta).astype(np.float64)
-        rate = size / (np.abs(theta).astype(np.float64) + eps)
-        s = skewness(rate)
-        share = min(1.0, tau / (1 + s) if s >= 0 else tau * (1 + abs(s)))
-        count = max(1, math.ceil(share * delta.size)) if delta.size else 0
-        mask = top(rate if options.get("select_by", "rate") == "rate" else size, count) & (delta != 0)
-        masks.append(mask)
-        notes |= {f"S_{j}": s, f"K_{j}": share, f"k_{j}": int(mask.sum())}
-    merged, more = _combine(theta, deltas, np.stack(masks), options)
-    return merged, {**notes, **more}
+    for j, (moment, share, top) in enumerate(zip(moments, shares, tops, strict=True)):
+        notes |= {f"S_{j}": moment.skewness(), f"K_{j}": share, f"k_{j}": float(top.number), f"threshold_{j}": top.value}
+    return _combined(tensor, options, np.concatenate([top.squares for top in tops]), (rates, tops), notes)
 
 
-def _combine(theta: Array, deltas: Array, masks: NDArray[np.bool_], options: dict[str, Any]) -> Merged:
+def rsaf_literal(tensor: Tensor, options: Options) -> Plan:
+    """RSAF as Algorithm 1 prints it: only the selected values are merged, without a division. Nearly the pivot (docs/methods.md)."""
+    return rsaf(tensor, {**options, "select_scope": "values", "normalize": "none"})
+
+
+METHODS: dict[str, Method] = {"ta": ta, "ties": ties, "sce": sce, "rsaf": rsaf, "rsaf_literal": rsaf_literal}
+
+
+def merge_arrays(method: str, theta: NDArray[Any], models: Sequence[NDArray[Any]], options: Options, deltas: bool = False) -> tuple[Array, dict[str, float]]:
+    """Merge plain arrays of one shape; with ``deltas`` the models are given minus the pivot. Returns the merge in float32 and the method's notes."""
+    tensor = Tensor(np.ravel(theta), [np.ravel(model) for model in models], deltas=deltas)
+    plan, out = METHODS[method](tensor, options), np.empty(tensor.size, np.float32)
+    for block in tensor.blocks():
+        out[block.start : block.start + block.theta.size] = plan.merge(block)
+    return out.reshape(np.shape(theta)), plan.notes
+
+
+class Moments:
+    """Skewness of a stream of rates of change: sums centred on the first block's mean, added up in the order of the blocks."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._centre: float | None = None
+        self._sums = np.zeros(3)
+
+    def add(self, theta: Array, delta: Array, eps: float, key: Array, log: bool = False) -> None:
+        """Take in a block; without ``log``, ``key`` becomes its rates."""
+
+        def sums(centre: float, into: NDArray[np.float64]) -> int:
+            if log:
+                return kernels.log_moments(theta, delta, eps, centre, into)
+            kernels.rates_and_moments(theta, delta, eps, centre, key, into)
+            return theta.size
+
+        if self._centre is None:
+            first = np.zeros(3)
+            count = sums(0.0, first)
+            self._centre = float(first[0]) / count if count else None
+        if self._centre is not None:
+            self.count += sums(self._centre, self._sums)
+
+    def skewness(self) -> float:
+        """Population (Fisher) skewness ``m3 / m2^1.5``; 0 where the variance is 0, NaN where a cube overflows."""
+        if not self.count:
+            return 0.0
+        if not np.isfinite(self._sums).all():
+            return math.nan
+        mean, square, cube = (float(s) / self.count for s in self._sums)
+        variance = square - mean**2
+        # rounding leaves a variance of about (1e-16 mean)^2 behind constants
+        if variance <= (1e-14 * abs((self._centre or 0.0) + mean)) ** 2 or variance**1.5 == 0:
+            return 0.0
+        return (cube - 3 * mean * square + 2 * mean**3) / variance**1.5
+
+
+# ------------------------------------------------------------------------------------------------ what methods share
+Selected = tuple[Keys, Sequence[Top]]  # one selection a model
+
+
+def _combined(tensor: Tensor, options: Options, squares: NDArray[np.float64], selected: Selected | None, notes: dict[str, float]) -> Plan:
     """Coefficients ``eta_j`` from the selected squares; then the deltas whose sign is the majority's, weighted by them.
 
     ``select_scope: coefficients`` merges all deltas with these coefficients (FuseChat's code), ``values`` only the selected
     ones (the papers); ``normalize: disjoint`` divides by the coefficients that agree.
     """
-    squares = (np.where(masks, deltas, np.float32(0)).astype(np.float64) ** 2).sum(1)  # (J,)
-    total = squares.sum()
-    eta = squares / total if total > 0 else np.full(len(deltas), 1 / len(deltas))  # an exact test: small deltas change nothing
-    used = np.where(masks, deltas, np.float32(0)) if options.get("select_scope", "coefficients") == "values" else deltas
-    agree = agreeing(used, used.sum(0))
-    weights = eta.astype(np.float32)[:, None]
-    merged, share = (weights * used * agree).sum(0), (weights * agree).sum(0)
-    if options.get("normalize", "disjoint") == "disjoint":
-        merged /= np.where(share == 0, np.float32(1), share)
-    energy = (deltas.astype(np.float64) ** 2).sum()
-    notes = {f"eta_{j}": float(e) for j, e in enumerate(eta)} | {"kept_energy": float(total / energy) if energy else 0.0}
-    return theta + merged, notes
+    total = float(squares.sum())
+    eta = squares / total if total > 0 else np.full(tensor.models, 1 / tensor.models)  # an exact test: small deltas change nothing
+    values = options.get("select_scope", "coefficients") == "values"
+    energy = _share(total, tensor)
+    notes = {**notes, **{f"eta_{j}": float(e) for j, e in enumerate(eta)}, "kept_energy": energy}
+    votes, disjoint = np.ones(tensor.models, np.float32), options.get("normalize", "disjoint") == "disjoint"
+    return Plan(_agreeing(tensor, options, votes, eta.astype(np.float32), disjoint, selected if values else None), notes, energy if values else 1.0)
 
 
-def top(values: NDArray, count: int) -> NDArray[np.bool_]:
-    """Mask of exactly ``count`` largest values; of equal ones at the threshold those with the lower index."""
-    if count >= values.size:
-        return np.ones(values.shape, bool)
-    threshold = np.partition(values, values.size - count)[values.size - count]
-    mask = values > threshold
-    equal = np.flatnonzero(values == threshold)
-    mask[equal[: count - int(mask.sum())]] = True
-    return mask
+def _agreeing(tensor: Tensor, options: Options, votes: Array, weights: Array, normalize: bool, selected: Selected | None) -> Callable[[Block], Array]:
+    out, scale = _scratch(tensor), np.float32(options.get("lambda", 1.0))
+
+    def merge(block: Block) -> Array:
+        if selected is not None:
+            keys, tops = selected
+            found = keys(block, False)
+            for j, top in enumerate(tops):
+                top.trim(block.start, found[j % len(found)], block.deltas[j])
+        kernels.add_agreeing(block.theta, block.deltas, votes, weights, normalize, scale, out)
+        return out[: block.theta.size]
+
+    return merge
 
 
-def agreeing(deltas: Array, total: Array) -> NDArray[np.bool_]:
-    """``(J, n)``: which deltas have the elected sign, that of ``total``; + where it is 0. Zeros agree with nothing."""
-    return np.sign(deltas) == np.where(total >= 0, np.float32(1), np.float32(-1))
+def _weights(options: Options, tensor: Tensor, default: float) -> Array:
+    """``weight`` as one value a model."""
+    given = options.get("weight")
+    return np.array(np.broadcast_to(np.asarray(default if given is None else given, np.float32), (tensor.models,)))
 
 
-def skewness(values: NDArray[np.float64]) -> float:
-    """Population (Fisher) skewness ``m3 / m2^1.5`` in float64; 0 where the variance is 0."""
-    if values.size == 0:
-        return 0.0
-    centred = values - values.mean()
-    variance = float((centred**2).mean())
-    spread = variance**1.5
-    # rounding leaves a variance of about (1e-16 mean)^2 behind constants
-    return float((centred**3).mean()) / spread if variance > (1e-14 * float(np.abs(values).max())) ** 2 and spread > 0 else 0.0
+def _scratch(tensor: Tensor, *rows: int) -> Array:
+    return np.empty((*rows, min(BLOCK, tensor.size)), np.float32)
 
 
-METHODS: dict[str, Callable[[Array, Array, dict[str, Any]], Merged]] = {"ta": ta, "ties": ties, "sce": sce, "rsaf": rsaf}
+def _each(tensor: Tensor) -> list[list[int]]:
+    """A selection for each model alone."""
+    return [[j] for j in range(tensor.models)]
+
+
+def _share(squares: float, tensor: Tensor) -> float:
+    energy = float(tensor.energies.sum())
+    return squares / energy if energy else 0.0

@@ -1,4 +1,4 @@
-"""safetensors without torch: headers, memory-mapped tensors as float32, and writing a file tensor by tensor."""
+"""safetensors without torch: headers, memory-mapped tensors, and the layout of a file that is written in place."""
 
 import json
 import math
@@ -31,7 +31,10 @@ class Entry:
 
 def header_of(file: Path) -> tuple[dict[str, Any], int]:
     """Header of a safetensors file and the offset of its data. Raises :class:`DamagedError`."""
-    size = file.stat().st_size
+    try:
+        size = file.stat().st_size
+    except FileNotFoundError:
+        raise DamagedError(f"{file}: is not there, though the index names it") from None
     with open(file, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if not 0 < length <= min(HEADER_LIMIT, size - 8):
@@ -108,42 +111,31 @@ def raw(entry: Entry) -> NDArray[np.uint8]:
     return np.memmap(entry.file, np.uint8, "r", entry.start, (entry.end - entry.start,)) if entry.end > entry.start else np.zeros(0, np.uint8)
 
 
-def as_float32(entry: Entry) -> NDArray[np.float32]:
-    """A floating-point tensor as a flat float32 array (exact for bf16 and fp16)."""
-    return widen(raw(entry), entry.dtype)
+def stored(entry: Entry) -> NDArray[Any]:
+    """A floating-point tensor, flat and memory-mapped as it is stored; bfloat16 as its bits in uint16."""
+    return np.asarray(raw(entry)).view(FLOATS[entry.dtype])  # a plain array: slicing a memmap costs microseconds
 
 
-def widen(content: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """The values behind a floating-point tensor's bytes as float32."""
-    values = content.view(FLOATS[dtype])
-    if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    return values.astype(np.float32)
+@dataclass(frozen=True)
+class Layout:
+    """How a file will look: the bytes before the first tensor, where each tensor lies, and the size of the whole."""
+
+    head: bytes
+    entries: dict[str, Entry]
+    size: int
 
 
-def from_float32(values: NDArray[np.float32], dtype: str) -> bytes:
-    """Bytes of a tensor in a safetensors dtype, rounded to nearest even once."""
-    if dtype == "F32":
-        return values.astype("<f4").tobytes()
-    if dtype == "F16":
-        return values.astype("<f2").tobytes()
-    bits = values.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return rounded.astype("<u2").tobytes()
-
-
-def write(file: Path, layout: dict[str, tuple[str, tuple[int, ...], int]], tensors: Iterator[tuple[str, bytes]]) -> None:
-    """Write a safetensors file: the header from ``layout`` (name: dtype, shape, bytes), then the tensors in that order."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def layout_of(file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, Any] | None) -> Layout:
+    """Layout of a safetensors file with these tensors (dtype, shape) in this order."""
+    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
     at = 0
-    for name, (dtype, shape, size) in layout.items():
+    for name, (dtype, shape) in tensors.items():
+        size = SIZES[dtype] * math.prod(shape)
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(file, "wb") as handle:
-        handle.write(len(text).to_bytes(8, "little") + text)
-        for name, content in tensors:
-            if len(content) != layout[name][2]:
-                raise ValueError(f"{name}: {len(content)} bytes, expected {layout[name][2]}")
-            handle.write(content)
+    head = len(text).to_bytes(8, "little") + text
+    offsets = {name: header[name]["data_offsets"] for name in tensors}
+    entries = {name: Entry(file, dtype, shape, len(head) + offsets[name][0], len(head) + offsets[name][1]) for name, (dtype, shape) in tensors.items()}
+    return Layout(head, entries, len(head) + at)

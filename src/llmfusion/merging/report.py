@@ -1,0 +1,64 @@
+"""What a merge did, tensor by tensor and in all: ``merge_report.csv`` and ``merge_report.json``."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmfusion.merging.blocks import Tensor
+
+Row = dict[str, Any]
+
+
+def row_of(name: str, tensor: Tensor, plan: Any, changed: int, squares: float) -> Row:
+    """A tensor's row: its values, the share that differs from the pivot after rounding, and what the method noted.
+
+    ``nonzero`` and ``delta_norms`` have a figure a model; ``sign_conflicts`` is the share of positions where deltas of both signs meet;
+    ``kept`` is the share of the deltas' squares that took part, ``merged_norm`` the norm of merge minus pivot.
+    """
+    size = max(tensor.size, 1)
+    return {
+        "tensor": name, "values": tensor.size, "changed": changed / size,
+        "nonzero": " ".join(f"{count / size:.6g}" for count in tensor.nonzero),
+        "sign_conflicts": tensor.conflicts / size,
+        "delta_norms": " ".join(f"{norm:.6g}" for norm in np.sqrt(tensor.energies)), "merged_norm": f"{squares**0.5:.6g}",
+        "kept": float(plan.kept), "energy": float(tensor.energies.sum()), **{key: float(value) for key, value in plan.notes.items()},
+    }  # fmt: skip
+
+
+def totals(rows: Sequence[Row], method: str, floor: float) -> dict[str, Any]:
+    """Counts and shares over all tensors; ``warning`` where less than ``floor`` of the deltas was kept, or of the values changed."""
+    values, energy = sum(row["values"] for row in rows), sum(row["energy"] for row in rows)
+    facts: dict[str, Any] = {"tensors": len(rows), "parameters": values}
+    facts["changed"] = sum(row["changed"] * row["values"] for row in rows) / values if values else 0.0
+    facts["kept"] = sum(row["kept"] * row["energy"] for row in rows) / energy if energy else 1.0
+    told = []
+    if facts["kept"] < floor:
+        told.append(f"{method} kept {facts['kept']:.3%} of the sum of squares of the deltas")
+    if facts["changed"] < floor:
+        told.append(f"{facts['changed']:.3%} of the values differ from the pivot's after rounding")
+    if told:
+        facts["warning"] = f"the merge is nearly the pivot: {' and '.join(told)} (warn_below is {floor:.0%})"
+    return facts
+
+
+def write_report(folder: Path, method: str, options: dict[str, Any], rows: Sequence[Row], facts: dict[str, Any]) -> None:
+    """Both files; the table has a row a tensor, in the order of the pivot's files."""
+    with open(folder / "merge_report.csv", "w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    content = {"method": method, "options": options, "totals": facts, "tensors": list(rows)}
+    (folder / "merge_report.json").write_text(json.dumps(_plain(content), indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity: the threshold of a selection of nothing is null there."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
