@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from llmfusion.config.errors import StudyError
 from llmfusion import ROOT
+from llmfusion.config.errors import StudyError
 from llmfusion.config.workflow import checked
 from llmfusion.costs.measured import measured, refined, seconds_of
 from llmfusion.costs.schedule import wall_seconds

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmfusion import cost, plan
-from llmfusion import ROOT
+from llmfusion import ROOT, cost, plan
 from llmfusion.config.plan import output_of
 from llmfusion.config.workflow import checked
 from llmfusion.costs.measured import measured, refined, seconds_of

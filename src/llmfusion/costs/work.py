@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from llmfusion import ROOT
 from llmfusion.config.models import Study
 from llmfusion.config.plan import Plan, gpus_of, output_of
-from llmfusion import ROOT
 
 TEST_ITEMS = {"mmlu": 14042, "gsm8k": 1319, "math": 5000, "humaneval": 164}  # by layout, of the tests the papers use
 TRAINING = 6  # FLOPs a parameter and token: 2 forward, 4 backward (Kaplan et al. 2020)

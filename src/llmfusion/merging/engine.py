@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfusion.artifacts import require, sync
-from llmfusion.config.plan import RECIPES, canonical, digest
+from llmfusion.config.plan import RECIPES
+from llmfusion.digests import canonical, digest
 from llmfusion.errors import UserError
 from llmfusion.merging import kernels
 from llmfusion.merging.blocks import Array, Tensor, frozen

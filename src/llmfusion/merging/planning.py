@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmfusion.config.plan import canonical
+from llmfusion.digests import canonical
 from llmfusion.merging.matching import Matching, Part, match
 from llmfusion.merging.tensors import FLOATS, Layout, header_of, layout_of
 
