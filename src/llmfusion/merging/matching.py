@@ -87,7 +87,7 @@ def match(pivot: Path, models: Sequence[Path]) -> Matching:
 
 def _open(folder: Path) -> Checkpoint:
     entries, config = entries_of(folder), _json(folder / "config.json")
-    require(bool(entries), f"{folder}: has no .safetensors weights")
+    require(bool(entries), f"{folder}: has no .safetensors weights; pickled weights are never read")
     require("quantization_config" not in config, f"{folder}: its weights are quantised (config.json: quantization_config); merge the weights it was made from")
     return Checkpoint(folder, entries, config)
 
