@@ -24,7 +24,7 @@ from llmfusion.config.plan import dump
 from llmfusion.config.strict_yaml import load_text
 from llmfusion.errors import UserError
 from llmfusion.lease import Lease
-from llmfusion.merging.planning import Plan, plan
+from llmfusion.merging.planning import Plan, default_threads, plan
 from llmfusion.models.card import write_card
 from llmfusion.step import Job, amount, run
 
@@ -102,11 +102,11 @@ def _merge(work: Plan, given: argparse.Namespace, options: dict[str, Any]) -> No
             facts, checksums = engine.run(work, draft, work.identity(), given.threads, engine.progress_line(started))
             write_card(draft, given.method, str(given.pivot), [str(m) for m in given.models], options, facts)
             (draft / "manifest.json").write_text(json.dumps(_manifest(work, draft, options, facts, checksums), indent=1) + "\n")
-            lease.check()
-            os.rename(draft, place)
         except (UserError, OSError):
             shutil.rmtree(draft, ignore_errors=True)
             raise
+        lease.check()  # outside: the draft may be another writer's now
+        os.rename(draft, place)
     if "out_dtype" in work.options:
         print(f"note: config.json is the pivot's; load with dtype={options['out_dtype']!r} to have the weights as they are stored", file=sys.stderr)
     if "warning" in facts:
@@ -124,7 +124,7 @@ def _size(folder: Path) -> int:
 
 def _description(work: Plan, given: argparse.Namespace) -> str:
     """What a merge would do, from headers."""
-    threads = given.threads or int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+    threads = given.threads or default_threads()
     place = next(folder for folder in given.out.resolve().parents if folder.exists())
     merged = [part for part in work.parts if part.models]
     return "\n".join(

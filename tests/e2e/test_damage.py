@@ -498,7 +498,7 @@ MERGES: Cases = {
     "offsets that leave a gap": MODELS["offsets that leave a gap"],
     "a shape that is not its size": MODELS["a shape that is not its size"],
     "a tensor without offsets": MODELS["a tensor without offsets"],
-    "pickled weights only": (lambda: only_pickled, rf"is missing in \S+{SFT}"),
+    "pickled weights only": (lambda: only_pickled, rf"{SFT}: has no \.safetensors weights; pickled weights are never read"),
 }
 
 

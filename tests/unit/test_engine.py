@@ -314,7 +314,7 @@ def test_settings_that_no_shape_shows_are_compared(tmp_path):
         merged(pivot, [model], tmp_path / "out")
     assert f"architectures is ['B'] in {model} and ['A'] in the pivot {pivot}" in str(told.value)
     assert f"num_attention_heads is 8 in {model} and 4 in the pivot {pivot}" in str(told.value)
-    (model / "config.json").write_text('{"architectures": ["A"], "num_attention_heads": 4, "rope_theta": 5e5}')
+    (model / "config.json").write_text('{"architectures": ["A"], "num_attention_heads": 4, "head_dim": 1, "rope_theta": 5e5}')  # the pivot leaves head_dim out
     assert plan(pivot, [model], "ta", {}).matching.remarks == [f"rope_theta is 500000.0 in {model} and 10000.0 in the pivot {pivot}; the merge has the pivot's"]
     (model / "config.json").write_text('{"quantization_config": {"bits": 4}}')
     with pytest.raises(UserError, match="m: its weights are quantised"):

@@ -29,7 +29,7 @@ from llmfusion.merging import kernels
 from llmfusion.merging.blocks import Array, Tensor, frozen
 from llmfusion.merging.matching import Part
 from llmfusion.merging.methods import METHODS
-from llmfusion.merging.planning import Plan
+from llmfusion.merging.planning import Plan, default_threads
 from llmfusion.merging.report import Row, row_of, totals, write_report
 from llmfusion.merging.tensors import FLOATS, OVERFLOW, raw, stored
 
@@ -39,12 +39,6 @@ JOURNAL = "journal.jsonl"
 COPIED = 4 * 2**20  # bytes at a time
 
 Told = Callable[[int, int], None]  # bytes read and written so far, and in all
-
-
-def default_threads() -> int:
-    """``OMP_NUM_THREADS``, which Snakemake sets to a job's threads, else the cores this process may use."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
 
 
 def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: Told | None = None) -> tuple[dict[str, Any], dict[str, int]]:
@@ -168,11 +162,12 @@ class Journal:
         except FileNotFoundError:
             return {}
         found: dict[str, Done] = {}
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be half written
-            if json.loads(lines[0])["key"] == self.key if lines else False:
-                for line in lines[1:]:
-                    entry = json.loads(line)
-                    found[entry["tensor"]] = entry["done"]
+        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # the last line may be half written
+            if json.loads(lines[0])["key"] != self.key:
+                return {}
+            for line in lines[1:]:
+                entry = json.loads(line)
+                found[entry["tensor"]] = entry["done"]
         return found
 
     def start(self, done: dict[str, Done]) -> None:

@@ -87,7 +87,7 @@ def match(pivot: Path, models: Sequence[Path]) -> Matching:
 
 def _open(folder: Path) -> Checkpoint:
     entries, config = entries_of(folder), _json(folder / "config.json")
-    require(bool(entries), f"{folder}: has no .safetensors weights")
+    require(bool(entries), f"{folder}: has no .safetensors weights; pickled weights are never read")
     require("quantization_config" not in config, f"{folder}: its weights are quantised (config.json: quantization_config); merge the weights it was made from")
     return Checkpoint(folder, entries, config)
 
@@ -109,9 +109,10 @@ def _json(file: Path) -> dict[str, Any]:
 def _compare_settings(base: Checkpoint, other: Checkpoint, wrong: list[str], remarks: list[str]) -> None:
     if not base.config or not other.config:
         return  # bare weights: names and shapes are all there is
+    # what one of them leaves out is a default: files of several years write down different ones
     pairs = [("architectures", base.config.get("architectures"), other.config.get("architectures"))]
     pairs += [(key, base.text.get(key), other.text.get(key)) for key in STRUCTURE]
-    wrong += [f"{key} is {b!r} in {other.folder} and {a!r} in the pivot {base.folder}" for key, a, b in pairs if a != b]
+    wrong += [f"{key} is {b!r} in {other.folder} and {a!r} in the pivot {base.folder}" for key, a, b in pairs if a != b and None not in (a, b)]
     for key in BEHAVIOUR:
         a, b = base.text.get(key), other.text.get(key)
         if a != b and None not in (a, b):

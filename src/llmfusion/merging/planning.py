@@ -1,5 +1,6 @@
 """A merge before any work: what fits is found out from headers alone, and what it will read, write and take. Loads no compiled code."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,3 +66,9 @@ def plan(pivot: Path, models: Sequence[Path], method: str, options: dict[str, An
         files[file.name] = layout_of(Path(file.name), tensors, header_of(file)[0].get("__metadata__"))
     read = sum(entry.end - entry.start for part in matching.parts for entry in (part.pivot, *part.models))
     return Plan(matching, method, options, files, read, sum(layout.size for layout in files.values()))
+
+
+def default_threads() -> int:
+    """``OMP_NUM_THREADS``, which Snakemake sets to a job's threads, else the cores this process may use."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return int(told) if told.isdigit() and int(told) else len(os.sched_getaffinity(0))
