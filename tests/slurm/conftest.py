@@ -79,7 +79,7 @@ class OnSlurm:
     def said(self) -> str:
         return (self.folder / "run.log").read_text()
 
-    def finish(self, main: subprocess.Popen, seconds: float = 420) -> None:
+    def finish(self, main: subprocess.Popen, seconds: float = 600) -> None:
         assert main.wait(seconds) == 0, self.said()[-8000:]
 
     def jobs(self, of: str = "") -> list[dict[str, str]]:

@@ -24,7 +24,7 @@ def training(on_slurm: Callable[..., OnSlurm]) -> Callable[..., tuple[OnSlurm, s
     def begin(name: str, *more: str) -> tuple[OnSlurm, subprocess.Popen]:
         run = on_slurm(name, (f"models/trained/{name}",), f"results/models/trained/{name}/manifest.json")
         main = run.start(*more)
-        wait(lambda: "step 1/" in run.log(f"models/trained/{name}") or main.poll() is not None, 120)
+        wait(lambda: "step 1/" in run.log(f"models/trained/{name}") or main.poll() is not None, 300)
         assert main.poll() is None, run.said()
         return run, main
 
@@ -53,23 +53,23 @@ def test_a_cancelled_training_goes_on_in_a_new_job(training: Callable, name: str
 
 
 def test_a_training_saves_before_its_time_ends_and_goes_on_with_more(training: Callable) -> None:
-    run, main = training("sft", "--set-resources", "train_model:runtime=1 * attempt")
+    run, main = training("sft", "--set-resources", "train_model:runtime=1 + 60 * (attempt - 1)")
     [trainer] = trainers(run)
     trainer.suspend()  # a slow step: another one would not fit into the minute
     time.sleep(20)
     trainer.resume()
     run.finish(main)
     assert "going on after step" in run.log("models/trained/sft")
-    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("FAILED", "00:01:00"), ("COMPLETED", "00:02:00")]
+    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("FAILED", "00:01:00"), ("COMPLETED", "01:01:00")]
     run.same_as_undisturbed()
 
 
 def test_a_training_that_slurm_ends_at_its_time_limit_is_made_with_more_time(training: Callable) -> None:
-    run, main = training("sft", "--set-resources", "train_model:runtime=1 * attempt")
+    run, main = training("sft", "--set-resources", "train_model:runtime=1 + 60 * (attempt - 1)")
     [trainer] = trainers(run)
     trainer.suspend()  # a step that never ends: nothing can be saved
     run.finish(main)
-    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("TIMEOUT", "00:01:00"), ("COMPLETED", "00:02:00")]
+    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("TIMEOUT", "00:01:00"), ("COMPLETED", "01:01:00")]
     run.same_as_undisturbed()
 
 
@@ -109,7 +109,7 @@ def test_a_preempted_job_is_queued_again_and_gives_the_same(training: Callable) 
 def test_ctrl_c_cancels_the_jobs_and_the_same_command_goes_on(training: Callable) -> None:
     run, main = training("sft")
     main.send_signal(signal.SIGINT)
-    assert main.wait(60) == 1, run.said()
+    assert main.wait(120) == 1, run.said()
     wait(lambda: run.jobs()[0]["JobState"] == "CANCELLED", 30)
     wait(lambda: not trainers(run), 30)
     run.finish(run.start())
@@ -124,12 +124,12 @@ def test_snakemake_killed_and_started_again_while_its_job_lives_has_one_writer(t
     main.kill()
     main.wait()
     locked = run.start()
-    assert locked.wait(60) == 1
+    assert locked.wait(120) == 1
     assert "cannot be locked" in run.said()
     unlock = ["snakemake", *STUDY, "--unlock"]
     subprocess.run(unlock, cwd=run.folder, env=environment(), check=True, capture_output=True)
     again = run.start()
-    wait(lambda: "waiting for work/models/trained/sft/lease" in run.log("models/trained/sft") or again.poll() is not None, 120)
+    wait(lambda: "waiting for work/models/trained/sft/lease" in run.log("models/trained/sft") or again.poll() is not None, 300)
     os.kill(trainer.pid, signal.SIGCONT)
     run.finish(again)
     assert "was finished meanwhile; adopted" in run.log("models/trained/sft")

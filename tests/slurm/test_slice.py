@@ -34,7 +34,7 @@ def test_the_slice_runs_through_the_profile_and_gives_the_local_table(on_slurm: 
     run = on_slurm("slice")
     began = time.monotonic()
     main = run.start()
-    wait(lambda: any(job["JobState"] == "RUNNING" for job in run.jobs("wildcards_sft")) or main.poll() is not None, 90)
+    wait(lambda: any(job["JobState"] == "RUNNING" for job in run.jobs("wildcards_sft")) or main.poll() is not None, 300)
     [first] = run.jobs("wildcards_sft")
     run.slurm.ask("scancel", first["JobId"])  # so that there is a second attempt
     run.finish(main)
