@@ -30,8 +30,8 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT)
 DRIVER = Path("/proc/driver/nvidia")
 IMPORTED = (
     "torch", "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
-    "llmfusion.evaluation.answers", "llmfusion.evaluation.sandbox", "llmfusion.fusion.objective", "llmfusion.models.scratch", "llmfusion.teachers.capture",
-    "llmfusion.teachers.generation", "llmfusion.training.run", "datasets", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks",
+    "llmfusion.evaluation.answers", "llmfusion.evaluation.sandbox", "llmfusion.fusion.objective", "llmfusion.merging.engine", "llmfusion.models.scratch",
+    "llmfusion.teachers.capture", "llmfusion.teachers.generation", "llmfusion.training.run", "datasets", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks",
 )  # fmt: skip
 
 
