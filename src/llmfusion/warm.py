@@ -181,7 +181,11 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="llmfusion-warm-") as folder, socket.socket(socket.AF_UNIX) as listening:
         address = str(Path(folder) / "socket")
-        listening.bind(address)
+        try:
+            listening.bind(address)
+        except OSError as error:
+            print(f"error: {address}: no socket can be made there ({error}); set TMPDIR to a local folder with a shorter path", file=sys.stderr)
+            return 2
         listening.listen(64)
         try:
             command = subprocess.Popen(words, env={**os.environ, ADDRESS: address})

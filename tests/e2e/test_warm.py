@@ -65,6 +65,11 @@ def test_a_users_mistake_and_the_commands_own_status_come_through(tmp_path: Path
     assert warm(tmp_path, "bash", "-c", "exit 7").returncode == 7
     assert warm(tmp_path, "/no/such/command").stderr.startswith("error: /no/such/command: ")
     assert "usage: " in warm(tmp_path).stderr
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    done = subprocess.run([*WARM, "true"], env={**environment(), "TMPDIR": str(deep)}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()) == (2, [done.stderr.strip()])
+    assert "set TMPDIR to a local folder with a shorter path" in done.stderr
 
 
 def test_where_nobody_listens_the_step_says_so(tmp_path: Path) -> None:
