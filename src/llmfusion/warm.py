@@ -102,11 +102,14 @@ class Server:
 
     def _accept(self) -> None:
         connection, _ = self.listening.accept()
+        files: list[int] = []
         try:
             size, files, _, _ = socket.recv_fds(connection, 8, 3)
             with connection.makefile("rb") as file:
                 request = json.loads(file.read(int.from_bytes(size, "big")))
         except (OSError, ValueError):  # it was ended while it asked
+            for number in files:
+                os.close(number)
             connection.close()
             return
         if (pid := os.fork()) == 0:
@@ -129,9 +132,10 @@ class Server:
         connection.close()
 
     def _gone(self, pid: int) -> None:
-        """Who asked says nothing more: it was killed, and so the fork must be."""
-        self.selector.unregister(self.running[pid][1])
-        os.kill(pid, signal.SIGKILL)
+        """Who asked says nothing more: it was killed, and so the fork must be, unless it ended in the same moment."""
+        if pid in self.running:
+            self.selector.unregister(self.running[pid][1])
+            os.kill(pid, signal.SIGKILL)
 
     def _tell(self, connection: socket.socket, message: dict[str, int]) -> None:
         with contextlib.suppress(OSError):
