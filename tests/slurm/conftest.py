@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -74,7 +75,7 @@ class OnSlurm:
         environ = {**environment(), **self.slurm.environment}
         environ["PATH"] = os.pathsep.join([environment()["PATH"].split(os.pathsep)[0], self.slurm.environment["PATH"]])
         with open(self.folder / "run.log", "a") as log:
-            return subprocess.Popen(self.words(*more), cwd=self.folder, env=environ, stdout=log, stderr=log)
+            return subprocess.Popen(self.words(*more), cwd=self.folder, env=environ, stdout=log, stderr=log, preexec_fn=_as_from_a_terminal)
 
     def said(self) -> str:
         return (self.folder / "run.log").read_text()
@@ -117,3 +118,7 @@ def on_slurm(slurm: Cluster, undisturbed: Path, tmp_path: Path) -> Callable[...,
         return OnSlurm(folder, slurm, undisturbed, target)
 
     return make
+
+
+def _as_from_a_terminal() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests started in the background ignore it, and so would all they start
