@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llmfusion.errors import UserError
-from llmfusion.fusion.dskd import OwnScores, Projectors, StudentTokens, TeacherSpace, TeacherTokens, auxiliary, dual_space, input_ids, row_sum
+from llmfusion.fusion.dskd import OwnScores, Projectors, StudentTokens, TeacherSpace, TeacherTokens, auxiliary, dual_space, input_ids
 from llmfusion.fusion.losses import fused_loss
 from llmfusion.fusion.targets import TARGETS, Stats
 
@@ -307,22 +307,6 @@ def test_what_another_sample_holds_does_not_matter():
     rest = slice(0, N - STUDENT_SIZES[-1])
     assert torch.equal(after[rest], before[rest])
     assert not torch.allclose(after[rest.stop :], before[rest.stop :])
-
-
-def test_the_chunk_of_a_sum_over_rows_does_not_matter():
-    hidden, weight = random(10, 3, seed=0).requires_grad_(), random(10, 3, seed=1)
-
-    def piece(rows, which):
-        return (rows.sin() * weight[which]).sum(), rows.sum(1, keepdim=True)
-
-    for chunk in (1, 3, 10, 64):
-        value, notes = row_sum(hidden, piece, chunk)
-        torch.testing.assert_close(value, (hidden.sin() * weight).sum())
-        torch.testing.assert_close(notes, hidden.sum(1, keepdim=True).detach())
-        (gradient,) = torch.autograd.grad(2 * value, hidden)
-        torch.testing.assert_close(gradient, 2 * hidden.cos() * weight)
-        assert not notes.requires_grad
-    assert row_sum(hidden.detach(), piece, 64)[0].requires_grad is False
 
 
 # ------------------------------------------------------------------------------------------------------- the small things

@@ -23,17 +23,15 @@ Alignment") the attention is one-hot instead: row n takes the teacher row whose 
 (:mod:`llmfusion.teachers.alignment`), rows without one take no part, and V_t = t2s(h_t / std), without the label.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from llmfusion.errors import UserError
-from llmfusion.fusion.losses import chunk_for
+from llmfusion.fusion.losses import IGNORED, FusedLoss, fused_loss
+from llmfusion.fusion.products import full, head_log_probs
 
 
 class Projectors(nn.Module):
@@ -126,8 +124,7 @@ class ProjectedRows:
 
     def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
         """``(c, v)``: the projected states through the student's own head as it is now."""
-        logits = functional.linear(self.hidden[rows], self.head, self.bias)
-        return functional.log_softmax(logits / temperature, dim=-1)
+        return head_log_probs(self.hidden[rows], self.head, self.bias, temperature)
 
 
 @dataclass(frozen=True)
@@ -152,12 +149,14 @@ def dual_space(
     partners: Tensor | None = None,
     own: OwnScores | None = None,
     label_in_value: bool | None = None,
+    products: torch.dtype | None = None,
 ) -> DualSpace:
     """Both spaces of one teacher, in float32 or better; call it outside autocast.
 
     ``partners (N,)``: the batch's teacher row of each student row, -1 for none, instead of attention (exact alignment).
     ``own``: score the teacher by these, not by its projection. ``label_in_value``: whether V_t contains emb_t(y), by default
-    with attention only. The temperature softens both sides of the KLs; the cross-entropy and all scores are at T = 1.
+    with attention only. The temperature softens both sides of the KLs; the cross-entropy and all scores are at T = 1. ``products``
+    is what the heads are multiplied in (:func:`llmfusion.fusion.losses.fused_loss`, which takes both sums).
     """
     values = _values(projectors, teacher, partners is None if label_in_value is None else label_in_value)  # (M, d)
     states = projectors.s2t(full(student.hidden))  # (N, D)
@@ -166,14 +165,14 @@ def dual_space(
         aligned, aligned_there = here.new_ones(len(here)), there.new_ones(len(there))
     else:
         here, there, aligned, aligned_there = _match(partners, values, states)
-    head, bias = full(student.head.detach()), None if student.bias is None else full(student.bias.detach())
-    t2s_ce, said = row_sum(here, _label_cross_entropy(head, bias, student.labels, aligned), chunk_for(head))
-    s2t_kl, _ = row_sum(there, _teacher_kl(teacher, aligned_there, temperature), chunk_for(teacher.space.head))
-    entropy, cross_entropy, right = said.unbind(1)
-    mask = aligned * right
+    head, bias = student.head.detach(), None if student.bias is None else student.bias.detach()
+    t2s = fused_loss(here, head, bias, _only(aligned, student.labels), products=products, describe=True)
+    s2t = _to_teacher(there, teacher, aligned_there, temperature, products)
+    entropy, cross_entropy, mask = t2s.said.unbind(1)  # 0 where a row is not aligned
     if own is not None:
         entropy, cross_entropy, mask = own.entropy.to(mask), own.cross_entropy.to(mask), mask * own.mask.to(mask)
-    return DualSpace(ProjectedRows(here.detach(), head, bias, entropy, cross_entropy, mask), t2s_ce, s2t_kl, aligned)
+    projected = here.detach().to(products or here.dtype)
+    return DualSpace(ProjectedRows(projected, head.to(projected.dtype), bias, entropy, cross_entropy, mask), t2s.loss, s2t.loss, aligned)
 
 
 def auxiliary(spaces: Sequence[DualSpace], student_rows: int, teacher_rows: Sequence[int]) -> Tensor:
@@ -192,9 +191,17 @@ def input_ids(labels: Tensor, starts: Sequence[int], prompts: Sequence[int]) -> 
     return out
 
 
-def full(tensor: Tensor) -> Tensor:
-    """At least float32."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _only(aligned: Tensor, labels: Tensor) -> Tensor:
+    return torch.where(aligned > 0, labels, IGNORED)
+
+
+def _to_teacher(states: Tensor, teacher: TeacherTokens, aligned: Tensor, temperature: float, products: torch.dtype | None) -> FusedLoss:
+    """``sum KL(teacher_T || p_T)`` over aligned rows of ``states (M, D)`` through the teacher's head, in the teacher's vocabulary."""
+    space = teacher.space
+    nothing = aligned.new_zeros(len(aligned))  # a weight of 1 asks for no statistics
+    said = ProjectedRows(teacher.hidden.to(space.head.dtype), space.head, space.bias, nothing, nothing, aligned)
+    labels = _only(aligned, teacher.labels)
+    return fused_loss(states, space.head, space.bias, labels, [said], torch.ones_like(aligned)[:, None], 1.0, temperature, products=products)
 
 
 def _values(projectors: Projectors, teacher: TeacherTokens, with_label: bool) -> Tensor:
@@ -237,67 +244,3 @@ def _places(sizes: Sequence[int], device: torch.device) -> Tensor:
 def _pad(rows: Tensor, sizes: Sequence[int], places: Tensor) -> Tensor:
     """(B, longest, width) of ragged rows (., width), zero in the padding."""
     return rows.new_zeros(len(sizes) * max(sizes), rows.shape[1]).index_copy(0, places, rows).unflatten(0, (len(sizes), max(sizes)))
-
-
-# ------------------------------------------------------------------------------------------------ sums over rows, in chunks
-Piece = Callable[[Tensor, slice], tuple[Tensor, Tensor]]  # states (c, width) and which rows -> a sum, with a gradient, and notes (c, .)
-
-
-def row_sum(hidden: Tensor, piece: Piece, chunk: int) -> tuple[Tensor, Tensor]:
-    """The sum over all rows of what ``piece`` gives, differentiable in ``hidden`` only, and its notes, without a gradient.
-
-    Each chunk's gradient is taken at once, so that the (c, V) logits of no two chunks exist together.
-    """
-    value, notes = _RowSum.apply(hidden, piece, chunk)
-    return value, notes
-
-
-class _RowSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, piece: Piece, chunk: int) -> tuple[Tensor, Tensor]:
-        total, gradient, notes = hidden.new_zeros(()), torch.zeros_like(hidden), []
-        for start in range(0, max(len(hidden), 1), chunk):
-            rows = slice(start, start + chunk)
-            with torch.enable_grad():
-                leaf = hidden[rows].detach().requires_grad_(ctx.needs_input_grad[0])
-                value, note = piece(leaf, rows)
-            if ctx.needs_input_grad[0]:
-                (gradient[rows],) = torch.autograd.grad(value, leaf)
-            total += value.detach()
-            notes.append(note.detach())
-        out = torch.cat(notes)
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(out)
-        return total, out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outward: Tensor, _: Any) -> tuple[Tensor, None, None]:
-        return outward * ctx.saved_tensors[0], None, None
-
-
-def _label_cross_entropy(head: Tensor, bias: Tensor | None, labels: Tensor, counted: Tensor) -> Piece:
-    """``sum CE(y, P)`` over counted rows; notes (c, 3): entropy, cross-entropy, and whether the most likely token is the label."""
-
-    def piece(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        log_p = functional.log_softmax(functional.linear(hidden, head, bias), dim=-1)  # (c, v)
-        cross = functional.nll_loss(log_p, labels[rows], reduction="none")
-        said = log_p.detach()
-        notes = [-(said.exp() * said).sum(-1), cross.detach(), (said.argmax(-1) == labels[rows]).to(said.dtype)]
-        return (cross * counted[rows]).sum(), torch.stack(notes, 1)
-
-    return piece
-
-
-def _teacher_kl(teacher: TeacherTokens, counted: Tensor, temperature: float) -> Piece:
-    """``sum KL(teacher_T || p_T)`` over counted rows, in the teacher's vocabulary; no notes."""
-    head, bias = full(teacher.space.head), None if teacher.space.bias is None else full(teacher.space.bias)
-
-    def piece(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            log_q = functional.log_softmax(functional.linear(full(teacher.hidden[rows]), head, bias) / temperature, dim=-1)  # (c, V)
-        log_p = functional.log_softmax(functional.linear(hidden, head, bias) / temperature, dim=-1)
-        divergence = functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)  # (c,)
-        return (divergence * counted[rows]).sum(), hidden.new_zeros(len(hidden), 0)
-
-    return piece

@@ -8,7 +8,7 @@ z[y] = 0 and z <= z^c_k, so CE(y, P) = logsumexp(z) is at most the best teacher'
 differ by a constant, which the first step takes away. A token that one usable teacher does not know (-inf) has probability 0.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,23 +16,27 @@ from torch.nn import functional
 
 from llmfusion.fusion.losses import TeacherRows
 
-CHUNK = 1024  # rows whose (c, V) logits exist at once
+CHUNK = 256  # rows whose (c, V) logits exist at once
 
 
-def relative_minimum(log_qs: Sequence[Tensor], labels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """``z (c, V)`` of K teachers' log-probabilities at T = 1, each (c, V), and the teacher that gave each value, (c, V) int64.
+def relative_minimum(log_qs: Iterable[Tensor], labels: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """``z (c, V)`` of K teachers' log-probabilities at T = 1, each (c, V), and the teacher that gave each value, (c, V).
 
     ``labels (c,)``; ``masks (c, K)`` is 0 where a teacher cannot be used; one to which the label is impossible cannot either.
-    Equal values go to the teacher named first. A row without a usable teacher is 0 everywhere, and its teacher -1.
+    Equal values go to the teacher named first. A row without a usable teacher is 0 everywhere, and its teacher -1. The
+    log-probabilities are overwritten; of an iterator only one teacher's exist at a time.
     """
-    lowest = torch.full_like(log_qs[0], torch.inf)
-    teacher = torch.full_like(lowest, -1, dtype=torch.long)
-    for k, log_q in enumerate(log_qs):
-        gold = log_q.gather(1, labels[:, None])  # (c, 1)
-        relative = torch.where(gold.isfinite() & (masks[:, k : k + 1] > 0), log_q - gold, torch.inf)
-        lower = relative < lowest
-        lowest, teacher = torch.where(lower, relative, lowest), torch.where(lower, k, teacher)
-    return lowest.masked_fill(teacher[:, :1] < 0, 0), teacher
+    lowest = teacher = torch.empty(0)
+    for k, relative in enumerate(log_qs):
+        gold = relative.gather(1, labels[:, None])  # (c, 1)
+        usable = gold.isfinite() & (masks[:, k : k + 1] > 0)
+        relative = torch.where(usable, relative.sub_(gold), torch.inf)
+        if k == 0:
+            lowest, teacher = relative, torch.where(relative < torch.inf, 0, -1).to(torch.int16)
+            continue
+        teacher.masked_fill_(relative < lowest, k)
+        torch.minimum(lowest, relative, out=lowest)
+    return lowest.masked_fill_(teacher[:, :1] < 0, 0), teacher
 
 
 class MinilogitRows:
@@ -54,7 +58,7 @@ class MinilogitRows:
 
     @torch.no_grad()
     def _minimum(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        return relative_minimum([teacher.log_probs(rows, 1.0) for teacher in self.teachers], self.labels[rows], self.masks[rows])
+        return relative_minimum((teacher.log_probs(rows, 1.0) for teacher in self.teachers), self.labels[rows], self.masks[rows])
 
     def _describe(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z, teacher = self._minimum(rows)

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from llmfusion.artifacts import Artifact
 from llmfusion.data.chat import Encoded
@@ -14,6 +13,7 @@ from llmfusion.data.samples import Sample
 from llmfusion.errors import UserError
 from llmfusion.fusion.dskd import DualSpace, OwnScores, Projectors, StudentTokens, TeacherSpace, TeacherTokens, dual_space, input_ids
 from llmfusion.fusion.losses import TeacherRows
+from llmfusion.fusion.products import head_log_probs, head_logits, log_softmax_
 from llmfusion.models.loading import load_tokenizer, vocabulary_sha256
 from llmfusion.teachers.alignment import join, partners, responses, row_spans, spread, token_bytes
 from llmfusion.teachers.cache import Cache, response_sha256
@@ -63,10 +63,9 @@ class HiddenRows:
     def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
         """``(c, V)``: softmax over the shared tokens only; the others get -inf, never a zero logit."""
         source = self.source
-        logits = functional.linear(self.hidden[rows].float(), source.head, source.bias)  # (c, V_teacher)
         if source.same_rows:
-            return functional.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-        shared = functional.log_softmax(logits[:, source.shared] / temperature, dim=-1)
+            return head_log_probs(self.hidden[rows], source.head, source.bias, temperature)  # (c, V_teacher)
+        shared = log_softmax_(head_logits(self.hidden[rows], source.head, source.bias)[:, source.shared], temperature)
         out = shared.new_full((len(shared), source.vocabulary), -torch.inf)
         out[:, source.shared] = shared
         return out
