@@ -14,6 +14,12 @@ wildcard_constraints:
     **study.names,
 
 
+onstart:
+    from llmfusion.plan import require_disk
+
+    require_disk(workflow, study)
+
+
 rule tables:
     input:
         study.stages["tables"],

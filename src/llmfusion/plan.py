@@ -10,13 +10,15 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from llmfusion import ROOT
 from llmfusion.config.errors import StudyError
-from llmfusion.config.workflow import checked
+from llmfusion.config.workflow import StudyPlan, checked
 from llmfusion.costs.measured import measured, refined, seconds_of
 from llmfusion.costs.schedule import wall_seconds
 from llmfusion.costs.work import STAGES, Assumptions, Work, Workload, assumed_seconds
+from llmfusion.step import amount
 
 
 class Estimate:
@@ -105,17 +107,34 @@ def _constants(assumed: Assumptions, counts: dict[str, int], given: list[str]) -
     return out + [f"  {f.name:23} {getattr(assumed, f.name):<12g} {f.metadata['told']}{' (given)' if f.name in names else ''}" for f in fields(assumed)]
 
 
-def _disk(estimate: Estimate, gpus: int) -> int:
-    results, states = estimate.bytes_left(gpus)
-    place = estimate.workload.directory
+def require_disk(workflow: Any, study: StudyPlan) -> None:
+    """Refuse the jobs that Snakemake is about to start if the disk cannot hold what they make.
+
+    Called before the first one, by the main process. Counts results, and of resume states the largest one: what is sure to exist.
+    Raises ``SystemExit`` with words for the user, which Snakemake shows as they are.
+    """
+    if not workflow.is_main_process:
+        return
+    workload = Workload(study.study, study.plan, Assumptions())
+    planned = {workload.outputs.get(str(file)) for job in workflow.dag.needrun_jobs() for file in job.output}
+    jobs = [workload.jobs[address] for address in planned if address]
+    fits, told = _room(workload.directory, sum(job.disk for job in jobs), max((job.resume for job in jobs), default=0))
+    if not fits:
+        raise SystemExit(f"disk: {told}; nothing was started. `python -m llmfusion.plan` shows what this rests on; `--no-hooks` starts all the same")
+
+
+def _room(place: Path, results: float, states: float) -> tuple[bool, str]:
     there = next(folder for folder in (place, *place.parents) if folder.exists())
     free = shutil.disk_usage(there).free
-    told = f"{(results + states) / 1e9:,.1f} GB are needed ({results / 1e9:,.1f} of results, {states / 1e9:,.1f} of resume states), {free / 1e9:,.1f} GB are free in {there}"
-    if results + states > free:
-        print(f"\ndisk: {told}: free some, or set the study's 'directory' to a larger place; nothing was started", file=sys.stderr)
-        return 1
-    print(f"\ndisk: {told}")
-    return 0
+    told = f"{amount(results + states)} are needed ({amount(results)} of results, {amount(states)} of resume states), {amount(free)} are free in {there}"
+    fits = results + states <= free
+    return fits, told if fits else f"{told}: free some, or set the study's 'directory' to a larger place"
+
+
+def _disk(estimate: Estimate, gpus: int) -> int:
+    fits, told = _room(estimate.workload.directory, *estimate.bytes_left(gpus))
+    print(f"\ndisk: {told}" if fits else f"\ndisk: {told}; nothing was started", file=sys.stdout if fits else sys.stderr)
+    return int(not fits)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,10 @@ def run(step: str, build: Callable[[Job], None]) -> int:
     return 0
 
 
-def amount(size: int) -> str:
+def amount(size: float) -> str:
     """A number of bytes as the user is told it."""
+    if size >= 10 * 2**30:
+        return f"{size / 2**30:,.0f} GiB"
     return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"
 
 

@@ -24,6 +24,7 @@ class StudyPlan:
     """
 
     def __init__(self, study: Study, plan: Plan):
+        self.study, self.plan = study, plan
         artifacts = self._artifacts = plan.artifacts
         self.directory = str(ROOT / study.directory)
         folders = {
