@@ -234,7 +234,7 @@ def test_a_mismatch_of_8b_models_is_refused_from_headers_alone(tmp_path):
 
 
 def test_compiled_code_goes_where_it_is_told_and_to_a_private_folder_where_home_cannot_be_written(tmp_path):
-    code = "from llmfusion.merging.kernels import cache_folder; print(cache_folder())"
+    code = "from llmfusion.merging.compiled import cache_folder; print(cache_folder())"
     home, temporary = tmp_path / "home", tmp_path / "tmp"
     home.write_text("a file: no folder can be made in it")
     temporary.mkdir()
