@@ -38,7 +38,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 JOURNAL = "journal.jsonl"
 COPIED = 4 * 2**20  # bytes at a time
 
-Told = Callable[[int, int], None]  # bytes read and written so far, and in all
+Told = Callable[[int, int], None]  # bytes read and written so far, and in all by this run
 
 
 def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: Told | None = None) -> tuple[dict[str, Any], dict[str, int]]:
@@ -49,10 +49,10 @@ def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: T
     """
     journal = Journal(out / JOURNAL, digest(key, canonical([work.method, work.options, RECIPES["merge"]])))
     done = _continued(work, out, journal)
-    total, moved = work.read + work.written, 0
     handles = {name: os.open(out / name, os.O_RDWR) for name in work.files}
     stop = threading.Event()
     waiting = sorted((part for part in work.parts if part.name not in done), key=lambda part: -math.prod(part.pivot.shape))  # the longest first
+    total, moved = sum(_bytes(work, part) for part in waiting), 0
     try:
         with ThreadPoolExecutor(threads or default_threads()) as pool:
             try:
@@ -61,7 +61,7 @@ def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: T
                     part = futures[future]
                     done[part.name] = future.result()
                     journal.add(part.name, done[part.name])
-                    moved += sum(entry.end - entry.start for entry in (part.pivot, *part.models, work.layout(part).entries[part.name]))
+                    moved += _bytes(work, part)
                     if progress:
                         progress(moved, total)
             finally:
@@ -71,6 +71,11 @@ def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: T
         for handle in handles.values():
             os.close(handle)
     return _finish(work, out, done), {part.name: done[part.name]["crc32"] for part in work.parts}
+
+
+def _bytes(work: Plan, part: Part) -> int:
+    """How many bytes of a tensor are read and written."""
+    return sum(entry.end - entry.start for entry in (part.pivot, *part.models, work.layout(part).entries[part.name]))
 
 
 # ------------------------------------------------------------------------------------------------ one tensor
