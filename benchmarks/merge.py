@@ -8,6 +8,7 @@ parameters. Takes about 15 minutes and 8 GB of disk, in a temporary folder; ``--
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -79,17 +80,19 @@ def make(folder: Path, size: str, models: int) -> list[Path]:
         "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": vocabulary, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     }  # fmt: skip
     places = [folder / size / name for name in ("pivot", *(f"model{j}" for j in range(models)))]
-    for j, place in enumerate(places):
-        place.mkdir(parents=True)
-        layout = layout_of(place / "model.safetensors", {name: ("BF16", shape) for name, shape in tensors.items()}, None)
-        (place / "config.json").write_text(json.dumps(settings))
-        with open(place / "model.safetensors", "wb") as file:
-            file.write(layout.head)
-            for i, shape in enumerate(tensors.values()):
-                values = np.random.default_rng([0, i]).standard_normal(int(np.prod(shape)), np.float32) * np.float32(0.02)
-                if j:
-                    values += np.random.default_rng([j, i]).standard_normal(values.size, np.float32) * np.float32(1e-3)
-                bits = values.view(np.uint32)
+    layout = layout_of(Path("model.safetensors"), {name: ("BF16", shape) for name, shape in tensors.items()}, None)
+    with contextlib.ExitStack() as stack:
+        files = []
+        for place in places:
+            place.mkdir(parents=True)
+            (place / "config.json").write_text(json.dumps(settings))
+            files.append(stack.enter_context(open(place / "model.safetensors", "wb")))
+            files[-1].write(layout.head)
+        for i, shape in enumerate(tensors.values()):
+            theta = np.random.default_rng([0, i]).standard_normal(int(np.prod(shape)), np.float32) * np.float32(0.02)
+            for j, file in enumerate(files):
+                delta = np.random.default_rng([j, i]).standard_normal(theta.size, np.float32) * np.float32(1e-3) if j else np.float32(0)
+                bits = (theta + delta).view(np.uint32)
                 file.write(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes())
     return places
 
@@ -184,12 +187,13 @@ class Figures:
             ours(method, tiny, self.out)  # compiles, if nothing has been merged on this machine
         self.start = least([ours("ta", tiny, self.out) for _ in range(2 * repeats)]).cpu
         self.kit_start = mergekit(kit, "ta", tiny, self.out).cpu if kit else 0.0
-        print(f"start-up: ours {self.start:.2f} CPU-s" + (f", mergekit {self.kit_start:.2f} CPU-s" if kit else ""), f"\n\n{HEAD}", flush=True)
+        print(f"start-up: ours {self.start:.2f} CPU-s" + (f", mergekit {self.kit_start:.2f} CPU-s" if kit else ""), flush=True)
 
     def measure(self, size: str, models: list[Path], peer: bool = False) -> None:
         """Merge by every method, ours and mergekit in turns, and print a line for each."""
         n, count, floor = parameters(models[0]), len(models) - 1, self.floor(models)
         self.values[size] = n
+        print(f"\n{HEAD}", flush=True)
         for method in METHODS:
             key = (method, size, count)
             found = self.ours[key] = least([ours(method, models, self.out) for _ in range(self.repeats)])
@@ -219,7 +223,9 @@ class Figures:
         for key in self.ours:
             method, size, count = key
             if count == 2:
-                yield Claim(f"{method}, {size}, 2 sources, ns a parameter", 10 if method == "ta" else 25, self.each(key))
+                yield Claim(
+                    f"{method}, {size}, 2 sources, ns a parameter" + ("" if method == "ta" else " (stretch 17)"), 10 if method == "ta" else 25, self.each(key)
+                )
             elif (method, size, 2) in self.ours:
                 yield Claim(f"{method}, {size}, {count} sources / 2 sources", 2.2, self.each(key) / self.each((method, size, 2)))
         for key in self.ours:
