@@ -1,12 +1,14 @@
 """Merging: CPU seconds, memory and exactness against mergekit 0.1.5, in one run.
 
-``python -m benchmarks.merge`` makes seeded bfloat16 checkpoints (Llama shapes, about 105 million and 0.5 billion parameters), merges
-them with this package, with mergekit in a virtual environment of its own (made on the first run) and with a copy loop that only reads
-and writes, and prints a table. Figures a parameter leave out the start-up, which is that of merging a model of a few thousand
-parameters. Then every tensor of the smaller merge is compared with a plain float64 reference. Takes about ten minutes.
+``python -m benchmarks.merge`` makes seeded bfloat16 checkpoints (Llama shapes, about 105 million and 0.5 billion parameters, 2 and 4
+sources), merges them with this package, with mergekit in a virtual environment of its own (made on the first run) and with a copy loop
+that only reads and writes; then every tensor of the smaller merges is compared with a plain float64 reference. It ends with a line for
+each claim: goal, measured, held or not. Figures a parameter leave out the start-up, which is that of merging a model of a few thousand
+parameters. Takes about 15 minutes and 8 GB of disk, in a temporary folder; ``--only`` does one part of it.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +49,9 @@ for at in range(0, maps[0].size, scratch.size):
 """
 
 
+PARTS = ("small", "large", "exact")
+
+
 class Cost(NamedTuple):
     """CPU seconds, peak resident and peak anonymous memory in MiB of one process."""
 
@@ -74,17 +80,19 @@ def make(folder: Path, size: str, models: int) -> list[Path]:
         "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": vocabulary, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     }  # fmt: skip
     places = [folder / size / name for name in ("pivot", *(f"model{j}" for j in range(models)))]
-    for j, place in enumerate(places):
-        place.mkdir(parents=True)
-        layout = layout_of(place / "model.safetensors", {name: ("BF16", shape) for name, shape in tensors.items()}, None)
-        (place / "config.json").write_text(json.dumps(settings))
-        with open(place / "model.safetensors", "wb") as file:
-            file.write(layout.head)
-            for i, shape in enumerate(tensors.values()):
-                values = np.random.default_rng([0, i]).standard_normal(int(np.prod(shape)), np.float32) * np.float32(0.02)
-                if j:
-                    values += np.random.default_rng([j, i]).standard_normal(values.size, np.float32) * np.float32(1e-3)
-                bits = values.view(np.uint32)
+    layout = layout_of(Path("model.safetensors"), {name: ("BF16", shape) for name, shape in tensors.items()}, None)
+    with contextlib.ExitStack() as stack:
+        files = []
+        for place in places:
+            place.mkdir(parents=True)
+            (place / "config.json").write_text(json.dumps(settings))
+            files.append(stack.enter_context(open(place / "model.safetensors", "wb")))
+            files[-1].write(layout.head)
+        for i, shape in enumerate(tensors.values()):
+            theta = np.random.default_rng([0, i]).standard_normal(int(np.prod(shape)), np.float32) * np.float32(0.02)
+            for j, file in enumerate(files):
+                delta = np.random.default_rng([j, i]).standard_normal(theta.size, np.float32) * np.float32(1e-3) if j else np.float32(0)
+                bits = (theta + delta).view(np.uint32)
                 file.write(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes())
     return places
 
@@ -92,6 +100,7 @@ def make(folder: Path, size: str, models: int) -> list[Path]:
 def cost(command: list[str | Path], environment: dict[str, str] | None = None) -> Cost:
     """Run a command with one thread and measure it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **(environment or {})}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # both are measured as installed, with their bytecode
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(list(map(str, command)), env=environment, cwd=ROOT, stdout=log, stderr=log)
         anonymous = 0
@@ -148,44 +157,87 @@ def least(costs: list[Cost]) -> Cost:
     return min(costs, key=lambda c: c.cpu)
 
 
-def compare(folder: Path, kit: Path | None, repeats: int) -> dict[str, list[Path]]:
-    """Print what every merge costs. Returns the checkpoints by size."""
-    sets = {"tiny": make(folder, "tiny", 2), "105M": make(folder, "105M", 4), "0.5B": make(folder, "0.5B", 2)}
-    out = folder / "out"
-    ours("rsaf", sets["tiny"], out)  # compiles, if nothing has been merged on this machine
-    start = least([ours("ta", sets["tiny"], out) for _ in range(repeats)])
-    print(f"start-up: ours {start.cpu:.2f} CPU-s", end="")
-    theirs_start = mergekit(kit, "ta", sets["tiny"], out) if kit else None
-    print(f", mergekit {theirs_start.cpu:.2f} CPU-s" if theirs_start else "", "\n")
-    print(
-        "method  sources  parameters   CPU-s  ns/param  floor x   RSS MiB  anonymous MiB | mergekit CPU-s  ns/param   RSS MiB | whole process   per parameter"
-    )
-    two: dict[str, float] = {}
-    for size, count in (("105M", 2), ("105M", 4), ("0.5B", 2)):
-        models = sets[size][: count + 1]
-        n = parameters(models[0])
-        bare = cost([sys.executable, "-c", "import numpy"]).cpu
-        files = [model / "model.safetensors" for model in models]
-        floor = max(least([cost([sys.executable, "-c", FLOOR, *files, folder / "floor"]) for _ in range(repeats)]).cpu - bare, 1e-9)
-        (folder / "floor").unlink()
+class Claim(NamedTuple):
+    """A goal, which is the most (or ``least``) that is allowed, and what was measured."""
+
+    name: str
+    goal: float
+    measured: float
+    least: bool = False
+
+    def __str__(self) -> str:
+        held = self.measured >= self.goal if self.least else self.measured <= self.goal
+        return f"{self.name:56} {'>=' if self.least else '<='} {self.goal:<6g} {self.measured:10.3g}  {'held' if held else 'NOT HELD'}"
+
+
+HEAD = "method  sources  parameters   CPU-s  ns/param  floor x   RSS MiB  anonymous MiB | mergekit CPU-s  ns/param   RSS MiB"
+Key = tuple[str, str, int]  # method, size, sources
+
+
+class Figures:
+    """What was measured: ``ours`` and ``theirs`` (mergekit's) by method, size and sources, and the start-ups in CPU seconds."""
+
+    def __init__(self, folder: Path, kit: Path | None, repeats: int):
+        self.folder, self.kit, self.repeats, self.out = folder, kit, repeats, folder / "out"
+        self.ours: dict[Key, Cost] = {}
+        self.theirs: dict[Key, Cost] = {}
+        self.values: dict[str, int] = {}
+        tiny = make(folder, "tiny", 2)
         for method in METHODS:
-            found = least([ours(method, models, out) for _ in range(repeats)])
-            each = (found.cpu - start.cpu) / n * 1e9
-            if size == "105M" and count == 2:
-                two[method] = each
+            ours(method, tiny, self.out)  # compiles, if nothing has been merged on this machine
+        self.start = least([ours("ta", tiny, self.out) for _ in range(2 * repeats)]).cpu
+        self.kit_start = mergekit(kit, "ta", tiny, self.out).cpu if kit else 0.0
+        print(f"start-up: ours {self.start:.2f} CPU-s" + (f", mergekit {self.kit_start:.2f} CPU-s" if kit else ""), flush=True)
+
+    def measure(self, size: str, models: list[Path], peer: bool = False) -> None:
+        """Merge by every method, ours and mergekit in turns, and print a line for each."""
+        n, count, floor = parameters(models[0]), len(models) - 1, self.floor(models)
+        self.values[size] = n
+        print(f"\n{HEAD}", flush=True)
+        for method in METHODS:
+            key = (method, size, count)
+            found = self.ours[key] = least([ours(method, models, self.out) for _ in range(self.repeats)])
+            each = self.each(key)
             told = f"{method:6} {count:8} {n:11,} {found.cpu:7.2f} {each:9.1f} {each * n / 1e9 / floor:8.1f} {found.resident:9.0f} {found.anonymous:14.0f}"
-            peer = mergekit(kit, method, models, out) if kit and theirs_start and METHODS[method][0] and (size, count) == ("105M", 2) else None
-            if peer and theirs_start:
-                theirs = (peer.cpu - theirs_start.cpu) / n * 1e9
-                told += f" | {peer.cpu:14.1f} {theirs:9.0f} {peer.resident:9.0f} | {peer.cpu / found.cpu:12.1f}x {theirs / each:13.1f}x"
-            elif count == 4:
-                told += f" | {each / two[method]:.2f} times the figure of 2 sources"
+            if peer and self.kit and METHODS[method][0]:
+                theirs = self.theirs[key] = mergekit(self.kit, method, models, self.out)
+                told += f" | {theirs.cpu:14.1f} {(theirs.cpu - self.kit_start) / n * 1e9:9.0f} {theirs.resident:9.0f}"
             print(told, flush=True)
         print(f"floor  {count:8} {n:11,} {floor:7.2f} {floor / n * 1e9:9.1f}", flush=True)
-    return sets
+
+    def floor(self, models: list[Path]) -> float:
+        """CPU seconds of a loop that only reads and writes."""
+        bare = least([cost([sys.executable, "-c", "import numpy"]) for _ in range(self.repeats)]).cpu
+        files = [model / "model.safetensors" for model in models]
+        found = least([cost([sys.executable, "-c", FLOOR, *files, self.folder / "floor"]) for _ in range(self.repeats)]).cpu
+        (self.folder / "floor").unlink()
+        return max(found - bare, 1e-9)
+
+    def each(self, key: Key) -> float:
+        """Our nanoseconds a parameter, without the start-up."""
+        return (self.ours[key].cpu - self.start) / self.values[key[1]] * 1e9
+
+    def claims(self) -> Iterator[Claim]:
+        """Every claim there are figures for."""
+        yield Claim("start-up, CPU s", 1.5, self.start)
+        for key in self.ours:
+            method, size, count = key
+            if count == 2:
+                yield Claim(
+                    f"{method}, {size}, 2 sources, ns a parameter" + ("" if method == "ta" else " (stretch 17)"), 10 if method == "ta" else 25, self.each(key)
+                )
+            elif (method, size, 2) in self.ours:
+                yield Claim(f"{method}, {size}, {count} sources / 2 sources", 2.2, self.each(key) / self.each((method, size, 2)))
+        for key in self.ours:
+            peer = ("sce" if key[0] != "ta" else "ta", *key[1:])
+            if peer in self.theirs:
+                ratio = self.theirs[peer].cpu / self.ours[key].cpu
+                yield Claim(f"mergekit's {peer[0]} / our {key[0]}, CPU s of the process", 4 if key[0] == "ta" else 12, ratio, least=True)
+        if self.ours:
+            yield Claim("peak anonymous memory, MiB", 300, max(found.anonymous for found in self.ours.values()))
 
 
-def check(models: list[Path], out: Path) -> None:
+def check(models: list[Path], out: Path) -> Iterator[Claim]:
     """Compare every tensor of each method with the plain reference of the tests, given the numbers of selected values."""
     from tests.unit.test_merge_methods import reference
 
@@ -201,13 +253,18 @@ def check(models: list[Path], out: Path) -> None:
             bits = reference(method, theta, deltas, METHODS[method][1], numbers).view(np.uint32)
             differing += not np.array_equal(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2"), raw(merged[name]).view("<u2"))
             if numbers:
-                for j, delta in enumerate(deltas.astype(np.float64)):
-                    rates = np.abs(delta) / (np.abs(theta.astype(np.float64)) + 1e-8)
-                    rates -= rates.mean()
-                    skewness = (rates**3).mean() / (rates**2).mean() ** 1.5
-                    worst = max(worst, abs(row[f"S_{j}"] / skewness - 1))
-        told = f"; S within {worst:.1e} of two passes in float64" if method == "rsaf" else ""
-        print(f"{method}: {len(rows) - differing} of {len(rows)} tensors are bit-identical to the plain reference{told}", flush=True)
+                worst = max(worst, *(abs(row[f"S_{j}"] / skewness(theta, delta) - 1) for j, delta in enumerate(deltas)))
+        print(f"{method}: {len(rows) - differing} of {len(rows)} tensors are bit-identical to the plain reference", flush=True)
+        yield Claim(f"{method}, {len(phi)} sources, tensors that differ from the reference", 0, differing)
+        if worst:
+            yield Claim("rsaf, S against two passes in float64, relative", 1e-9, worst)
+
+
+def skewness(theta: np.ndarray, delta: np.ndarray) -> float:
+    """Of the rates of change: two passes, in float64."""
+    rates = np.abs(delta.astype(np.float64)) / (np.abs(theta.astype(np.float64)) + 1e-8)
+    rates -= rates.mean()
+    return float((rates**3).mean() / (rates**2).mean() ** 1.5)
 
 
 def main() -> None:
@@ -215,11 +272,24 @@ def main() -> None:
     parser.add_argument("--mergekit", type=Path, default=Path(tempfile.gettempdir()) / "mergekit-venv", help="its virtual environment; made if it is not there")
     parser.add_argument("--alone", action="store_true", help="without mergekit")
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours, of which the best counts")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="small: 105M parameters; large: 0.5B; exact: 105M against the reference")
     given = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="merge-benchmark-") as folder:
-        sets = compare(Path(folder), None if given.alone else kit_in(given.mergekit), given.repeats)
-        print()
-        check(sets["105M"][:3], Path(folder) / "out")
+    kit = None if given.alone or "small" not in given.only else kit_in(given.mergekit)
+    with tempfile.TemporaryDirectory(prefix="merge-benchmark-") as name:
+        folder, checked = Path(name), []
+        figures = Figures(folder, kit, given.repeats)
+        if {"small", "exact"} & set(given.only):
+            models = make(folder, "105M", 4)
+            for count in (2, 4) if "small" in given.only else ():
+                figures.measure("105M", models[: count + 1], peer=count == 2)
+            if "exact" in given.only:
+                checked = list(check(models[:3], folder / "out"))
+            shutil.rmtree(folder / "105M")
+        if "large" in given.only:
+            models, figures.repeats = make(folder, "0.5B", 4), 1  # long enough to be measured once
+            for count in (2, 4):
+                figures.measure("0.5B", models[: count + 1])
+    print("\n" + "\n".join(map(str, (*figures.claims(), *checked))))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 import csv
 import json
 import shutil
+import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -392,3 +394,66 @@ def test_any_shapes_and_dtypes_are_merged_as_their_values(tmp_path_factory, data
         expected, _ = merge_arrays(method, values[0], values[1:], {})
         assert found[name].shape == theta.shape
         assert torch.equal(found[name], torch.tensor(expected).to(theta.dtype))
+
+
+def test_memory_does_not_grow_with_the_tensor(tmp_path):
+    peaks = {}
+    for rows in (64, 512):  # 4 and 32 blocks
+        values = torch.arange(rows * 2048).remainder(251).view(rows, 2048).bfloat16()
+        folders = [folder_of(tmp_path / f"{rows}-{j}", {"w": values + j}) for j in range(3)]
+        for method in ("ta", "ties", "sce", "rsaf"):
+            merged(folders[0], folders[1:], tmp_path / "warm", method)  # compiled, and what Python keeps
+            tracemalloc.start()
+            engine.run(plan(folders[0], folders[1:], method, {}), tmp_path / f"{method}{rows}", "key", 1)
+            peaks[method, rows] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+    for method in ("ta", "ties", "sce", "rsaf"):
+        assert peaks[method, 512] < peaks[method, 64] + 100_000  # each of the four files has 1.8 MB more
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_no_flipped_bit_of_a_header_is_merged_over(tmp_path, broken):
+    folders = [folder_of(tmp_path / f"m{j}", {"layer.w": torch.ones(2, 3), "layer.b": torch.ones(4).half()}) for j in range(2)]
+    file = folders[broken] / "model.safetensors"
+    whole = file.read_bytes()
+    length = 8 + int.from_bytes(whole[:8], "little")
+    about = whole.index(b'"__metadata__":') + 15  # what is told there is the writer's own
+    for place in range(8 * length):
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        file.write_bytes(content)
+        if about <= place // 8 < whole.index(b"}", about) and place // 8 < length:
+            continue
+        with pytest.raises(UserError, match=rf"{folders[broken]}|layer\.[wb]"):
+            plan(folders[0], folders[1:], "ta", {})
+
+
+def test_the_progress_line_tells_the_share_and_gigabytes_a_second(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(engine.time, "monotonic", lambda: 12.0)
+    tell = engine.progress_line(10.0)
+    tell(1_000_000_000, 4_000_000_000)
+    tell(4_000_000_000, 4_000_000_000)
+    assert capsys.readouterr().err == "\r 25% of 4.00 GB, 0.50 GB/s\r100% of 4.00 GB, 2.00 GB/s\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    engine.progress_line(10.0)(1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_ends_with_all_bytes_read_and_written(tmp_path, models):
+    told, work = [], plan(models[0], models[1:], "ta", {})
+    engine.run(work, tmp_path / "out", "key", 1, lambda *given: told.append(given))
+    merged_bytes, copied = 4 * (12 + 5 + 1) * 4, 2 * (8 + 2)  # of pivot, two models and merge; integers and flags of pivot and merge
+    assert told[-1] == (merged_bytes + copied, merged_bytes + copied)
+    assert [moved for moved, _ in told] == sorted(moved for moved, _ in told)
+
+
+def test_the_report_of_rsaf_has_skewness_share_and_coefficients_of_each_model(tmp_path):
+    pivot = folder_of(tmp_path / "p", {"w": torch.ones(4)})
+    one, two = (folder_of(tmp_path / f"m{j}", {"w": 1 + torch.tensor(d)}) for j, d in enumerate(([8.0, 0, 0, 0], [0, 1.0, 1, 1])))
+    merged(pivot, [one, two], tmp_path / "out", "rsaf", tau=0.3)
+    (row,) = csv.DictReader((tmp_path / "out" / "merge_report.csv").read_text().splitlines())
+    skew = 2 / 3**0.5  # of 8 0 0 0, and the opposite of 0 1 1 1
+    hand = {"S_0": skew, "S_1": -skew, "K_0": 0.3 / (1 + skew), "K_1": 0.3 * (1 + skew), "k_0": 1, "k_1": 3, "threshold_0": 8, "threshold_1": 1,
+            "eta_0": 64 / 67, "eta_1": 3 / 67, "kept_energy": 1, "changed": 1, "sign_conflicts": 0, "values": 4}  # fmt: skip
+    assert {key: float(row[key]) for key in hand} == pytest.approx(hand, rel=1e-6)

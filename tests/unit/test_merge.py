@@ -22,14 +22,14 @@ from tests.unit.stand_ins import artifact, job
 
 WITHOUT_TORCH = """
 import runpy, sys
-sys.modules["torch"] = sys.modules["transformers"] = None  # importing them is an error
+sys.modules["torch"] = sys.modules["transformers"] = sys.modules["llmfusion.config.models"] = None  # importing them is an error
 sys.argv = ["merge", *sys.argv[1:]]
 runpy.run_module("llmfusion.merge", run_name="__main__")
 """
 
 WITHOUT_KERNELS = """
 import runpy, sys
-sys.modules["torch"] = sys.modules["transformers"] = sys.modules["numba"] = None
+sys.modules["torch"] = sys.modules["transformers"] = sys.modules["llmfusion.config.models"] = sys.modules["numba"] = None
 sys.argv = ["merge", *sys.argv[1:]]
 try:
     runpy.run_module("llmfusion.merge", run_name="__main__")
@@ -127,6 +127,17 @@ def test_checkpoints_that_do_not_fit_leave_nothing_behind(tmp_path, pivot, folde
     assert by_hand(["--method", "ta", "--pivot", str(pivot.folder), "--models", *map(str, folders), "--out", str(tmp_path / "out")]) == 2
     assert f"model.norm.weight is missing in {folders[1]}" in capsys.readouterr().err
     assert {p.name for p in tmp_path.iterdir()} == {"m1", "m2"}
+
+
+def test_another_dtype_is_written_if_it_is_asked_for(tmp_path, pivot, folders, capsys):
+    from llmfusion.merge import by_hand
+
+    words = ["--method", "ta", "--pivot", str(pivot.folder), "--models", *map(str, folders), "--out", str(tmp_path / "out"), "--set", "out_dtype=bfloat16"]
+    assert by_hand(words) == 0
+    before, after = load_file(pivot.folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: t.dtype for name, t in after.items()} == dict.fromkeys(before, torch.bfloat16)
+    assert all(torch.allclose(after[name].float(), t + 1.5, rtol=2**-8) for name, t in before.items())
+    assert "note: config.json is the pivot's; load with dtype='bfloat16'" in capsys.readouterr().err
 
 
 def parse_options(*given):
@@ -234,7 +245,7 @@ def test_a_mismatch_of_8b_models_is_refused_from_headers_alone(tmp_path):
 
 
 def test_compiled_code_goes_where_it_is_told_and_to_a_private_folder_where_home_cannot_be_written(tmp_path):
-    code = "from llmfusion.merging.kernels import cache_folder; print(cache_folder())"
+    code = "from llmfusion.merging.compiled import cache_folder; print(cache_folder())"
     home, temporary = tmp_path / "home", tmp_path / "tmp"
     home.write_text("a file: no folder can be made in it")
     temporary.mkdir()

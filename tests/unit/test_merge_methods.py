@@ -230,7 +230,7 @@ def test_what_mergekit_gives(name: str, options: dict) -> None:
 def test_a_selection_takes_exactly_k_and_the_lower_index_of_equals(k: int) -> None:
     values = np.array([1.0, 3, 3, 2, 3, 0], np.float32)
     tensor = Tensor(values, [values], deltas=True)
-    (chosen,) = select(tensor, lambda block, first: np.abs(block.deltas), [[0]], lambda tops: [k])
+    (chosen,) = select(tensor, lambda block, first: np.abs(block.deltas), [range(1)], lambda tops: [k])
     kept = values + 1  # so that a kept 0 shows
     chosen.trim(0, values, kept)
     assert (kept > 0).tolist() == top(values, k).tolist()

@@ -5,13 +5,17 @@ job reproduces the artifact. ``recipe`` is raised when a step's meaning changes.
 its inputs' fingerprints: it says what was asked for, before anything has been computed.
 """
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from llmfusion import ROOT
-from llmfusion.config.models import Study
 from llmfusion.digests import canonical, digest
+
+if TYPE_CHECKING:  # a step that only needs a recipe starts without the models of a whole study
+    from llmfusion.config.models import Study
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")  # never code or pickles
 RECIPES = {

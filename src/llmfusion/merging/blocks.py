@@ -45,7 +45,6 @@ class Tensor:
         self._surveyed = False
         width = min(BLOCK, self.size)
         self._values, self._deltas = np.empty(width, np.float32), np.empty((self.models, width), np.float32)
-        self._signs = np.empty(width, np.uint8)
 
     def blocks(self) -> Iterator[Block]:
         """All blocks, in order."""
@@ -68,16 +67,13 @@ class Tensor:
                 pass
 
     def _survey(self, start: int, theta: Array, deltas: Array) -> None:
-        largest = 0 if self.models else kernels.magnitude(theta)  # a delta from what is not finite is not finite
-        for j, delta in enumerate(deltas):
-            size, nonzero, squares = kernels.survey(delta)
-            largest = max(largest, size)
-            self.energies[j] += squares
-            self.nonzero[j] += nonzero
-        if largest > FINITE:
+        if self.models:
+            largest, conflicts = kernels.survey(deltas, self.energies, self.nonzero)
+            self.conflicts += conflicts
+        else:
+            largest = kernels.magnitude(theta)
+        if largest > FINITE:  # a delta from what is not finite is not finite
             self._refuse(start, start + theta.size)
-        if self.models > 1:
-            self.conflicts += kernels.count_conflicts(deltas, self._signs)
 
     def _refuse(self, start: int, end: int) -> None:
         """Raise :class:`UserError` for a block with a delta that is not finite: whose fault it is."""

@@ -4,7 +4,6 @@ The output has the pivot's files, each with its header first; every tensor is wr
 which tensors are finished, with a checksum: a merge that was killed goes on with the next one and gives the same bytes.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from llmfusion.digests import canonical, digest
 from llmfusion.errors import UserError
 from llmfusion.merging import kernels
 from llmfusion.merging.blocks import Array, Tensor, frozen
+from llmfusion.merging.journal import Done, Journal
 from llmfusion.merging.matching import Part
 from llmfusion.merging.methods import METHODS
 from llmfusion.merging.planning import Plan, default_threads
@@ -38,7 +38,7 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".
 JOURNAL = "journal.jsonl"
 COPIED = 4 * 2**20  # bytes at a time
 
-Told = Callable[[int, int], None]  # bytes read and written so far, and in all
+Told = Callable[[int, int], None]  # bytes read and written so far, and in all by this run
 
 
 def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: Told | None = None) -> tuple[dict[str, Any], dict[str, int]]:
@@ -49,10 +49,10 @@ def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: T
     """
     journal = Journal(out / JOURNAL, digest(key, canonical([work.method, work.options, RECIPES["merge"]])))
     done = _continued(work, out, journal)
-    total, moved = work.read + work.written, 0
     handles = {name: os.open(out / name, os.O_RDWR) for name in work.files}
     stop = threading.Event()
     waiting = sorted((part for part in work.parts if part.name not in done), key=lambda part: -math.prod(part.pivot.shape))  # the longest first
+    total, moved = sum(_bytes(work, part) for part in waiting), 0
     try:
         with ThreadPoolExecutor(threads or default_threads()) as pool:
             try:
@@ -61,7 +61,7 @@ def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: T
                     part = futures[future]
                     done[part.name] = future.result()
                     journal.add(part.name, done[part.name])
-                    moved += sum(entry.end - entry.start for entry in (part.pivot, *part.models, work.layout(part).entries[part.name]))
+                    moved += _bytes(work, part)
                     if progress:
                         progress(moved, total)
             finally:
@@ -73,10 +73,12 @@ def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: T
     return _finish(work, out, done), {part.name: done[part.name]["crc32"] for part in work.parts}
 
 
+def _bytes(work: Plan, part: Part) -> int:
+    """How many bytes of a tensor are read and written."""
+    return sum(entry.end - entry.start for entry in (part.pivot, *part.models, work.layout(part).entries[part.name]))
+
+
 # ------------------------------------------------------------------------------------------------ one tensor
-Done = dict[str, Any]  # checksum of a tensor's bytes, and its row of the report (None for one that is copied)
-
-
 def _merge_part(work: Plan, part: Part, handle: int, stop: threading.Event) -> Done:
     target = work.layout(part).entries[part.name]
     write = _Writer(handle, target.start, stop)
@@ -149,42 +151,6 @@ class _Writer:
 
 
 # ------------------------------------------------------------------------------------------------ going on, and finishing
-class Journal:
-    """Which tensors are finished: a line each, behind one with the key of the merge they belong to."""
-
-    def __init__(self, path: Path, key: str):
-        self.path, self.key = path, key
-
-    def read(self) -> dict[str, Done]:
-        """Finished tensors by name; empty where there is no journal of this merge."""
-        try:
-            lines = self.path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return {}
-        found: dict[str, Done] = {}
-        with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):  # the last line may be half written
-            if json.loads(lines[0])["key"] != self.key:
-                return {}
-            for line in lines[1:]:
-                entry = json.loads(line)
-                found[entry["tensor"]] = entry["done"]
-        return found
-
-    def start(self, done: dict[str, Done]) -> None:
-        """Begin the journal with what is known to be finished."""
-        with open(self.path, "w") as file:
-            file.write(json.dumps({"key": self.key}) + "\n")
-            file.writelines(self._line(name, entry) for name, entry in done.items())
-
-    def add(self, name: str, done: Done) -> None:
-        with open(self.path, "a") as file:
-            file.write(self._line(name, done))
-
-    @staticmethod
-    def _line(name: str, done: Done) -> str:
-        return json.dumps({"tensor": name, "done": done}) + "\n"
-
-
 def _continued(work: Plan, out: Path, journal: Journal) -> dict[str, Done]:
     """Lay out the files, keeping what an earlier run has written whole; returns that."""
     names = {part.name: part for part in work.parts}

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfusion.artifacts import require
-from llmfusion.merging import kernels
+from llmfusion.merging import kernels, ranking
 from llmfusion.merging.blocks import BLOCK, Array, Block, Tensor
 from llmfusion.merging.selection import Keys, Top, select
 
@@ -58,12 +58,10 @@ def ties(tensor: Tensor, options: Options) -> Plan:
     ``int(density n)`` values a model, at least one. The sign is that of the weighted sum, + where it is 0. ``normalize`` (default)
     divides by the weights that agree.
     """
-    weights, keys = _weights(options, tensor, 1.0), _scratch(tensor, tensor.models)
+    weights = _weights(options, tensor, 1.0)
 
     def sizes(block: Block, first: bool) -> Array:
-        for key, delta in zip(keys, block.deltas, strict=True):
-            kernels.sizes(delta, key)
-        return keys[:, : block.theta.size]
+        return block.deltas
 
     count = max(1, int(options.get("density", 0.6) * tensor.size)) if tensor.size else 0
     tops = select(tensor, sizes, _each(tensor), lambda tops: [count] * tensor.models)
@@ -84,7 +82,7 @@ def sce(tensor: Tensor, options: Options) -> Plan:
         return _combined(tensor, options, tensor.energies, None, {"k": float(tensor.size), "threshold": 0.0})
 
     def spreads(block: Block, first: bool) -> Array:
-        kernels.spreads(block.deltas, key[0, : block.theta.size])
+        ranking.spreads(block.deltas, key[0, : block.theta.size])
         return key[:, : block.theta.size]
 
     (top,) = select(tensor, spreads, [range(tensor.models)], lambda tops: [int(tau * tops[0].nonzero)])
@@ -107,11 +105,9 @@ def rsaf(tensor: Tensor, options: Options) -> Plan:
         for key, delta, moment in zip(keys[:, : block.theta.size], block.deltas, moments, strict=True):
             if first:
                 moment.add(block.theta, delta, eps, key, log)
-            if by_delta:
-                kernels.sizes(delta, key)
-            elif log or not first:
-                kernels.rates(block.theta, delta, eps, key)
-        return keys[:, : block.theta.size]
+            if (log or not first) and not by_delta:
+                ranking.rates(block.theta, delta, eps, key)
+        return block.deltas if by_delta else keys[:, : block.theta.size]
 
     shares: list[float] = []
 
@@ -158,8 +154,8 @@ class Moments:
 
         def sums(centre: float, into: NDArray[np.float64]) -> int:
             if log:
-                return kernels.log_moments(theta, delta, eps, centre, into)
-            kernels.rates_and_moments(theta, delta, eps, centre, key, into)
+                return ranking.log_moments(theta, delta, eps, centre, into)
+            ranking.rates_and_moments(theta, delta, eps, centre, key, into)
             return theta.size
 
         if self._centre is None:
@@ -227,9 +223,9 @@ def _scratch(tensor: Tensor, *rows: int) -> Array:
     return np.empty((*rows, min(BLOCK, tensor.size)), np.float32)
 
 
-def _each(tensor: Tensor) -> list[list[int]]:
+def _each(tensor: Tensor) -> list[range]:
     """A selection for each model alone."""
-    return [[j] for j in range(tensor.models)]
+    return [range(j, j + 1) for j in range(tensor.models)]
 
 
 def _share(squares: float, tensor: Tensor) -> float:

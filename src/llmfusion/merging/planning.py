@@ -50,7 +50,7 @@ class Plan:
 
     def seconds(self, threads: int) -> float:
         """About how long the arithmetic takes, from what was measured on cores of 2.5 GHz; a slow disk takes longer."""
-        a_model = {"ta": 2e-9, "ties": 9e-9}.get(self.method, 8e-9)
+        a_model = {"ta": 2e-9, "ties": 8e-9}.get(self.method, 9e-9)
         return 1.0 + self.values * (3e-9 + a_model * len(self.matching.models)) / threads
 
 
