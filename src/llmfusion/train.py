@@ -26,8 +26,8 @@ def make(job: Job) -> None:
     """
     from llmfusion.fusion.sources import source_of
     from llmfusion.models.batches import device_of
-    from llmfusion.models.loading import load_model, load_tokenizer, save_model
-    from llmfusion.training import distributed
+    from llmfusion.models.loading import load_tokenizer
+    from llmfusion.training import sharding
     from llmfusion.training.run import Trainee, train
 
     spec = job.spec["run"]
@@ -37,10 +37,9 @@ def make(job: Job) -> None:
     caches = {name: job.input(f"teachers/{name}/{spec['mix']}") for name in spec.get("teachers", [])}
     teachers = [source_of(name, cache, tokenizer, rows, device_of(), spec["fusion"]) for name, cache in caches.items()]
     mixes = [job.input(f"data/mix/{spec['mix']}"), *(job.input(f"data/generated/{m}/{spec['mix']}") for m in spec.get("generated", []))]
-    model = load_model(pivot, "float32")  # last: everything that can be refused is refused before
-    facts = train(job, Trainee(model, tokenizer), spec, mixes, teachers)
-    if distributed.rank() == 0:
-        facts |= save_model(model, tokenizer, job.folder, spec.get("save_dtype", "bfloat16"))
+    trainee = Trainee(sharding.load(pivot, spec), tokenizer)  # last: everything that can be refused is refused before
+    facts = train(job, trainee, spec, mixes, teachers)
+    facts |= trainee.save(job.folder, spec.get("save_dtype", "bfloat16"))
     job.facts.update(facts, license=sorted(set(pivot.licences)))
 
 
