@@ -1,8 +1,10 @@
 """Step ``train``: SFT, SeqKD, knowledge fusion or unified fusion of one model, as its spec says."""
 
+import shutil
 import sys
+from typing import Any
 
-from llmfusion.artifacts import require
+from llmfusion.artifacts import Artifact, require
 from llmfusion.step import Job, run
 
 
@@ -27,7 +29,7 @@ def make(job: Job) -> None:
     from llmfusion.fusion.sources import source_of
     from llmfusion.models.batches import device_of
     from llmfusion.models.loading import load_tokenizer
-    from llmfusion.training import sharding
+    from llmfusion.training import distributed, sharding
     from llmfusion.training.run import Trainee, train
 
     spec = job.spec["run"]
@@ -41,6 +43,18 @@ def make(job: Job) -> None:
     facts = train(job, trainee, spec, mixes, teachers)
     facts |= trainee.save(job.folder, spec.get("save_dtype", "bfloat16"))
     job.facts.update(facts, license=sorted(set(pivot.licences)))
+    if distributed.rank() == 0:
+        _finish(job, spec, pivot, mixes[0])
+
+
+def _finish(job: Job, spec: dict[str, Any], pivot: Artifact, mix: Artifact) -> None:
+    """What a checkpoint has besides its weights: the pivot's generation settings as they are, and a card."""
+    from llmfusion.models.card import write_training_card
+
+    settings = "generation_config.json"
+    if settings in pivot.manifest["files"]:
+        shutil.copyfile(pivot.file(settings), job.folder / settings)
+    write_training_card(job.folder, spec, job.facts, list(mix.facts.get("datasets", {})), job.facts["license"])
 
 
 if __name__ == "__main__":

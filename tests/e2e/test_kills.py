@@ -386,10 +386,11 @@ def test_a_job_ends_within_its_minutes_and_goes_on_bit_for_bit(start: Callable[[
 
 def _a_clock_five_times_as_fast() -> None:
     """A step takes 16 seconds of it."""
+    from llmfusion.training import reserve
     from llmfusion.training import run as training
 
     began = time.monotonic()
-    training.time = step.time = SimpleNamespace(monotonic=lambda: 5 * time.monotonic(), time=time.time)  # type: ignore[assignment]
+    training.time = reserve.time = step.time = SimpleNamespace(monotonic=lambda: 5 * time.monotonic(), time=time.time)  # type: ignore[assignment]
     training.SAVE_SECONDS = 900.0
     one, leave = training._Loop._step, sys.exit
 
