@@ -143,9 +143,10 @@ SHARDED = {"sharding": "full"}
         {"optimizer": "adamw", "activation_checkpointing": True},
         {**UDF, "micro_batch_size": 2, "cautious_norm": "numel_plus_1"},
         {**UDF, "micro_batch_tokens": 120},
+        {**UDF, "precision": "bfloat16", "activation_checkpointing": True, "micro_batch_size": 1},
         PROJECTED,
     ],
-    ids=["clipped", "adamw, checkpointing", "micro-batches, numel_plus_1", "by tokens", "projected"],
+    ids=["clipped", "adamw, checkpointing", "micro-batches, numel_plus_1", "by tokens", "bfloat16", "projected"],
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
 def test_a_model_split_over_two_processes_trains_as_in_one(start, tmp_path, pivot, tied_teacher, changed, tied):

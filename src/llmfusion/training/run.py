@@ -194,7 +194,8 @@ class _Loop:
     def _student(self, drawn: Sequence[Drawn]) -> StudentTokens:
         """The student's final states at the label rows of some samples."""
         ids, attention = pad([d.encoded.ids for d in drawn], self.device)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.spec.get("precision") == "bfloat16"):
+        low, whole = self.spec.get("precision") == "bfloat16", self.spec.get("sharding", "none") == "none"
+        with torch.autocast(self.device, torch.bfloat16, enabled=low, cache_enabled=whole):  # a cache would keep all layers of a sharded model
             hidden = self.states(ids, attention)  # (B, T, d)
         places = torch.tensor([i * hidden.shape[1] + at for i, d in enumerate(drawn) for at in label_rows(d.encoded)], device=self.device)
         labels = [d.encoded.label_ids for d in drawn]
