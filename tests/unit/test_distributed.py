@@ -167,6 +167,16 @@ def test_a_model_split_over_two_processes_trains_as_in_one(start, tmp_path, pivo
     assert not (tmp_path / "two-1.pt").exists()
 
 
+def test_bfloat16_parameters_can_be_split_too(start, tmp_path):
+    spec = {**SPEC, "parameters": "bfloat16"}
+    assert start("one", spec, 1) == [0]
+    assert start("two", {**spec, **SHARDED}, 2) == [0, 0]
+    assert {t.dtype for t in weights(tmp_path, "one").values()} == {torch.bfloat16}
+    for a, b in zip(records(tmp_path, "one"), records(tmp_path, "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+    assert records(tmp_path, "two")[-1]["loss"] < 0.9 * records(tmp_path, "two")[0]["loss"]
+
+
 def dropout(model):
     model.config.attention_dropout = 0.1  # what an empty twin is made from
     for layer in model.model.layers:

@@ -51,6 +51,8 @@ def shard(model: Any) -> States:
     mesh = init_device_mesh(device_of(), (count(),))
     given = dict(model.named_parameters())
     states = States(hollow(model))
+    for name, parameter in states.model.named_parameters():
+        parameter.data = parameter.data.to(given[name].dtype)
     for layer in layers_of(states):
         fully_shard(layer, mesh=mesh)
     fully_shard(states, mesh=mesh, reshard_after_forward=False)
