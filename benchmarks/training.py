@@ -7,7 +7,6 @@ and recomputing activations do to tokens a second and to memory. Times are compa
 import argparse
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -95,16 +94,22 @@ def losses(root: Path, name: str, changed: dict[str, Any], processes: int) -> li
     return [json.loads(line)["loss"] for line in (root / name / "out/metrics.jsonl").read_text().splitlines()]
 
 
+def memory(what: str) -> float:
+    """MiB of this process: ``VmRSS`` now, ``VmHWM`` at the peak."""
+    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+
+
 def measure(root: Path, mode: str) -> None:
     """Print tokens a second, share of padding, and MiB at the peak, all and beyond those before the first step; for a process of its own."""
     run.RECORD_EVERY = 1
     pivot = artifact(root / "results/models/base/pivot")
     model, made = load_model(pivot, "float32"), job(root, name=mode.replace(" ", "-"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    before = memory("VmRSS")
     train(made, Trainee(model, load_tokenizer(pivot, None)), {**SPEC, **MODES[mode]}, [artifact(root / "results/data/mix/m", max_length=1024)], [])
     timings = made.measured["training"]["timings"][1:]  # the first step allocates
     tokens, seconds = sum(t["tokens_per_second"] * t["seconds"] for t in timings), sum(t["seconds"] for t in timings)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = memory("VmHWM")
     print(json.dumps({"speed": tokens / seconds, "padding": statistics.mean(t["padding"] for t in timings), "peak": peak, "more": peak - before}))
 
 
