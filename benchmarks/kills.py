@@ -85,12 +85,14 @@ def killed(fresh: Path, place: Path, moment: float, seconds: float, expected: by
         raise SystemExit(f"it had ended before it was killed at {moment:.2f} of {seconds:.1f} s; is the machine much faster now than a minute ago?")
     again = start(place)
     said, _ = again.communicate()
-    went_on = [int(line.split()[3]) for line in said.splitlines() if line.startswith("going on after step")]
+    went_on = [int(line.split()[4]) for line in said.splitlines() if line.startswith("going on after step")]
     same = again.returncode == 0 and (place / OUT).read_bytes() == expected
     if not same:
         print(f"killed at {moment:.2f}: status {again.returncode}, {said[-2000:]}", flush=True)
     shutil.rmtree(place)
-    return Killed(moment, went_on[0] if went_on else 0, same)
+    step = went_on[0] if went_on else 0
+    print(f"killed at {moment:.2f} of the time, went on after step {step}: {'the same bytes' if same else 'OTHER BYTES'}", flush=True)
+    return Killed(moment, step, same)
 
 
 def main() -> int:
@@ -111,8 +113,6 @@ def main() -> int:
         with ThreadPoolExecutor(given.jobs) as pool:
             tasks = [pool.submit(killed, fresh, Path(name) / f"k{i}", moment, seconds, expected) for i, moment in enumerate(moments)]
             found = [task.result() for task in tasks]
-    for one in found:
-        print(f"killed at {one.moment:.2f}, went on after step {one.step}: {'the same bytes' if one.same else 'OTHER BYTES'}")
     print(f"bit-identical {sum(one.same for one in found)}/{len(found)} (goal {len(found)}/{len(found)})")
     return int(not all(one.same for one in found))
 

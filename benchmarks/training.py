@@ -35,9 +35,9 @@ WIDE = {**SHAPE, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_laye
 SPEC: dict[str, Any] = {"steps": 4, "batch_size": 16, "lr": 1e-3, "seed": 3}
 MODES: dict[str, dict[str, Any]] = {
     "four at a time": {"micro_batch_size": 4},
-    "sorted, 2,048 tokens at a time": {"micro_batch_tokens": 2048},
+    "sorted, 1,024 tokens at a time": {"micro_batch_tokens": 1024},
     "recomputed, four at a time": {"micro_batch_size": 4, "activation_checkpointing": True},
-    "recomputed, sorted": {"micro_batch_tokens": 2048, "activation_checkpointing": True},
+    "recomputed, sorted": {"micro_batch_tokens": 1024, "activation_checkpointing": True},
 }
 
 
