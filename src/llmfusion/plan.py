@@ -84,7 +84,7 @@ def _table(estimate: Estimate, wall: float, gpus: int) -> list[str]:
     left = estimate.gpu_hours(estimate.left.values())
     most, limit = max((job.memory, STAGES[job.step]) for job in estimate.jobs.values()), estimate.workload.assumed.gpu_memory
     if most[0] > limit:
-        out += ["", f"memory: {most[1]} need up to {most[0] / 1e9:,.0f} GB in one GPU, {limit / 1e9:,.0f} are assumed: models are not split over GPUs yet"]
+        out += ["", f"memory: {most[1]} need up to {most[0] / 1e9:,.0f} GB in one GPU, {limit / 1e9:,.0f} are assumed: see `sharding` in docs/cluster.md"]
     return [*out, "", f"still to do: {left:,.1f} GPU-hours; wall time on {gpus} GPUs: {wall:,.1f} hours"]
 
 

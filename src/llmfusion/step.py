@@ -34,6 +34,7 @@ class Job:
     minutes: float | None
     began: float = field(default_factory=time.monotonic)  # what its minutes are counted from; the same clock in all processes
     start: float | None = None  # seconds until the work itself began, as begins() noted them
+    measured: dict[str, Any] = field(default_factory=dict)  # for its provenance: what is not the same at every run
     needs: str = ""  # what need() was told, for the message where the disk fills all the same
 
     def input(self, address: str) -> Artifact:
@@ -130,7 +131,7 @@ def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
         try:
             build(job)
             lease.check()
-            artifacts.publish(draft, given.out, {**provenance.collect(started), "start_seconds": job.start})
+            artifacts.publish(draft, given.out, {**provenance.collect(started), "start_seconds": job.start, **job.measured})
         except Exception as error:
             if isinstance(error, OSError):
                 lease.check()  # the draft may be gone because another writer took over: then say that

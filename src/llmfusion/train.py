@@ -1,8 +1,10 @@
 """Step ``train``: SFT, SeqKD, knowledge fusion or unified fusion of one model, as its spec says."""
 
+import shutil
 import sys
+from typing import Any
 
-from llmfusion.artifacts import require
+from llmfusion.artifacts import Artifact, require
 from llmfusion.step import Job, run
 
 
@@ -26,8 +28,8 @@ def make(job: Job) -> None:
     """
     from llmfusion.fusion.sources import source_of
     from llmfusion.models.batches import device_of
-    from llmfusion.models.loading import load_model, load_tokenizer, save_model
-    from llmfusion.training import distributed
+    from llmfusion.models.loading import load_tokenizer
+    from llmfusion.training import distributed, sharding
     from llmfusion.training.run import Trainee, train
 
     spec = job.spec["run"]
@@ -37,11 +39,22 @@ def make(job: Job) -> None:
     caches = {name: job.input(f"teachers/{name}/{spec['mix']}") for name in spec.get("teachers", [])}
     teachers = [source_of(name, cache, tokenizer, rows, device_of(), spec["fusion"]) for name, cache in caches.items()]
     mixes = [job.input(f"data/mix/{spec['mix']}"), *(job.input(f"data/generated/{m}/{spec['mix']}") for m in spec.get("generated", []))]
-    model = load_model(pivot, "float32")  # last: everything that can be refused is refused before
-    facts = train(job, Trainee(model, tokenizer), spec, mixes, teachers)
-    if distributed.rank() == 0:
-        facts |= save_model(model, tokenizer, job.folder, spec.get("save_dtype", "bfloat16"))
+    trainee = Trainee(sharding.load(pivot, spec), tokenizer)  # last: everything that can be refused is refused before
+    facts = train(job, trainee, spec, mixes, teachers)
+    facts |= trainee.save(job.folder, spec.get("save_dtype", "bfloat16"))
     job.facts.update(facts, license=sorted(set(pivot.licences)))
+    if distributed.rank() == 0:
+        _finish(job, spec, pivot, mixes[0])
+
+
+def _finish(job: Job, spec: dict[str, Any], pivot: Artifact, mix: Artifact) -> None:
+    """What a checkpoint has besides its weights: the pivot's generation settings as they are, and a card."""
+    from llmfusion.models.card import write_training_card
+
+    settings = "generation_config.json"
+    if settings in pivot.manifest["files"]:
+        shutil.copyfile(pivot.file(settings), job.folder / settings)
+    write_training_card(job.folder, spec, job.facts, list(mix.facts.get("datasets", {})), job.facts["license"])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks import small
+from llmfusion import train
 from llmfusion.errors import UserError
 from llmfusion.training.launch import in_processes
-from tests.unit.stand_ins import artifact, job
+from tests.unit.stand_ins import ARCHITECTURE, artifact, job
 
 STAND_IN = "tests.e2e.rank_stand_in"
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +107,27 @@ def test_nobody_goes_on_when_the_one_that_started_them_is_killed(running):
     child.kill()
     child.wait()
     assert gone(family)
+
+
+def test_a_model_split_over_two_processes_becomes_an_ordinary_checkpoint(tmp_path):
+    from llmfusion.models.loading import load_model, load_tokenizer
+
+    mix, tokenizer, model = small.pieces(tmp_path, small.samples(12, 3, 12), {**ARCHITECTURE, "initializer_range": 0.02}, 300, 128)
+    pivot = small.checkpoint(tmp_path, "pivot", model, tokenizer)
+    inputs = {"models/base/pivot": pivot, "data/mix/m": mix}
+    run = {"init": "base/pivot", "mix": "m", "steps": 3, "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
+    alone, together = job(tmp_path, {"run": run}, inputs, "alone"), job(tmp_path, {"run": {**run, "processes": 2, "sharding": "full"}}, inputs, "together")
+    train.build(alone)
+    train.build(together)
+    assert sorted(p.name for p in together.folder.iterdir()) == sorted(p.name for p in alone.folder.iterdir())
+    assert together.facts == {**alone.facts, "loss": pytest.approx(alone.facts["loss"], rel=1e-5)}
+    weights, expected = (load_model(artifact(made.folder, **made.facts), "float32").state_dict() for made in (together, alone))
+    before = model.state_dict()
+    for name, value in expected.items():
+        assert (weights[name] - value).norm() < 1e-3 * (value - before[name]).norm(), name
+    assert load_tokenizer(together.folder, None).get_vocab() == tokenizer.get_vocab()
+    assert [t["step"] for t in together.measured["training"]["timings"]] == [1, 3]
+    assert not list((together.work).glob("processes-*"))
 
 
 def test_artifacts_are_not_verified_once_more_by_each_process(tmp_path):

@@ -1,6 +1,7 @@
 """Sections on their own: strict types, defaults, aliases; and the published schema."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_a_study_cannot_be_changed_after_it_is_read() -> None:
 def test_micro_batches_must_divide_the_batch(micro: int) -> None:
     with pytest.raises(ValidationError, match=f"no multiple of micro_batch_size {micro}"):
         small_study(lambda d: d["models"]["trained"]["sft"].update(micro_batch_size=micro))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"sharding": "full"}, "sharding: full splits the model over processes; give processes: 2 or more"),
+        ({"micro_batch_size": 1, "micro_batch_tokens": 100}, "give micro_batch_size or micro_batch_tokens, not both"),
+        ({"schedule": "constant", "lr_min": 1e-5}, "lr_min 1e-05 is never reached with schedule: constant; leave it out"),
+    ],
+)
+def test_keys_of_a_training_that_contradict_each_other_are_refused(changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(told)):
+        small_study(lambda d: d["models"]["trained"]["sft"].update(changed))
 
 
 def test_a_vocabulary_cannot_be_smaller_than_the_bytes() -> None:

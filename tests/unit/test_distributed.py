@@ -13,12 +13,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llmfusion.errors import UserError
 from llmfusion.fusion.sources import source_of
 from llmfusion.models.loading import load_model, save_model
 from llmfusion.models.scratch import make_model, make_tokenizer
 from llmfusion.teachers.capture import capture
-from llmfusion.training import distributed
+from llmfusion.training import checkpoint, distributed, sharding
 from llmfusion.training import run as module
 from llmfusion.training.run import Trainee, train
 from tests.unit.stand_ins import artifact, job
@@ -68,20 +67,22 @@ def in_two(call: Callable[[], None]) -> list[int]:
 
 
 @pytest.fixture
-def start(tmp_path, pivot, tokenizer, mix, cache, tied_cache, foreign, monkeypatch):
+def start(tmp_path, pivot, tied_teacher, tokenizer, mix, cache, tied_cache, foreign, monkeypatch):
     """Train from the pivot into a named job, in one or two processes; each writes its weights as the step ends."""
     monkeypatch.setattr(module, "RECORD_EVERY", 1)
     caches = {"one": cache, "two": tied_cache, "far": foreign}
 
-    def go(name: str, spec: dict[str, Any], processes: int, spoil: Callable[[Any], None] = lambda model: None) -> list[int]:
+    def go(name: str, spec: dict[str, Any], processes: int, spoil: Callable[[Any], None] = lambda model: None, tied: bool = False) -> list[int]:
         made = job(tmp_path, name=name)
 
         def one() -> None:
-            model = load_model(pivot, "float32")
-            spoil(model)
+            trainee = Trainee(sharding.load(pivot if not tied else tied_teacher, spec), tokenizer)
+            spoil(trainee.model)
             sources = [source_of(t, caches[t], tokenizer, 300, "cpu", spec["fusion"]) for t in spec.get("teachers", [])]
-            train(made, Trainee(model, tokenizer), spec, [mix], sources)
-            torch.save(model.state_dict(), tmp_path / f"{name}-{distributed.rank()}.pt")
+            train(made, trainee, spec, [mix], sources)
+            model = sharding.whole(trainee.model, torch.float32)
+            if model is not None:
+                torch.save(model.state_dict(), tmp_path / f"{name}-{distributed.rank()}.pt")
 
         if processes == 2:
             return in_two(one)
@@ -132,33 +133,133 @@ def test_each_of_two_processes_works_on_half_of_the_samples(start, tmp_path, mon
     assert not set(first) & set(second)  # 24 of 29 samples, none twice
 
 
-def test_sigterm_to_one_process_stops_both_after_the_same_step_and_they_go_on_bit_for_bit(start, tmp_path, monkeypatch):
-    """With dropout: going on needs what the random numbers depend on."""
+SHARDED = {"sharding": "full"}
 
-    def dropout(model):
-        for layer in model.model.layers:
-            layer.self_attn.attention_dropout = 0.1
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"clip_norm": 0.05},
+        {"optimizer": "adamw", "activation_checkpointing": True},
+        {**UDF, "micro_batch_size": 2, "cautious_norm": "numel_plus_1"},
+        {**UDF, "micro_batch_tokens": 120},
+        {**UDF, "precision": "bfloat16", "activation_checkpointing": True, "micro_batch_size": 1},
+        PROJECTED,
+    ],
+    ids=["clipped", "adamw, checkpointing", "micro-batches, numel_plus_1", "by tokens", "bfloat16", "projected"],
+)
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+def test_a_model_split_over_two_processes_trains_as_in_one(start, tmp_path, pivot, tied_teacher, changed, tied):
+    spec = {**SPEC, "lr": 1e-3, **changed}
+    assert start("one", spec, 1, tied=tied) == [0]
+    assert start("two", {**spec, **SHARDED}, 2, tied=tied) == [0, 0]
+    for a, b in zip(records(tmp_path, "one"), records(tmp_path, "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        for key in ("weight", "t2s_ce", "s2t_kl", "aligned"):
+            assert b.get(key) == (pytest.approx(a[key], rel=1e-4) if key in a else None)
+    alone, together = weights(tmp_path, "one"), weights(tmp_path, "two")
+    assert list(together) == list(alone)
+    before = load_model(tied_teacher if tied else pivot, "float32").state_dict()
+    for name, expected in alone.items():
+        moved = (expected - before[name]).norm()
+        assert (together[name] - expected).norm() <= 1e-3 * moved, name  # of the way the tensor has come
+    assert not (tmp_path / "two-1.pt").exists()
+
+
+def test_bfloat16_parameters_can_be_split_too(start, tmp_path):
+    spec = {**SPEC, "parameters": "bfloat16"}
+    assert start("one", spec, 1) == [0]
+    assert start("two", {**spec, **SHARDED}, 2) == [0, 0]
+    assert {t.dtype for t in weights(tmp_path, "one").values()} == {torch.bfloat16}
+    for a, b in zip(records(tmp_path, "one"), records(tmp_path, "two"), strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=0.02)
+    assert records(tmp_path, "two")[-1]["loss"] < 0.9 * records(tmp_path, "two")[0]["loss"]
+
+
+def dropout(model):
+    model.config.attention_dropout = 0.1  # what an empty twin is made from
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+
+
+def interrupting(monkeypatch, number, by=signal.SIGTERM):
+    """The second process gets a signal as step ``number`` (from 0) ends; undone with the ``with``."""
     step = module._Loop._step
 
-    def interrupted(self, number, samples):
-        step(self, number, samples)
-        if number == 2 and distributed.rank() == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def interrupted(self, at, samples):
+        step(self, at, samples)
+        if at == number and distributed.rank() == 1:
+            os.kill(os.getpid(), by)
 
+    monkeypatch.setattr(module._Loop, "_step", interrupted)
+
+
+@pytest.mark.parametrize("how", [{}, SHARDED, {**SHARDED, "activation_checkpointing": True}], ids=["whole", "sharded", "sharded, checkpointing"])
+def test_sigterm_to_one_process_stops_both_after_the_same_step_and_they_go_on_bit_for_bit(start, tmp_path, monkeypatch, how):
+    """With dropout: going on needs what the random numbers depend on."""
+    spec = {**SPEC, **UDF, **how}
     with monkeypatch.context() as patch:
-        patch.setattr(module._Loop, "_step", interrupted)
-        assert start("stopped", {**SPEC, **UDF}, 2, dropout) == [143, 143]
-    [state] = (tmp_path / "stopped/work/state").glob("*.safetensors")
-    with safe_open(state, framework="pt") as file:
+        interrupting(patch, 2)
+        assert start("stopped", spec, 2, dropout) == [143, 143]
+    states = sorted((tmp_path / "stopped/work/state").glob("*.safetensors"))
+    assert [p.name for p in states] == [f"step-00000003.{part}safetensors" for part in (("1-of-2.", "2-of-2.") if "sharding" in how else ("",))]
+    with safe_open(states[0], framework="pt") as file:
         assert file.metadata()["step"] == "3"
-    assert start("stopped", {**SPEC, **UDF}, 2, dropout) == [0, 0]
-    assert start("whole", {**SPEC, **UDF}, 2, dropout) == [0, 0]
-    assert start("plain", {**SPEC, **UDF}, 2) == [0, 0]
+    assert start("stopped", spec, 2, dropout) == [0, 0]
+    assert start("whole", spec, 2, dropout) == [0, 0]
+    assert start("plain", spec, 2) == [0, 0]
     assert (tmp_path / "stopped/out/metrics.jsonl").read_bytes() == (tmp_path / "whole/out/metrics.jsonl").read_bytes()
     for name, expected in weights(tmp_path, "whole").items():
         assert torch.equal(weights(tmp_path, "stopped")[name], expected)
     assert records(tmp_path, "plain") != records(tmp_path, "whole")  # dropout is there
+
+
+@pytest.fixture
+def killed(start, tmp_path, monkeypatch):
+    """A sharded training, with a state after each step, whose second process was killed before it had written its part of the fourth."""
+    monkeypatch.setattr(module, "SAVE_SECONDS", -1.0)
+    assert start("whole", {**SPEC, **UDF, **SHARDED}, 2) == [0, 0]
+    write = checkpoint._write
+
+    def last_word(path, tensors, note):
+        if path.name == "step-00000004.2-of-2.safetensors":
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, tensors, note)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", last_word)
+        assert start("killed", {**SPEC, **UDF, **SHARDED}, 2) == [70, -signal.SIGKILL]
+    state = tmp_path / "killed/work/state"
+    assert {p.name.split(".")[0] for p in state.iterdir()} == {"step-00000002", "step-00000003", "step-00000004"}
+    return state
+
+
+def went_on_as_the_undisturbed(tmp_path):
+    expected = weights(tmp_path, "whole")
+    same = [torch.equal(value, expected[name]) for name, value in weights(tmp_path, "killed").items()]
+    return all(same) and len(same) == len(expected) and records(tmp_path, "killed") == records(tmp_path, "whole")
+
+
+def test_a_sharded_state_counts_only_when_all_parts_are_there(start, tmp_path, killed, capfd):
+    assert start("killed", {**SPEC, **UDF, **SHARDED}, 2) == [0, 0]
+    assert "step-00000004.2-of-2.safetensors is damaged or was not finished; taking the one before" in capfd.readouterr().out
+    assert went_on_as_the_undisturbed(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["1-of-2.safetensors", "2-of-2.safetensors", "2-of-2.sha256"])
+def test_a_damaged_part_is_told_by_its_own_process_and_both_take_the_state_before(start, tmp_path, killed, part, capfd):
+    path = killed / f"step-00000003.{part}"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert start("killed", {**SPEC, **UDF, **SHARDED}, 2) == [0, 0]
+    assert capfd.readouterr().out.count("step-00000003.") == 1
+    assert went_on_as_the_undisturbed(tmp_path)
+
+
+def test_a_state_of_another_number_of_processes_is_refused_in_words(start, tmp_path, killed, capfd):
+    assert start("killed", {**SPEC, **UDF}, 2) == [70, 70]
+    assert "the state after step 4 is of 2 processes, this training has 1: parts are not cut anew. Go on with `processes: 2`" in capfd.readouterr().err
+    assert (killed / "step-00000003.1-of-2.safetensors").exists()
 
 
 def test_a_loss_that_is_not_a_number_in_one_process_stops_both_in_the_same_words(start, tmp_path, monkeypatch, capfd):
@@ -184,16 +285,11 @@ def test_a_gradient_that_one_process_lacks_is_summed_with_zeros(tmp_path):
         assert never.grad is None
         assert distributed.sum_records({"b": {"x": 1.5, "a": 2}, "a": distributed.rank()}) == {"a": 1.0, "b": {"a": 4.0, "x": 3.0}}
         assert distributed.any_of(distributed.rank() == 1, False) == [True, False]
-        assert distributed.same(4)
-        assert not distributed.same(distributed.rank())
 
     assert in_two(sums) == [0, 0]
 
 
 def test_one_process_needs_no_group():
     assert (distributed.rank(), distributed.count()) == (0, 1)
-    assert distributed.part([1, 2, 3]) == [1, 2, 3]
     assert distributed.any_of(True, False) == [True, False]
     assert distributed.sum_records({"a": 1}) == {"a": 1}
-    with pytest.raises(UserError, match="x"):
-        distributed.first_then_others(lambda: (_ for _ in ()).throw(UserError("x")))

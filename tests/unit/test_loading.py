@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from llmfusion.data.chat import TEMPLATES
 from llmfusion.errors import DamagedError, UserError
-from llmfusion.models.loading import count_parameters, end_tokens, load_model, load_tokenizer, model_facts, save_model, vocabulary_sha256
+from llmfusion.models.loading import count_parameters, empty_model, end_tokens, hollow, load_model, load_tokenizer, model_facts, save_model, vocabulary_sha256
 from tests.unit.stand_ins import artifact
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -187,3 +187,18 @@ def test_a_second_copy_of_the_weights_beside_the_index_is_not_counted_and_not_me
     shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
     assert [p.name for p in weight_files(folder)] == ["model.safetensors"]
     assert entries_of(folder).keys() == entries_of(pivot.folder).keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_empty_model_has_the_shape_and_the_ties_but_no_weights(pivot, tied_teacher, tied):
+    made = tied_teacher if tied else pivot
+    full = load_model(made, "float32")
+    for empty in (empty_model(made), hollow(full)):
+        assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in full.named_parameters()}
+        assert {p.device.type for p in empty.parameters()} == {"meta"}
+        assert (empty.lm_head.weight is empty.model.embed_tokens.weight) == tied
+        assert not empty.training
+        for name, buffer in full.named_buffers():
+            assert torch.equal(empty.get_buffer(name), buffer)
+    assert hollow(full.train()).training
+    assert hollow(full).generation_config is full.generation_config

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmfusion.training.optim import CautiousAdamW, learning_rate
+from llmfusion.errors import UserError
+from llmfusion.training.optim import CautiousAdamW, clip, learning_rate, moving, require_moving
 
 
 def start(shapes=((3, 4), (5,)), seed=0):
@@ -103,3 +104,43 @@ def test_the_rate_rises_to_its_peak_and_falls_along_half_a_cosine():
     assert all(a > b for a, b in pairwise(rates[10:]))
     assert 0.5 < rates[-1] < 0.501
     assert learning_rate(0, 100, 2.0, 0.0, 0.0) == 2.0
+
+
+def test_the_other_schedules_are_a_line_and_a_level_behind_the_same_warm_up():
+    line, level = ([learning_rate(step, 100, 2.0, 0.5, 0.1, schedule) for step in range(100)] for schedule in ("linear", "constant"))
+    np.testing.assert_allclose(line[:10], 0.2 * np.arange(1, 11))
+    np.testing.assert_allclose(line[10:], 2.0 - 1.5 * np.arange(90) / 90)
+    assert level[:10] == line[:10]
+    assert [learning_rate(step, 100, 2.0, 0.0, 0.1, "constant") for step in range(10, 100)] == [2.0] * 90
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_of_them():
+    parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert clip(parameters, 1.0) == pytest.approx(5.0)
+    assert parameters[1].grad.item() == pytest.approx(0.8, rel=1e-5)
+
+
+def weights(precision):
+    model = torch.nn.Linear(300, 400, bias=False)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.weight, std=0.02)
+    return model.to(precision)
+
+
+def test_bfloat16_weights_move_where_the_step_is_half_of_the_gap_to_the_next_number():
+    weight = torch.tensor([1.0, 0.5, 2.0**-10])  # below 1 the gap is half of that above: 2^-8 and 2^-7
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(weight.bfloat16())
+    assert moving(model, 2.0**-8 * 1.01) == pytest.approx(6 / 6)
+    assert moving(model, 2.0**-9 * 1.01) == pytest.approx((1 + 2 + 2) / 6)
+    assert moving(model, 2.0**-20) == 0
+
+
+def test_bfloat16_weights_are_refused_at_a_rate_that_they_would_round_away():
+    assert moving(weights(torch.float32), 1e-6) > 0.99
+    assert moving(weights(torch.bfloat16), 1e-6) < 0.05
+    require_moving(weights(torch.bfloat16), 1e-3)
+    with pytest.raises(UserError, match=r"parameters: bfloat16 at lr 1e-06: a step of this size changes \d\.\d% of the weights") as told:
+        require_moving(weights(torch.bfloat16), 1e-6)
+    require_moving(weights(torch.bfloat16), float(str(told.value).split("an lr of ")[1].split()[0]) * 1.05)

@@ -76,6 +76,23 @@ def test_an_artifact_is_made_with_its_facts_and_the_command_in_the_log(start: Ca
     assert capsys.readouterr().out.startswith("# python -m llmfusion.train --spec '{\"n\":1}' --out results/models/base/p/manifest.json\n")
 
 
+def test_what_a_job_measured_stands_in_its_provenance_and_changes_no_manifest(start: Callable) -> None:
+    def measuring(speed: float) -> Callable[[Job], None]:
+        def build(job: Job) -> None:
+            good(job)
+            job.measured["speed"] = speed
+
+        return build
+
+    manifests = []
+    for name, speed in (("a", 1.5), ("b", 2.5)):
+        out = Path(f"{name}/results/models/base/p/manifest.json")
+        assert start(measuring(speed), out) == 0
+        assert json.loads(out.with_name("provenance.json").read_text())["speed"] == speed
+        manifests.append(out.read_bytes())
+    assert manifests[0] == manifests[1]
+
+
 def test_a_finished_artifact_is_adopted_unchanged(start: Callable, capsys: pytest.CaptureFixture[str]) -> None:
     start(good)
     before = OUT.stat().st_mtime_ns

@@ -1,9 +1,11 @@
+import shutil
+
 import pytest
 import torch
 
 from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
-from llmfusion.models.loading import load_model
+from llmfusion.models.loading import load_model, load_tokenizer
 from llmfusion.train import build
 from tests.unit.stand_ins import artifact, job
 
@@ -27,6 +29,64 @@ def test_a_fused_model_is_a_complete_checkpoint(tmp_path, inputs, pivot):
     }
     assert (made.folder / "metrics.jsonl").exists()
     assert "Assistant" in (made.folder / "chat_template.jinja").read_text()
+
+
+def test_tokenizer_template_and_generation_settings_are_the_pivots(tmp_path, inputs, pivot):
+    folder = tmp_path / "pivot"
+    shutil.copytree(pivot.folder, folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 7],\n "temperature": 0.6, "top_p": 0.9, "do_sample": true}')
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>")
+    staged = artifact(folder, **pivot.facts)
+    made = job(tmp_path, {"run": {**RUN, "steps": 1}, "chat_template": "neutral"}, {**inputs, "models/base/pivot": staged})
+    build(made)
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert (made.folder / name).read_bytes() == (folder / name).read_bytes()
+    before, after = load_tokenizer(folder, None), load_tokenizer(made.folder, None)
+    text = "What is 3 plus 4?\n  7 é"
+    assert after(text) == before(text)
+    assert (after.get_vocab(), after.special_tokens_map, after.chat_template) == (before.get_vocab(), before.special_tokens_map, before.chat_template)
+    assert load_model(artifact(made.folder), "float32").generation_config.eos_token_id == [0, 7]
+
+
+CARD = """---
+tags: [udf, llm-fusion-workflow]
+---
+
+# Trained model
+
+Unified fusion, UDF, trained with llm-fusion-workflow after InfiFusion, arXiv 2501.02795v1 (https://arxiv.org/abs/2501.02795v1).
+
+- pivot: base/pivot
+- teacher: base/one
+- teacher: base/two
+- data: 29 samples of the mix m
+- 2 steps of 4 samples at a peak learning rate of 0.001; last loss {loss:.4f} nats a token
+- licence of the pivot: llama3.1; teachers and data have their own
+
+Options that are not the default:
+- batch_size: 4
+- fusion.lambda: 0.3
+- fusion.target: udf
+- lr: 0.001
+- save_dtype: float32
+- steps: 2
+"""
+
+
+def test_the_card_tells_what_was_trained_from_what(tmp_path, inputs, pivot):
+    run = {**RUN, "steps": 2, "teachers": ["base/one", "base/two"], "fusion": {"target": "udf", "lambda": 0.3}}
+    staged = {**inputs, "models/base/pivot": artifact(pivot.folder, **{**pivot.facts, "license": "llama3.1"})}
+    cards = []
+    for name in ("first", "second"):
+        made = job(tmp_path, {"run": run}, staged, name)
+        build(made)
+        cards.append((made.folder / "README.md").read_text())
+    assert cards[0].startswith(CARD.format(loss=made.facts["loss"]))
+    assert cards[0] == cards[1]
+    code = cards[0].split("```python\n")[1].split("```")[0].replace('"FOLDER"', repr(str(made.folder)))
+    loaded: dict = {}
+    exec(code, loaded)
+    assert torch.equal(loaded["model"].lm_head.weight, load_model(artifact(made.folder), "float32").lm_head.weight)
 
 
 def test_generated_answers_double_the_steps_of_the_same_epochs(tmp_path, inputs, samples):

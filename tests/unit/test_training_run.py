@@ -150,6 +150,58 @@ def test_micro_batches_and_with_them_padding_do_not_change_loss_and_gradient(sta
     assert split["weight"] == pytest.approx(whole["weight"], rel=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [60, 150])
+def test_sorted_micro_batches_have_the_same_loss_and_gradient_and_less_padding(start, tokens):
+    whole, split = start("whole", steps=1, batch_size=16), start("split", steps=1, batch_size=16, micro_batch_tokens=tokens)
+    for name in ("loss", "sft", "fusion", "grad_norm"):
+        assert split[3][0][name] == pytest.approx(whole[3][0][name], rel=1e-6)
+    assert split[3][0]["weight"] == pytest.approx(whole[3][0]["weight"], rel=1e-6)
+    assert padded(split[0]) < padded(whole[0]) / 2
+
+
+def padded(job):
+    return job.measured["training"]["timings"][0]["padding"]
+
+
+def test_recomputed_activations_change_no_bit_not_even_with_dropout(start):
+    def dropout(model):
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.1
+
+    kept, computed, plain = start("kept", spoil=dropout), start("computed", spoil=dropout, activation_checkpointing=True), start("plain")
+    assert equal(kept[2], computed[2])
+    assert (kept[0].folder / "metrics.jsonl").read_bytes() == (computed[0].folder / "metrics.jsonl").read_bytes()
+    assert not equal(kept[2], plain[2])
+
+
+def test_recomputed_activations_are_not_kept(start, monkeypatch):
+    """How often the layers run: once forward, and once more for the gradient."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    calls, forward = [], LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    start("kept", steps=1)
+    once = len(calls)
+    start("computed", steps=1, activation_checkpointing=True)
+    assert len(calls) - once == 2 * once
+
+
+def test_bfloat16_weights_train_at_a_rate_that_moves_them_and_are_refused_at_another(start):
+    _, _, weights, records = start("low", lr=1e-2, parameters="bfloat16")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    assert records[-1]["loss"] < records[0]["loss"]
+    with pytest.raises(UserError, match="parameters: bfloat16 at lr 1e-06"):
+        start("refused", lr=1e-6, lr_min=0.0, parameters="bfloat16")
+
+
+def test_times_go_to_the_provenance_and_not_into_the_metrics(start):
+    made, _, _, records = start("job")
+    timings = made.measured["training"]["timings"]
+    assert [t["step"] for t in timings] == [r["step"] for r in records]
+    assert all(t["tokens_per_second"] > 0 and t["seconds"] > 0 for t in timings)
+    assert not {"seconds", "tokens_per_second", "mfu", "padding"} & set(records[0])
+
+
 def test_without_teachers_it_is_sft_alone(start):
     record = start("job", teachers=[], steps=1, fusion={})[3][0]
     assert record["loss"] == pytest.approx(record["sft"])

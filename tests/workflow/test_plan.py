@@ -51,8 +51,8 @@ def test_the_slurm_profile_plans_the_same_jobs_without_slurm(fresh: Path) -> Non
 
 def test_the_slurm_profile_asks_for_a_gpu_where_models_run(fresh: Path) -> None:
     plan = snakemake(fresh, "--profile", "slurm", "-n", "results/table2.csv")
-    wants = {block.split(":")[0] for block in plan.split("\nrule ")[1:] if "gpu=1" in block}
-    assert wants == {"generate_answers", "capture_teacher", "train_model", "answer"}
+    wants = {(block.split(":")[0], found[1]) for block in plan.split("\nrule ")[1:] if (found := re.search(r"\bgpu=([1-9]\d*)", block))}
+    assert wants == {("generate_answers", "1"), ("capture_teacher", "1"), ("train_model", "8"), ("answer", "1")}
 
 
 def test_planning_through_the_slurm_profile_takes_at_most_6_cpu_seconds(fresh: Path) -> None:

@@ -47,7 +47,6 @@ class Assumptions:
     start: float = assumption(10, "seconds until a program that loads a model begins its work")
     light_start: float = assumption(2, "seconds until another program does")
     scheduling: float = assumption(15, "seconds a job waits and starts Snakemake on the cluster, GPU held")
-    gradient_checkpointing: float = assumption(0, "1 if activations are recomputed (the trainer here keeps them)")
 
     @classmethod
     def given(cls, words: list[str]) -> "Assumptions":
@@ -207,16 +206,28 @@ class Workload:
         alike = sum(self.vocabulary(teacher) == mine for teacher in run.get("teachers", []))
         other = len(run.get("teachers", [])) - alike
         disk = parameters * (4 if run.get("save_dtype") == "float32" else 2)
-        together = run.get("micro_batch_size") or size // processes
-        activations = self._activations(model, together * self.study.mixes[mix].max_length)
+        longest = self.study.mixes[mix].max_length
+        together = (
+            max(run.get("micro_batch_tokens", 0), longest) if "micro_batch_tokens" in run else (run.get("micro_batch_size") or size // processes) * longest
+        )
+        activations = self._activations(model, together, run.get("activation_checkpointing", False))
         caches = sum(self.rows_of_head(t) * self.width(t) * 4 for t in run.get("teachers", []))
-        return (flops, flops * alike, flops * other), disk, 36 * parameters, 16 * parameters + activations + caches
+        return (flops, flops * alike, flops * other), disk, 36 * parameters, self._state(model, run) + activations + caches
 
-    def _activations(self, model: str, tokens: float) -> float:
+    def _state(self, model: str, run: dict[str, Any]) -> float:
+        """Bytes of weights, gradients and two moments in one device; of a sharded model its part, and head, embeddings and a layer whole with gradients."""
+        size = 2 if run.get("parameters") == "bfloat16" else 4
+        state = 4 * size * self.parameters(model)
+        if run.get("sharding") != "full":
+            return state
+        gathered = 2 * self.rows_of_head(model) * self.width(model) + 12 * self.width(model) ** 2
+        return state / run["processes"] + 2 * size * gathered
+
+    def _activations(self, model: str, tokens: float, recomputed: bool) -> float:
         """Bytes that a forward pass keeps (34 a token, layer and value of the width: Korthikanti et al. 2022), and five times the logits."""
         width = self.width(model)
         layers = max(1.0, self.parameters(model) / (12 * width * width))
-        kept = 2 * width * layers if self.assumed.gradient_checkpointing else 34 * width * layers
+        kept = 2 * width * layers + 34 * width if recomputed else 34 * width * layers  # one layer at a time
         return tokens * (kept + 5 * 4 * self.rows_of_head(model) * self.assumed.response_share)
 
     def _capture(self, address: str, spec: dict[str, Any]) -> tuple[tuple[float, ...], float, float, float]:

@@ -112,6 +112,32 @@ def load_model(model: Artifact, dtype: str) -> Any:
     return loaded.eval()
 
 
+def empty_model(model: Artifact) -> Any:
+    """The model of a verified artifact without its weights: for a process that gets its part of them from another."""
+    kind = _kind(model)
+    try:
+        made = _without_weights(kind, kind.config_class.from_pretrained(model.folder, local_files_only=True))
+    except Exception as error:  # as above
+        raise _cannot(model.folder, "model", error) from error
+    return made.eval()
+
+
+def hollow(model: Any) -> Any:
+    """Another model of the same shape, settings and mode, without weights (torch's meta device); buffers are there."""
+    made = _without_weights(type(model), model.config)
+    made.generation_config = model.generation_config
+    return made.train(model.training)
+
+
+def _without_weights(kind: Any, config: Any) -> Any:
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        made = kind(config)
+    made.tie_weights()  # what was tied has been made empty one by one
+    return made
+
+
 def _kind(model: Artifact) -> Any:
     """The class of transformers that ``config.json`` names; where there is one, an auto_map beside it is not followed."""
     import transformers

@@ -1,4 +1,8 @@
-"""Resume state: everything the next step depends on, in safetensors (no pickles), whole or not there at all."""
+"""Resume state: everything the next step depends on, in safetensors (no pickles), whole or not there at all.
+
+One file and its hash, written by the first process; of a sharded model a file of each process with its part. Such a state counts
+when all parts are there, and all processes take the same one.
+"""
 
 import json
 import os
@@ -8,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmfusion.artifacts import sha256_file, sync, write_file
 from llmfusion.errors import UserError
 from llmfusion.step import Job, amount
+from llmfusion.training.distributed import any_of, count, rank, wait
+from llmfusion.training.sharding import is_sharded, local
 
 KEPT = 2  # the last one, and the one before in case the last is damaged
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -31,25 +37,84 @@ def need(job: Job, parameters: int, dtype: str) -> None:
         print(f"resume states take up to {amount((KEPT + 1) * one)}, {amount(free)} are free in {job.work.resolve()}: fewer will be kept", flush=True)
 
 
-def save(folder: Path, step: int, fingerprint: str, model: Any, optimizer: torch.optim.Optimizer, records: list[dict[str, Any]]) -> Path:
-    """Write the state after ``step`` optimizer steps: weights, moments, RNG, and the metrics so far.
+def save(folder: Path, step: int, fingerprint: str, model: Any, optimizer: torch.optim.Optimizer, notes: Any) -> Path | None:
+    """Write the state after ``step`` optimizer steps: weights, moments, RNG, and ``notes`` (what JSON holds). All processes call.
 
-    Raises :class:`UserError` where it does not fit, with the last state still there.
+    Returns what this process wrote. Raises :class:`UserError` where it does not fit, with the last state still there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    parts = _parts(model)
+    if parts == 1 and rank() != 0:
+        return None
+    tensors = _tensors(model, optimizer)
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_room(folder, parts * sum(t.numel() * t.element_size() for t in tensors.values()))
+    _together(parts)
+    path = folder / _name(step, parts)
+    _write(path, tensors, {"step": str(step), "fingerprint": fingerprint, "notes": json.dumps(notes)})
+    _together(parts)
+    if rank() == 0:
+        for old in _steps(folder)[:-KEPT]:
+            _forget(folder, old)
+    return path
+
+
+def restore(folder: Path, fingerprint: str, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, Any] | None:
+    """Load the newest state of this very training that is sound in all processes. Returns its step and notes. All processes call.
+
+    States of another spec or other inputs (``fingerprint``) are removed, and what killed writers left half-done; without
+    a usable one the answer is None. Raises :class:`UserError` for parts of another number of processes.
+    """
+    parts = _parts(model)
+    wait()  # a writer that shares the folder has ended
+    steps = _steps(folder)
+    wait()  # all have seen the same before the first tidies
+    if rank() == 0:
+        for left in folder.glob(".*.tmp"):  # each can be as large as a state
+            left.unlink()
+    for step in reversed(steps):
+        _refuse_other_number(folder, step, parts, fingerprint)
+        path = folder / _name(step, parts)
+        wrong = _unusable(path, fingerprint)
+        if wrong and (parts > 1 or rank() == 0):
+            print(f"{path} {wrong}", flush=True)
+        if not any_of(bool(wrong))[0]:
+            return step, _load(path, model, optimizer)
+        if rank() == 0:
+            _forget(folder, step)
+    return None
+
+
+def _parts(model: Any) -> int:
+    return count() if is_sharded(model) else 1
+
+
+def _together(parts: int) -> None:
+    if parts > 1:
+        wait()
+
+
+def _name(step: int, parts: int) -> str:
+    """``step-00000003.safetensors``, or the second of four parts: ``step-00000003.2-of-4.safetensors``."""
+    return f"step-{step:08d}.{f'{rank() + 1}-of-{parts}.' if parts > 1 else ''}safetensors"
+
+
+def _tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {"rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng_cuda"] = torch.cuda.get_rng_state()
     names = {id(p): name for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        tensors[f"model.{name}"] = parameter.detach()
+        tensors[f"model.{name}"] = local(parameter.detach())
     for parameter, state in optimizer.state.items():
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{names[id(parameter)]}"] = state[key]
         tensors[f"step.{names[id(parameter)]}"] = torch.tensor(state["step"])
-    note = {"step": str(step), "fingerprint": fingerprint, "records": json.dumps(records)}
-    _make_room(folder, sum(t.numel() * t.element_size() for t in tensors.values()))
-    path, temporary = folder / f"step-{step:08d}.safetensors", folder / f".step-{step:08d}.{os.getpid()}.tmp"
+    return tensors
+
+
+def _write(path: Path, tensors: dict[str, Tensor], note: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     try:
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata=note)
         sync(temporary)
@@ -58,40 +123,37 @@ def save(folder: Path, step: int, fingerprint: str, model: Any, optimizer: torch
     finally:
         temporary.unlink(missing_ok=True)  # half of a state on a full disk would keep it full
     write_file(_hash_of(path), hashed.encode())  # last: a state without its hash is not trusted
-    for old in _states(folder)[:-KEPT]:
-        _forget(old)
-    return path
 
 
-def restore(folder: Path, fingerprint: str, model: Any, optimizer: torch.optim.Optimizer) -> tuple[int, list[dict[str, Any]]] | None:
-    """Load the newest readable state of this very training into model and optimizer. Returns its step and metrics.
+def _unusable(path: Path, fingerprint: str) -> str | None:
+    """Why a state cannot be gone on from, in words."""
+    if not path.exists() or not _hash_of(path).exists() or sha256_file(path).encode() != _hash_of(path).read_bytes():
+        return "is damaged or was not finished; taking the one before"
+    return None if _note(path)["fingerprint"] == fingerprint else "belongs to another spec or other inputs; removed"
 
-    States of another spec or other inputs (``fingerprint``) are removed, and what killed writers left half-done; without
-    a usable one the answer is None.
-    """
-    for left in folder.glob(".*.tmp"):  # each can be as large as a state
-        left.unlink()
-    for path in reversed(_states(folder)):
-        if not _hash_of(path).exists() or sha256_file(path).encode() != _hash_of(path).read_bytes():
-            print(f"{path} is damaged or was not finished; taking the one before")
-            _forget(path)
-            continue
+
+def _refuse_other_number(folder: Path, step: int, parts: int, fingerprint: str) -> None:
+    for path in folder.glob(f"step-{step:08d}.*safetensors"):
+        there = int(found[1]) if (found := re.search(r"-of-(\d+)\.", path.name)) else 1
+        if there != parts and _note(path).get("fingerprint") == fingerprint:
+            raise UserError(
+                f"{folder}: the state after step {step} is of {there} processes, this training has {parts}: parts are not cut anew. "
+                f"Go on with `processes: {there}`, or remove the folder to begin anew"
+            )
+
+
+def _note(path: Path) -> dict[str, str]:
+    try:
         with safe_open(path, framework="pt") as file:
-            note = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if note["fingerprint"] != fingerprint:
-            print(f"{path} belongs to another spec or other inputs; removed")
-            _forget(path)
-            continue
-        _load(tensors, model, optimizer)
-        return int(note["step"]), json.loads(note["records"])
-    return None
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _make_room(folder: Path, size: int) -> None:
-    for old in _states(folder)[:-1]:
+    for old in _steps(folder)[:-1]:
         if shutil.disk_usage(folder).free < size:
-            _forget(old)
+            _forget(folder, old)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise UserError(
@@ -103,22 +165,31 @@ def _hash_of(state: Path) -> Path:
     return state.with_suffix(".sha256")
 
 
-def _forget(state: Path) -> None:
-    state.unlink()
-    _hash_of(state).unlink(missing_ok=True)
+def _forget(folder: Path, step: int) -> None:
+    """Remove a state: what makes it count first, its hashes last."""
+    for end in ("safetensors", "sha256"):
+        for path in folder.glob(f"step-{step:08d}.*{end}"):
+            path.unlink()
 
 
-def _states(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d{8}\.safetensors", p.name))
+def _steps(folder: Path) -> list[int]:
+    """Steps after which a state, or a part of one, is there."""
+    names = (re.fullmatch(r"step-(\d{8})\.(\d+-of-\d+\.)?safetensors", path.name) for path in folder.glob("step-*"))
+    return sorted({int(name[1]) for name in names if name})
 
 
 @torch.no_grad()
-def _load(tensors: dict[str, Tensor], model: Any, optimizer: torch.optim.Optimizer) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[f"model.{name}"])
-        if f"exp_avg.{name}" in tensors:
-            moments = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": int(tensors[f"step.{name}"]), **moments}
-    torch.set_rng_state(tensors["rng"])
-    if "rng_cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng_cuda"])
+def _load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> Any:
+    """Copy a state into model and optimizer, tensor by tensor. Returns its notes."""
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        for name, parameter in model.named_parameters():
+            mine = local(parameter)
+            mine.copy_(file.get_tensor(f"model.{name}"))
+            if f"exp_avg.{name}" in names:
+                moments = {key: file.get_tensor(f"{key}.{name}").to(mine.device) for key in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[parameter] = {"step": int(file.get_tensor(f"step.{name}")), **moments}
+        torch.set_rng_state(file.get_tensor("rng"))
+        if "rng_cuda" in names and torch.cuda.is_available():
+            torch.cuda.set_rng_state(file.get_tensor("rng_cuda"))
+        return json.loads(file.metadata()["notes"])

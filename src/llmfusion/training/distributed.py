@@ -2,21 +2,21 @@
 
 The loss of a sample is divided by counts of the whole step (:class:`llmfusion.fusion.objective.Totals`), so the sum over
 processes is what one process computes, up to the order of additions. All processes hold the whole model and make the same
-update; the first one alone writes. A single process needs no process group: then nothing here communicates.
+update, or each its part (:mod:`llmfusion.training.sharding`); the first one alone writes results. A single process needs no
+process group: then nothing here communicates.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from llmfusion.errors import UserError
 
-T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # the others wait while the first saves
 
 
@@ -40,12 +40,6 @@ def joined() -> Iterator[None]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     yield
     distributed.destroy_process_group()  # not after an error: the others may not answer, and the process ends anyway
-
-
-def part(samples: Sequence[T]) -> Sequence[T]:
-    """This process's part of a step's samples: equal and consecutive (the study refuses what does not divide)."""
-    size = len(samples) // count()
-    return samples[rank() * size : (rank() + 1) * size]
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -85,28 +79,9 @@ def any_of(*flags: bool) -> list[bool]:
     return [bool(flag) for flag in said]
 
 
-def first_then_others(call: Callable[[], T]) -> T:
-    """``call()`` in the first process, then in the others: for what tidies up while it reads."""
-    if rank() == 0:
-        result = call()
-        wait()
-        return result
-    wait()
-    return call()
-
-
 def wait() -> None:
     """Wait until all processes are here."""
     any_of(False)
-
-
-def same(value: int) -> bool:
-    """Whether all processes have the same number."""
-    if count() == 1:
-        return True
-    ends = torch.tensor([value, -value])
-    distributed.all_reduce(ends, distributed.ReduceOp.MAX)
-    return int(ends[0]) == -int(ends[1])
 
 
 def _leaves(record: dict[str, Any]) -> Iterator[float]:

@@ -43,7 +43,7 @@ def in_processes(job: Job, number: int, module: str) -> None:
         _end(folder, number, status)
         found = json.loads((folder / "facts.json").read_bytes())
         job.facts.update(found["facts"])
-        job.start = found["start"]
+        job.start, job.measured = found["start"], found["measured"]
 
 
 def _require_devices(number: int) -> None:
@@ -156,7 +156,7 @@ def _make(folder: Path, number: int) -> None:
         import_module(told["module"]).make(job)
         distributed.wait()
     if number == 0:
-        (folder / "facts.json").write_text(json.dumps({"facts": job.facts, "start": job.start}))
+        (folder / "facts.json").write_text(json.dumps({"facts": job.facts, "start": job.start, "measured": job.measured}))
 
 
 def _verified(folder: Path) -> Artifact:

@@ -5,7 +5,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+from llmfusion.errors import UserError
+from llmfusion.training.sharding import is_part, local
 
 
 class CautiousAdamW(torch.optim.Optimizer):
@@ -14,6 +18,8 @@ class CautiousAdamW(torch.optim.Optimizer):
     Per tensor: ``p -= lr wd p``; first and second moments as Adam; mask = [m g > 0], scaled by ``1 / max(mean(mask), 1e-3)``
     (``mean_clamp``) or ``n / (sum(mask) + 1)`` (``numel_plus_1``, the first release's); then
     ``p -= lr sqrt(1 - b2^t) / (1 - b1^t) (m mask) / (sqrt(v) + eps)``. With ``cautious=False`` the mask is all ones: AdamW.
+
+    Of a sharded parameter each process updates its part; mean and sum of the mask are the whole parameter's.
     """
 
     def __init__(
@@ -30,9 +36,9 @@ class CautiousAdamW(torch.optim.Optimizer):
             if params:
                 self._update(params, group)
 
-    def _update(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        grads = [p.grad for p in params if p.grad is not None]
-        states = [self._state(p) for p in params]
+    def _update(self, whole: list[Tensor], group: dict[str, Any]) -> None:
+        params, grads = [local(p) for p in whole], [local(p.grad) for p in whole if p.grad is not None]
+        states = [self._state(p) for p in whole]
         m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         for state in states:
             state["step"] += 1
@@ -41,7 +47,7 @@ class CautiousAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(m, grads, 1 - b1)
         torch._foreach_mul_(v, b2)
         torch._foreach_addcmul_(v, grads, grads, 1 - b2)
-        updates = _masked(m, grads, group["norm"]) if group["cautious"] else m
+        updates = _masked(m, grads, whole, group["norm"]) if group["cautious"] else m
         roots = torch._foreach_sqrt(v)
         torch._foreach_add_(roots, group["eps"])
         t = states[0]["step"]  # all parameters of a group have been through the same steps
@@ -50,26 +56,60 @@ class CautiousAdamW(torch.optim.Optimizer):
     def _state(self, p: Tensor) -> dict[str, Any]:
         state = self.state[p]
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state.update(step=0, exp_avg=torch.zeros_like(local(p)), exp_avg_sq=torch.zeros_like(local(p)))
         return state
 
 
-def _masked(m: list[Tensor], gradients: list[Tensor], norm: str) -> list[Tensor]:
+def _masked(m: list[Tensor], gradients: list[Tensor], whole: list[Tensor], norm: str) -> list[Tensor]:
     """Each first moment where it agrees with its gradient, 0 elsewhere, scaled up by the share of what is left."""
     masks = list(torch._foreach_mul(m, gradients))
     torch._foreach_sign_(masks)
     torch._foreach_clamp_min_(masks, 0)
-    kept = torch.stack(torch._foreach_norm(masks, 1)).tolist()
-    scales = [t.numel() / (k + 1 if norm == "numel_plus_1" else max(k, 1e-3 * t.numel())) for t, k in zip(m, kept, strict=True)]
+    sums = torch.stack(torch._foreach_norm(masks, 1))
+    if is_part(whole[0]):
+        distributed.all_reduce(sums)
+    scales = [p.numel() / (k + 1 if norm == "numel_plus_1" else max(k, 1e-3 * p.numel())) for p, k in zip(whole, sums.tolist(), strict=True)]
     torch._foreach_mul_(masks, scales)
     torch._foreach_mul_(masks, m)
     return masks
 
 
-def learning_rate(step: int, steps: int, peak: float, lowest: float, warmup: float) -> float:
-    """Rate of optimizer step ``step`` (from 0): linear over the first ``warmup`` share, then a cosine to ``lowest``."""
+def clip(parameters: list[Tensor], most: float) -> float:
+    """Scale gradients down to the norm ``most``, that of all of them over all processes. Returns the norm they had."""
+    norm = nn.utils.clip_grad_norm_(parameters, most)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def learning_rate(step: int, steps: int, peak: float, lowest: float, warmup: float, schedule: str = "cosine") -> float:
+    """Rate of optimizer step ``step`` (from 0): linear over the first ``warmup`` share, then along ``schedule``.
+
+    ``cosine`` and ``linear`` fall to ``lowest``, ``constant`` stays at the peak.
+    """
     rising = round(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
     through = (step - rising) / max(steps - rising, 1)
-    return lowest + (peak - lowest) * 0.5 * (1 + math.cos(math.pi * through))
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * through)), "linear": 1 - through, "constant": 1.0}[schedule]
+    return lowest + (peak - lowest) * left
+
+
+def moving(model: nn.Module, rate: float) -> float:
+    """Share of the weights that a step of size ``rate`` changes, up or down, in their own precision; Adam's first step is one."""
+    changed = total = 0
+    for parameter in model.parameters():
+        weight = parameter.detach()
+        changed += sum(int((weight + way * rate).ne(weight).sum()) for way in (-1, 1))
+        total += 2 * weight.numel()
+    return changed / total
+
+
+def require_moving(model: nn.Module, rate: float) -> None:
+    """Raise :class:`UserError` where less than half of the weights would move at the peak rate: most of the training would be rounded away."""
+    share = moving(model, rate)
+    if share >= 0.5:
+        return
+    enough = next((r for r in (rate * 2.0**i for i in range(1, 60)) if moving(model, r) >= 0.5), math.inf)
+    raise UserError(
+        f"parameters: bfloat16 at lr {rate:g}: a step of this size changes {share:.1%} of the weights, the others are rounded back to what they were. "
+        f"Use parameters: float32 (precision: bfloat16 may stay), or an lr of {enough:.0e} or more"
+    )

@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,14 @@ from llmfusion.fusion.dskd import StudentTokens
 from llmfusion.fusion.objective import Objective, Totals, add_records
 from llmfusion.fusion.sources import Drawn, Source
 from llmfusion.models.batches import device_of, label_rows, pad
+from llmfusion.models.loading import save_model
 from llmfusion.step import Job
-from llmfusion.training import checkpoint, distributed
+from llmfusion.training import checkpoint, distributed, sharding
+from llmfusion.training.batching import Groups, micro_batches, padding
 from llmfusion.training.corpus import Corpus
-from llmfusion.training.optim import CautiousAdamW, learning_rate
+from llmfusion.training.optim import CautiousAdamW, clip, learning_rate, require_moving
+from llmfusion.training.reserve import Reserve
+from llmfusion.training.watch import Watch
 
 SAVE_SECONDS = 900.0  # also the most a killed job can lose
 RECORD_EVERY = 10
@@ -33,14 +36,19 @@ RECORD_EVERY = 10
 
 @dataclass
 class Trainee:
-    """The student: its model and tokenizer."""
+    """The student: its model and tokenizer. Of a training that shards, processes but the first may give an empty model."""
 
     model: Any
     tokenizer: Any
 
+    def save(self, folder: Path, dtype: str) -> dict[str, Any]:
+        """Save a complete checkpoint. All processes call; the first writes and gets the facts, the others get none."""
+        model = sharding.whole(self.model, getattr(torch, dtype))
+        return save_model(model, self.tokenizer, folder, dtype) if distributed.rank() == 0 else {}
+
 
 def train(job: Job, trainee: Trainee, spec: dict[str, Any], mixes: Sequence[Artifact], teachers: Sequence[Source]) -> dict[str, Any]:
-    """Train ``trainee.model`` in place as ``spec`` says. Returns facts; ``metrics.jsonl`` goes into the job's folder.
+    """Train ``trainee.model`` as ``spec`` says. Returns facts; ``metrics.jsonl`` goes into the job's folder, times to its provenance.
 
     Stops within a step at a loss that is not finite (:class:`UserError`, nothing published). SIGTERM and the end of the
     job's minutes save the resume state and end the process with status 143; the next start goes on bit for bit.
@@ -56,6 +64,7 @@ def train(job: Job, trainee: Trainee, spec: dict[str, Any], mixes: Sequence[Arti
     if distributed.rank() == 0:
         with open(job.folder / "metrics.jsonl", "w") as file:
             file.writelines(json.dumps(record, sort_keys=True) + "\n" for record in loop.records)
+    job.measured = {"training": {"peak_flops": loop.watch.peak, "timings": loop.timings}}
     return {
         "steps": steps,
         "samples": len(corpus),
@@ -69,7 +78,8 @@ class _Loop:
     def __init__(self, job: Job, trainee: Trainee, spec: dict[str, Any], corpus: Corpus, teachers: Sequence[Source], steps: int):
         self.job, self.spec, self.corpus, self.steps = job, spec, corpus, steps
         self.device = device_of()
-        self.model = trainee.model.float().to(self.device).train()
+        self.states = _prepared(trainee, spec, self.device)
+        self.model = trainee.model = self.states.model
         torch.manual_seed(spec.get("seed", 42))
         fusion = spec.get("fusion", {})
         self.objective = Objective(fusion, teachers, self.model.get_output_embeddings().weight.shape[1]).to(self.device)
@@ -81,37 +91,40 @@ class _Loop:
             spec.get("weight_decay", 0.01), spec.get("optimizer", "c_adamw") == "c_adamw", spec.get("cautious_norm", "mean_clamp"),
         )  # fmt: skip
         self.records: list[dict[str, Any]] = []
+        self.timings: list[dict[str, Any]] = []
         self.asked = self.stop = False  # a signal asks this process; to stop is what all processes have agreed on
         self.saved = time.monotonic()
-        self.reserve = Reserve(sum(p.numel() for p in self.trained.parameters()))
+        parameters = sum(p.numel() for p in self.trained.parameters())
+        self.reserve, self.watch = Reserve(parameters), Watch(steps, parameters)
 
     def run(self) -> None:
         signal.signal(signal.SIGTERM, self._ask_to_stop)
         self.job.begins()
         state = self.job.work / "state"
-        found = distributed.first_then_others(lambda: checkpoint.restore(state, self.job.key, self.trained, self.optimizer))
-        first = -1 if found is None else found[0]
-        if not distributed.same(first):
-            raise UserError(f"{state}: the processes of this training read different states ({first} steps here); remove the folder to begin anew")
+        found = checkpoint.restore(state, self.job.key, self.trained, self.optimizer)
+        first = 0 if found is None else found[0]
         if found is not None:
-            self.records = found[1]
+            self.records, self.timings = found[1]["records"], found[1]["timings"]
             _say(f"going on after step {first} of {self.steps}")
         elif self._prepare_projectors():
             self._save(state, -1)  # before the first step
-        for step, numbers in self.corpus.batches(self.spec, max(first, 0), self.steps):
+        self.watch.begin(first)
+        for step, numbers in self.corpus.batches(self.spec, first, self.steps):
             with self.reserve.step():
                 self._step(step, numbers)
             if self._must_save() and step + 1 < self.steps:
                 self._save(state, step)
+        self.watch.close()
 
     def _save(self, state: Path, step: int) -> None:
         """Save after ``step``, and end the process if it was asked to; the others wait, or torchrun would take the first for left behind."""
         with self.reserve.save():
-            if distributed.rank() == 0:
-                checkpoint.save(state, step + 1, self.job.key, self.trained, self.optimizer, self.records)
+            notes = {"records": self.records, "timings": self.timings}
+            checkpoint.save(state, step + 1, self.job.key, self.trained, self.optimizer, notes)
             [asked] = distributed.any_of(self.asked)  # also meanwhile
         self.saved = time.monotonic()
         if self.stop or asked:
+            self.watch.close()
             _say(f"stopped after step {step + 1} of {self.steps}; the state is saved in {state}")
             sys.exit(143)
 
@@ -131,6 +144,7 @@ class _Loop:
             if self.stop:
                 _say("stopped while the projectors were prepared; they are begun again")
                 sys.exit(143)
+        sharding.rest(self.states)
         return steps
 
     def _ask_to_stop(self, *_: object) -> None:
@@ -142,31 +156,47 @@ class _Loop:
         return self.stop or late
 
     def _step(self, step: int, numbers: list[int]) -> None:
-        self._set_rate(learning_rate(step, self.steps, self.spec["lr"], self.spec.get("lr_min", 0.0), self.spec.get("warmup", 0.0)))
-        distributed.seed_step(self.spec.get("seed", 42), step)
+        spec = self.spec
+        self._set_rate(learning_rate(step, self.steps, spec["lr"], spec.get("lr_min", 0.0), spec.get("warmup", 0.0), spec.get("schedule", "cosine")))
+        distributed.seed_step(spec.get("seed", 42), step)
         sums: dict[str, Any] = {}
-        for drawn, totals in self._micro_batches(numbers):
-            loss, record = self.objective(self._student(drawn), drawn, totals)
-            loss.backward()
-            add_records(sums, record)
-        sums = distributed.sum_records(sums)
-        self._check_finite(step, numbers, sums["loss"])
-        norm = self._update(partial(self._check_finite, step, numbers))
+        with self.watch.step(*self._places(numbers)):
+            for drawn, totals in self._micro_batches(numbers):
+                loss, record = self.objective(self._student(drawn), drawn, totals)
+                loss.backward()
+                add_records(sums, record)
+            sums = distributed.sum_records(sums)
+            self._check_finite(step, numbers, sums["loss"])
+            norm = self._update(partial(self._check_finite, step, numbers))
+        self.watch.tell(step + 1, sums["loss"], self.optimizer.param_groups[0]["lr"])
         if step % RECORD_EVERY == 0 or step + 1 == self.steps:
-            self._record(step, {**sums, "grad_norm": norm})
+            self.records.append({"step": step + 1, "lr": self.optimizer.param_groups[0]["lr"], **sums, "grad_norm": norm})
+            self.timings.append(self.watch.timing(step + 1))
+
+    def _cuts(self, numbers: list[int]) -> tuple[list[int], list[Groups]]:
+        """Lengths of a step's samples, and each process's micro-batches of them."""
+        lengths = [len(self.corpus.drawn[i].encoded.ids) for i in numbers]
+        return lengths, micro_batches(lengths, distributed.count(), self.spec.get("micro_batch_size"), self.spec.get("micro_batch_tokens"))
+
+    def _places(self, numbers: list[int]) -> tuple[int, int]:
+        """Tokens of a step, and padded places, in all processes."""
+        lengths, cuts = self._cuts(numbers)
+        return sum(lengths), sum(padding(lengths, groups) for groups in cuts)
 
     def _micro_batches(self, numbers: list[int]) -> Iterator[tuple[Sequence[Drawn], Totals]]:
-        drawn: Sequence[Drawn] = [self.corpus.drawn[i] for i in numbers]
-        totals, drawn = self.objective.totals(drawn), distributed.part(drawn)  # counts of the whole step, samples of this process
-        size = self.spec.get("micro_batch_size") or len(drawn)
-        for start in range(0, len(drawn), size):
-            yield drawn[start : start + size], totals
+        """This process's samples, with the counts of the whole step."""
+        drawn = [self.corpus.drawn[i] for i in numbers]
+        totals, groups = self.objective.totals(drawn), self._cuts(numbers)[1][distributed.rank()]
+        for group in groups:
+            sharding.next_backward(self.states, last=group is groups[-1])
+            yield [drawn[i] for i in group], totals
 
     def _student(self, drawn: Sequence[Drawn]) -> StudentTokens:
         """The student's final states at the label rows of some samples."""
         ids, attention = pad([d.encoded.ids for d in drawn], self.device)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.spec.get("precision") == "bfloat16"):
-            hidden = self.model.base_model(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
+        low, whole = self.spec.get("precision") == "bfloat16", self.spec.get("sharding", "none") == "none"
+        with torch.autocast(self.device, torch.bfloat16, enabled=low, cache_enabled=whole):  # a cache would keep all layers of a sharded model
+            hidden = self.states(ids, attention)  # (B, T, d)
         places = torch.tensor([i * hidden.shape[1] + at for i, d in enumerate(drawn) for at in label_rows(d.encoded)], device=self.device)
         labels = [d.encoded.label_ids for d in drawn]
         flat = torch.tensor([y for sample in labels for y in sample], device=self.device)
@@ -180,13 +210,14 @@ class _Loop:
 
     def _update(self, check: Callable[[float], None] = lambda norm: None) -> float:
         """Clip student and projectors, each by its own norm, and step. Returns the student's norm, which ``check`` sees first."""
-        distributed.sum_gradients(self.trained.parameters())
-        norms = [torch.nn.utils.clip_grad_norm_(group["params"], self.spec.get("clip_norm", 1.0)) for group in self.optimizer.param_groups]
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        distributed.sum_gradients(p for group in groups for p in group if not sharding.is_part(p))
+        norms = [clip(group, self.spec.get("clip_norm", 1.0)) for group in groups]
         for norm in norms:
-            check(float(norm))
+            check(norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norms[0])
+        return norms[0]
 
     def _check_finite(self, step: int, numbers: list[int], value: float) -> None:
         if not math.isfinite(value):
@@ -194,42 +225,21 @@ class _Loop:
             rate = self.optimizer.param_groups[0]["lr"]
             raise UserError(f"step {step + 1} of {self.steps}: loss or gradient is {value} at learning rate {rate:.3g}; samples {names}. Nothing was published")
 
-    def _record(self, step: int, measured: dict[str, Any]) -> None:
-        self.records.append({"step": step + 1, "lr": self.optimizer.param_groups[0]["lr"], **measured})
-        if step % 100 == 0 or step + 1 == self.steps:
-            rate = self.records[-1]["lr"]
-            _say(f"step {step + 1}/{self.steps} loss {measured['loss']:.4f} lr {rate:.3g} {self.job.elapsed():.0f} s")
 
-
-class Reserve:
-    """How long before the end of its time a job must begin to save: measured, and estimated until the first save."""
-
-    START = 60.0  # seconds: a scheduler's clock runs while two Snakemakes start ahead of this process, and while it leaves
-    BYTES_PER_SECOND = 2e8  # written and hashed, on a slow network disk
-
-    def __init__(self, parameters: int):
-        self.slowest_step, self.slowest_save = 0.0, 12 * parameters / self.BYTES_PER_SECOND
-        self._measured = False
-
-    def seconds(self, minutes: float) -> float:
-        """For a job of ``minutes``: the start (a quarter of a short job's time), one more step, and a save, a fifth slower than ever."""
-        return min(self.START, 15 * minutes) + 1.2 * (self.slowest_step + self.slowest_save)
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Measure a step."""
-        began = time.monotonic()
-        yield
-        self.slowest_step = max(self.slowest_step, time.monotonic() - began)
-
-    @contextmanager
-    def save(self) -> Iterator[None]:
-        """Measure a save; the first one replaces the estimate, for which a resume state is weights and two moments in float32."""
-        began = time.monotonic()
-        yield
-        took = time.monotonic() - began
-        self.slowest_save = max(self.slowest_save, took) if self._measured else took
-        self._measured = True
+def _prepared(trainee: Trainee, spec: dict[str, Any], device: str) -> sharding.States:
+    """The student in its precision, on its device or devices, ready to train."""
+    model, dtype = trainee.model, getattr(torch, spec.get("parameters", "float32"))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    if dtype == torch.bfloat16 and model.device.type != "meta":
+        require_moving(model, spec["lr"])
+    if spec.get("activation_checkpointing"):
+        sharding.layers_of(model)
+    states = sharding.shard(model) if spec.get("sharding") == "full" else sharding.States(model.to(device))
+    if spec.get("activation_checkpointing"):
+        enable = getattr(states.model, "activation_checkpointing_enable", None) or states.model.gradient_checkpointing_enable  # the older name
+        enable({"use_reentrant": False})
+    return states.train()
 
 
 def _say(text: str) -> None:
