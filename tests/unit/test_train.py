@@ -10,13 +10,19 @@ from tests.unit.stand_ins import artifact, job
 RUN = {"init": "base/pivot", "mix": "m", "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
 
 
+def fused(target, *teachers, **changed):
+    """The spec of a training whose caches are what the stand-ins say."""
+    captured = {"capture": {"dtype": "float32"}, "teachers": dict.fromkeys(teachers, "f" * 64)}
+    return {"run": {**RUN, "teachers": list(teachers), "fusion": {"target": target}, **changed}, "captured": captured}
+
+
 @pytest.fixture
 def inputs(pivot, mix, cache, tied_cache):
     return {"models/base/pivot": pivot, "data/mix/m": mix, "teachers/base/one/m": cache, "teachers/base/two/m": tied_cache}
 
 
 def test_a_fused_model_is_a_complete_checkpoint(tmp_path, inputs, pivot):
-    made = job(tmp_path, {"run": {**RUN, "steps": 2, "teachers": ["base/one", "base/two"], "fusion": {"target": "mince"}}}, inputs)
+    made = job(tmp_path, fused("mince", "base/one", "base/two", steps=2), inputs)
     build(made)
     model = load_model(artifact(made.folder), "float32")
     before = load_model(pivot, "float32")
@@ -52,10 +58,10 @@ def test_an_unknown_target_is_refused_before_anything_is_loaded(tmp_path):
 def test_a_model_trained_from_a_trained_one_has_its_licences(tmp_path, inputs, pivot):
     """The chain of the paper's abstract: fuse one source, then the next into what came out."""
     staged = artifact(pivot.folder, **{**pivot.facts, "license": "llama3.1"})
-    first = job(tmp_path, {"run": {**RUN, "steps": 1, "teachers": ["base/one"], "fusion": {"target": "kd"}}}, {**inputs, "models/base/pivot": staged}, "first")
+    first = job(tmp_path, fused("kd", "base/one", steps=1), {**inputs, "models/base/pivot": staged}, "first")
     build(first)
     assert first.facts["license"] == ["llama3.1"]
-    chain = {"run": {**RUN, "init": "trained/first", "steps": 1, "teachers": ["base/two"], "fusion": {"target": "kd"}}}
+    chain = fused("kd", "base/two", init="trained/first", steps=1)
     second = job(tmp_path, chain, {**inputs, "models/trained/first": artifact(first.folder, **first.facts)}, "second")
     build(second)
     assert second.facts["license"] == ["llama3.1"]

@@ -10,7 +10,8 @@ from llmfusion.data.chat import encode
 from llmfusion.data.samples import read_jsonl
 from llmfusion.data.sources import Rejected
 from llmfusion.errors import UserError
-from llmfusion.fusion.sources import Drawn
+from llmfusion.fusion.sources import Drawn, Source
+from llmfusion.training import distributed
 
 
 class Corpus:
@@ -49,3 +50,16 @@ class Corpus:
                 generator = torch.Generator().manual_seed(spec.get("seed", 42) * 1_000_003 + epoch)
                 order, of_epoch = torch.randperm(len(self), generator=generator), epoch
             yield step, order[place * size : (place + 1) * size].tolist()
+
+
+def read_ahead(steps: Iterator[tuple[int, list[int]]], corpus: Corpus, sources: Sequence[Source]) -> Iterator[tuple[int, list[int]]]:
+    """The same steps; before each is given out, the sources are told of the one behind it (this process's part)."""
+    current = next(steps, None)
+    while current is not None:
+        following = next(steps, None)
+        if following is not None:
+            part = distributed.part([corpus.drawn[i] for i in following[1]])
+            for source in sources:
+                source.prefetch(part)
+        yield current
+        current = following

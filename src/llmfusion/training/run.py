@@ -24,7 +24,7 @@ from llmfusion.fusion.sources import Drawn, Source
 from llmfusion.models.batches import device_of, label_rows, pad
 from llmfusion.step import Job
 from llmfusion.training import checkpoint, distributed
-from llmfusion.training.corpus import Corpus
+from llmfusion.training.corpus import Corpus, read_ahead
 from llmfusion.training.optim import CautiousAdamW, learning_rate
 
 SAVE_SECONDS = 900.0  # also the most a killed job can lose
@@ -98,7 +98,8 @@ class _Loop:
             _say(f"going on after step {first} of {self.steps}")
         elif self._prepare_projectors():
             self._save(state, -1)  # before the first step
-        for step, numbers in self.corpus.batches(self.spec, max(first, 0), self.steps):
+        batches = self.corpus.batches(self.spec, max(first, 0), self.steps)
+        for step, numbers in read_ahead(batches, self.corpus, self.objective.sources):
             with self.reserve.step():
                 self._step(step, numbers)
             if self._must_save() and step + 1 < self.steps:
