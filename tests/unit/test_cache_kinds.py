@@ -121,6 +121,21 @@ def test_tokens_the_student_lacks_leave_the_k_and_rows_without_others_are_masked
         rows.log_probs(slice(0, 3), 2.0)
 
 
+def test_a_training_learns_from_k_tokens(tmp_path, topk, cache, mix, pivot, tokenizer):
+    spec = {"steps": 12, "batch_size": 4, "lr": 1e-2, "seed": 3, "fusion": {"target": "mince"}}
+    told = {}
+    for name, of in (("topk", topk), ("hidden", cache)):
+        sources = [CachedSource(f"{i}", of, tokenizer, 300, "cpu") for i in range(2)]
+        made, model = job(tmp_path, name=name), load_model(pivot, "float32")
+        train(made, Trainee(model, tokenizer), spec, [mix], sources)
+        told[name] = [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
+    first, last = told["topk"][0], told["topk"][-1]
+    assert last["fusion"] < first["fusion"]
+    assert first["weight"] == told["hidden"][0]["weight"]  # its choice rests on the same statistics
+    assert first["cross_entropy"] == pytest.approx(told["hidden"][0]["cross_entropy"])
+    assert first["sft"] == pytest.approx(told["hidden"][0]["sft"], rel=1e-5)
+
+
 def test_a_teacher_of_another_vocabulary_cannot_be_projected_from_k_tokens(topk, mix):
     other = make_tokenizer({"vocabulary_size": 290}, mix.file("samples.jsonl"), None)
     with pytest.raises(UserError, match=r"teacher t has another vocabulary .* kind topk has no states to project"):

@@ -148,16 +148,20 @@ class Cache:
         """Where the tensors of a piece lie in its file."""
         if number not in self._pieces:
             path, rows = self.artifact.file(piece_name(number)), self._ends[number]
-            layout: dict[str, tuple[Any, Any]] = {"label_id": ((rows,), ("I32",)), **dict.fromkeys(STATISTICS, ((rows,), ("F32",)))}
-            if self.kind == "hidden":
-                layout["hidden"] = ((rows, self._head()["weight"].shape[1]), FLOATS)
-            if self.kind == "topk":
-                k = self.facts["k"]
-                layout |= {"top_id": ((rows, k), ("I32",)), "top_logprob": ((rows, k), ("F32",)), "tail": ((rows,), ("F32",))}
             found = entries_in([path])
-            _require_layout(path, found, layout)
+            _require_layout(path, found, self._layout(rows))
             self._pieces[number] = found
         return self._pieces[number]
+
+    def _layout(self, rows: int) -> dict[str, tuple[Any, Any]]:
+        """Shape and allowed dtypes of every tensor of a piece with so many rows."""
+        layout: dict[str, tuple[Any, Any]] = {}
+        if self.kind == "hidden":
+            layout["hidden"] = ((rows, self._head()["weight"].shape[1]), FLOATS)
+        if self.kind == "topk":
+            k = self.facts["k"]
+            layout = {"top_id": ((rows, k), ("I32",)), "top_logprob": ((rows, k), ("F32",)), "tail": ((rows,), ("F32",))}
+        return layout | {"label_id": ((rows,), ("I32",)), **dict.fromkeys(STATISTICS, ((rows,), ("F32",)))}
 
 
 def _span(tensor: Entry, start: int, length: int) -> tuple[int, int]:
