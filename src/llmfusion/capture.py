@@ -11,7 +11,7 @@ COUNTED = 500  # samples of the mix whose rows are counted beforehand
 
 
 def build(job: Job) -> None:
-    """Write pieces, index, head and tokenizer; see :mod:`llmfusion.teachers.cache` for the layout."""
+    """Write pieces, index, head and tokenizer; see :mod:`llmfusion.teachers.layout`."""
     spec = job.spec
     teacher, mix = job.input(f"models/{spec['model']}"), job.input(f"data/mix/{spec['mix']}")
     shards = [job.inputs[address] for address in job.inputs if address.startswith(SHARDS)]

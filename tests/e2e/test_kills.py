@@ -226,9 +226,9 @@ def capture_in(place: Path, kill_at: int = 0) -> Ended:
         import safetensors.torch
 
         from llmfusion import capture
-        from llmfusion.teachers import cache
+        from llmfusion.teachers import layout
 
-        cache.PIECE["hidden"] = 4
+        layout.PIECE["hidden"] = 4
         save = safetensors.torch.save_file
 
         def watched(tensors: Any, path: Any, *more: Any, **named: Any) -> None:

@@ -22,6 +22,7 @@ from llmfusion.fusion.sources import CachedSource, Drawn, ProjectedSource, sourc
 from llmfusion.models.batches import label_rows
 from llmfusion.models.loading import load_model
 from llmfusion.models.scratch import make_tokenizer
+from llmfusion.teachers import cache as cache_module
 from llmfusion.teachers.cache import Cache
 from llmfusion.teachers.capture import capture
 from llmfusion.teachers.online import Online, states_of
@@ -244,7 +245,27 @@ def test_the_figure_is_taken_once(cache, tokenizer, chosen, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------ reading
-def test_rows_are_read_not_mapped_and_are_the_callers_own(tmp_path, cache):
+@pytest.fixture
+def large(monkeypatch):
+    """Caches are read as large ones are."""
+    monkeypatch.setattr(cache_module, "SMALL", 0)
+
+
+def test_a_large_cache_gives_the_rows_of_a_small_one(cache, topk, online, monkeypatch):
+    for of in (cache, topk, online):
+        states = (lambda samples: []) if of is online else None
+        small = Cache(of, states)
+        with monkeypatch.context() as patch:
+            patch.setattr(cache_module, "SMALL", 0)
+            whole = Cache(of, states)
+        assert (small.small, whole.small) == (True, False)
+        for sample in small.index:
+            mine, theirs = small.rows(sample), whole.rows(sample)
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in mine)
+
+
+def test_rows_are_read_not_mapped_and_are_the_callers_own(tmp_path, cache, large):
     for path in cache.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     stored = Cache(artifact(tmp_path, **cache.facts))
@@ -255,7 +276,7 @@ def test_rows_are_read_not_mapped_and_are_the_callers_own(tmp_path, cache):
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
-def test_a_piece_cut_while_it_is_in_use_is_named(tmp_path, cache):
+def test_a_piece_cut_while_it_is_in_use_is_named(tmp_path, cache, large):
     for path in cache.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     stored = Cache(artifact(tmp_path, **cache.facts))
@@ -265,7 +286,7 @@ def test_a_piece_cut_while_it_is_in_use_is_named(tmp_path, cache):
         stored.rows("raw")
 
 
-def test_prefetching_asks_for_exactly_the_bytes_that_are_read_later(cache, monkeypatch):
+def test_prefetching_asks_for_exactly_the_bytes_that_are_read_later(cache, large, monkeypatch):
     stored = Cache(cache)
     advised, read = [], []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, how: advised.append((start, size, how)))
@@ -287,7 +308,7 @@ def resident(path):
     return None if failed else sum(state & 1 for state in states)
 
 
-def test_what_is_prefetched_is_in_memory_before_it_is_read(tmp_path, cache):
+def test_what_is_prefetched_is_in_memory_before_it_is_read(tmp_path, cache, large):
     for path in cache.folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     stored, path = Cache(artifact(tmp_path, **cache.facts)), tmp_path / "piece-00000.safetensors"

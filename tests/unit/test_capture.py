@@ -12,8 +12,10 @@ from llmfusion.data.chat import encode
 from llmfusion.errors import UserError
 from llmfusion.models.batches import label_rows
 from llmfusion.models.loading import load_model
-from llmfusion.teachers.cache import PIECE, Cache, statistics
+from llmfusion.teachers.cache import Cache
 from llmfusion.teachers.capture import capture
+from llmfusion.teachers.layout import PIECE
+from llmfusion.teachers.statistics import statistics
 from tests.unit.stand_ins import artifact, job
 
 

@@ -11,7 +11,7 @@ from llmfusion import capture as step_module
 from llmfusion.artifacts import Artifact, sha256_file
 from llmfusion.errors import UserError
 from llmfusion.teachers import capture as module
-from llmfusion.teachers.cache import PIECE, piece_name
+from llmfusion.teachers.layout import PIECE, piece_name
 from llmfusion.teachers.pieces import Shard, Store, gather
 from tests.unit.stand_ins import artifact, job
 

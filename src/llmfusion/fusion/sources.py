@@ -16,8 +16,9 @@ from llmfusion.fusion.losses import TeacherRows
 from llmfusion.fusion.rows import HiddenRows, TopRows, Vocabulary
 from llmfusion.models.loading import load_tokenizer, vocabulary_sha256
 from llmfusion.teachers.alignment import join, partners, responses, row_spans, spread, token_bytes
-from llmfusion.teachers.cache import Cache, States, response_sha256
+from llmfusion.teachers.cache import Cache, States
 from llmfusion.teachers.fingerprint import require_recomputed
+from llmfusion.teachers.layout import response_sha256
 
 
 @dataclass(frozen=True)

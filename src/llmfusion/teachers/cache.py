@@ -1,21 +1,7 @@
-"""The teacher cache: what a teacher says at the label rows of a mix. Usually its final states, from which exact distributions are recomputed.
+"""The teacher cache as a training reads it: what a teacher says at the label rows of a mix. The files are told in :mod:`llmfusion.teachers.layout`."""
 
-Row i of a sample is the state that *predicts* its i-th label token, the end token included. Files:
-
-- ``piece-NNNNN.safetensors``: rows of :data:`PIECE` consecutive samples of the mix. ``label_logprob``, ``entropy``, ``logsumexp (n,)`` fp32 in
-  nats, ``label_id (n,)`` int32, exact and at temperature 1; and by ``kind``
-  ``hidden``: ``hidden (n, d)`` bf16 or fp32, 2d + 16 bytes a row in bf16. Statistics are of the rounded states through the saved head.
-  ``topk``: ``top_id (n, k)`` int32 and ``top_logprob (n, k)`` fp32, the k most likely tokens from the first; ``tail (n,)`` fp32, the mass of the others.
-  ``online``: nothing more, 16 bytes a row: the training runs the teacher again for its states (:mod:`llmfusion.teachers.online`).
-- ``index.parquet``: per sample ``id``, ``piece``, ``start``, ``length``, and per response ``segment_starts`` (row within
-  the sample) and ``segment_prompts`` (the token before it), so that every row's input token is known, and ``response_sha256``.
-- ``head.safetensors``: ``weight (V, d)``, ``bias`` if there is one, ``embedding`` unless it is tied to the head.
-"""
-
-import hashlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,18 +12,11 @@ from llmfusion.artifacts import Artifact
 from llmfusion.data.samples import Sample
 from llmfusion.errors import DamagedError, UserError
 from llmfusion.merging.tensors import FLOATS, Entry, entries_in
-from llmfusion.teachers.alignment import responses
+from llmfusion.teachers.layout import HEAD, PIECE, layout_of, piece_name, read_index, require_finite, require_layout
 
-PIECE = {"hidden": 128, "topk": 8192, "online": 8192}  # samples in a piece, part of the format: a file of 0.4 GB for states of an 8B model
-HEAD = "head.safetensors"
-STATISTICS = ("label_logprob", "entropy", "logsumexp")
+SMALL = 64 * 2**20  # bytes: a cache of this size is kept in memory, where its rows are found ten times faster
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
 Rows = dict[str, Tensor]  # tensors by name, a row each
-
-
-def piece_name(number: int) -> str:
-    """File name of a piece."""
-    return f"piece-{number:05d}.safetensors"
 
 
 class States(Protocol):
@@ -49,9 +28,9 @@ class States(Protocol):
 
 
 class Cache:
-    """Random access to a verified cache by sample id. Only what is asked for is ever read: memory does not grow with the cache.
+    """Random access to a verified cache by sample id. Of all but a small one only what is asked for is ever in memory.
 
-    What is read must have the tensors, shapes and numbers of the layout above and be finite: :class:`DamagedError` names the file.
+    What is read must have the tensors, shapes and numbers of the layout and be finite: :class:`DamagedError` names the file.
     ``states`` computes the states that a cache of kind ``online`` does not hold.
     """
 
@@ -62,11 +41,13 @@ class Cache:
             raise DamagedError(f"{artifact.folder}: the manifest tells of a cache of kind {self.kind!r}; there are: {', '.join(PIECE)}")
         if self.kind == "online" and states is None:
             raise UserError(f"{artifact.folder}: holds no states (kind online): a training needs the teacher itself among its inputs")
-        self.index = _index(artifact.file("index.parquet"), self.facts["samples"])
+        self.index = read_index(artifact.file("index.parquet"), self.facts["samples"])
         self._ends: dict[int, int] = {}  # rows of each piece
         for row in self.index.values():
             self._ends[row["piece"]] = max(self._ends.get(row["piece"], 0), row["start"] + row["length"])
+        self.small = sum(artifact.file(piece_name(number)).stat().st_size for number in self._ends) <= SMALL
         self._pieces: dict[int, dict[str, Entry]] = {}
+        self._kept: dict[int, Rows] = {}
         self._finite: set[str] = set()
 
     def entry(self, sample: str) -> dict[str, Any]:
@@ -91,20 +72,30 @@ class Cache:
     def rows(self, sample: str) -> Rows:
         """All stored tensors of a sample's rows. Raises :class:`UserError` for a sample that is not in the cache."""
         entry = self.entry(sample)
-        path, tensors = self.artifact.file(piece_name(entry["piece"])), self._piece(entry["piece"])
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            found = {name: _read(handle, tensor, entry["start"], entry["length"]) for name, tensor in tensors.items()}
-        finally:
-            os.close(handle)
+        number, start, length = entry["piece"], entry["start"], entry["length"]
+        if self.small:
+            if number not in self._kept:
+                self._kept[number] = self._read(number, 0, self._ends[number])
+            found = {name: tensor[start : start + length] for name, tensor in self._kept[number].items()}
+        else:
+            found = self._read(number, start, length)
         if sample not in self._finite:  # the file was verified: once is enough
-            _require_finite(path, found, f" in the rows of sample {sample}")
+            require_finite(self.artifact.file(piece_name(number)), found, f" in the rows of sample {sample}")
             self._finite.add(sample)
         return found
 
+    def _read(self, number: int, start: int, length: int) -> Rows:
+        """Some rows of a piece."""
+        tensors = self._piece(number)
+        handle = os.open(self.artifact.file(piece_name(number)), os.O_RDONLY)
+        try:
+            return {name: _read(handle, tensor, start, length) for name, tensor in tensors.items()}
+        finally:
+            os.close(handle)
+
     def prefetch(self, samples: Sequence[str]) -> None:
         """Have the system read these samples' rows into its own memory while others are worked on; nothing waits, nothing else changes."""
-        for sample in samples:
+        for sample in samples if not self.small else ():
             entry = self.entry(sample)
             handle = os.open(self.artifact.file(piece_name(entry["piece"])), os.O_RDONLY)
             try:
@@ -119,7 +110,7 @@ class Cache:
         names = ("weight", "bias") if "bias" in self._head() else ("weight",)
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in names}
-        _require_finite(path, found)
+        require_finite(path, found)
         return found["weight"], found.get("bias")
 
     def embedding(self) -> Tensor:
@@ -128,7 +119,7 @@ class Cache:
         name = "embedding" if "embedding" in self._head() else "weight"
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name)}
-        _require_finite(path, found)
+        require_finite(path, found)
         return found[name]
 
     def _head(self) -> dict[str, Entry]:
@@ -141,7 +132,7 @@ class Cache:
                 raise DamagedError(f"{path}: tensor {name}: expected {known} rows of numbers or more, found {list(shape)}")
         rows, width = found["weight"].shape
         shapes = {"weight": (rows, width), "bias": (rows,), "embedding": (found.get("embedding", found["weight"]).shape[0], width)}
-        _require_layout(path, found, {name: (shapes[name], FLOATS) for name in found if name in shapes})
+        require_layout(path, found, {name: (shapes[name], FLOATS) for name in found if name in shapes})
         return found
 
     def _piece(self, number: int) -> dict[str, Entry]:
@@ -149,19 +140,10 @@ class Cache:
         if number not in self._pieces:
             path, rows = self.artifact.file(piece_name(number)), self._ends[number]
             found = entries_in([path])
-            _require_layout(path, found, self._layout(rows))
+            width = self._head()["weight"].shape[1] if self.kind == "hidden" else 0
+            require_layout(path, found, layout_of(self.kind, rows, width, self.facts["k"] if self.kind == "topk" else 0))
             self._pieces[number] = found
         return self._pieces[number]
-
-    def _layout(self, rows: int) -> dict[str, tuple[Any, Any]]:
-        """Shape and allowed dtypes of every tensor of a piece with so many rows."""
-        layout: dict[str, tuple[Any, Any]] = {}
-        if self.kind == "hidden":
-            layout["hidden"] = ((rows, self._head()["weight"].shape[1]), FLOATS)
-        if self.kind == "topk":
-            k = self.facts["k"]
-            layout = {"top_id": ((rows, k), ("I32",)), "top_logprob": ((rows, k), ("F32",)), "tail": ((rows,), ("F32",))}
-        return layout | {"label_id": ((rows,), ("I32",)), **dict.fromkeys(STATISTICS, ((rows,), ("F32",)))}
 
 
 def _span(tensor: Entry, start: int, length: int) -> tuple[int, int]:
@@ -181,80 +163,3 @@ def _read(handle: int, tensor: Entry, start: int, length: int) -> Tensor:
             raise DamagedError(f"{tensor.file}: ends before byte {offset + size}: it was cut while it was in use")
         at += count
     return torch.frombuffer(content, dtype=DTYPES[tensor.dtype]).view(length, *tensor.shape[1:])
-
-
-def response_sha256(sample: Sample) -> str:
-    """What a cache remembers of the text its rows predict."""
-    return hashlib.sha256("\n".join(responses(sample)).encode()).hexdigest()
-
-
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
-
-
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_count, value))
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-INDEX = {
-    "id": _text, "piece": _count, "start": _count, "length": _count, "segment_starts": _counts, "segment_prompts": _counts, "response_sha256": _text,
-}  # fmt: skip
-
-
-def _index(path: Path, samples: int) -> dict[str, dict[str, Any]]:
-    """The index by sample id. Raises :class:`DamagedError`."""
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DamagedError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-    for number, row in enumerate(rows):
-        if wrong := [key for key, sound in INDEX.items() if not sound(row.get(key))]:
-            raise DamagedError(f"{path}, row {number}: {wrong[0]}: found {row.get(wrong[0])!r:.60}; expected {', '.join(INDEX)}")
-    index = {row["id"]: row for row in rows}
-    if not len(index) == len(rows) == samples:
-        raise DamagedError(f"{path}: expected {samples} samples as the manifest tells, found {len(index)} in {len(rows)} rows")
-    return index
-
-
-def _require_layout(path: Path, found: dict[str, Entry], expected: dict[str, tuple[Any, Any]]) -> None:
-    """Raise :class:`DamagedError` unless the file holds exactly these tensors, each of its shape and one of its dtypes."""
-    for name, (shape, dtypes) in expected.items():
-        told = f"{found[name].dtype} {list(found[name].shape)}" if name in found else "none"
-        if name not in found or found[name].shape != shape or found[name].dtype not in dtypes:
-            raise DamagedError(f"{path}: tensor {name}: expected {' or '.join(dtypes)} {list(shape)}, found {told}")
-    if more := sorted(set(found) - set(expected)):
-        raise DamagedError(f"{path}: tensor {more[0]}: not part of a teacher cache")
-
-
-def _require_finite(path: Path, tensors: dict[str, Tensor], where: str = "") -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DamagedError(f"{path}: tensor {name} is not finite{where}: it holds a NaN or an infinity")
-
-
-def statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, known: int, chunk: int = 512, top: int = 0) -> dict[str, Tensor]:
-    """Label log-prob, entropy and logsumexp (N,) fp32, of ``hidden (N, d)`` through a head ``(V, d)``, first ``known`` rows only.
-
-    With ``top`` also that many most likely tokens: ``top_id (N, top)`` int32, ``top_logprob (N, top)``, and the mass of the others, ``tail (N,)``.
-    """
-    out: dict[str, list[Tensor]] = {name: [] for name in (*STATISTICS, *(("top_id", "top_logprob", "tail") if top else ()))}
-    weight, bias = weight[:known].float(), None if bias is None else bias[:known].float()
-    for start in range(0, len(hidden), chunk):
-        logits = torch.nn.functional.linear(hidden[start : start + chunk].float(), weight, bias)  # (c, V)
-        total = logits.logsumexp(-1)
-        log_q = logits - total[:, None]
-        out["label_logprob"].append(log_q.gather(1, labels[start : start + chunk, None].long())[:, 0])
-        q = log_q.exp()
-        out["entropy"].append(-(q * log_q).sum(-1))
-        out["logsumexp"].append(total)
-        if top:
-            values, ids = log_q.topk(top)
-            for name, found in {"top_id": ids.int(), "top_logprob": values, "tail": q.scatter(1, ids, 0.0).sum(-1)}.items():
-                out[name].append(found)
-    return {name: torch.cat(parts) if parts else torch.zeros(0) for name, parts in out.items()}

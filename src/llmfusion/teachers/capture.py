@@ -15,9 +15,10 @@ from llmfusion.data.chat import Encoded, encode
 from llmfusion.data.samples import Sample, read_jsonl
 from llmfusion.models.batches import device_of, label_rows, pad
 from llmfusion.models.loading import load_model, load_tokenizer
-from llmfusion.teachers.cache import HEAD, PIECE, piece_name, response_sha256, statistics
 from llmfusion.teachers.fingerprint import fingerprint
+from llmfusion.teachers.layout import HEAD, PIECE, piece_name, response_sha256
 from llmfusion.teachers.pieces import Shard, Store, count_of, gather
+from llmfusion.teachers.statistics import statistics
 
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # would change logits behind the saved head
 Usable = list[tuple[Sample, Encoded]]

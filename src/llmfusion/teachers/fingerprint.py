@@ -9,7 +9,8 @@ from llmfusion.artifacts import Artifact
 from llmfusion.digests import canonical, digest
 from llmfusion.errors import UserError
 from llmfusion.models.loading import load_tokenizer, vocabulary_sha256
-from llmfusion.teachers.cache import Cache, statistics
+from llmfusion.teachers.cache import Cache
+from llmfusion.teachers.statistics import statistics
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from llmfusion.artifacts import require, sha256_file, sync, write_file
 from llmfusion.data.sources import Rejected
 from llmfusion.digests import canonical
-from llmfusion.teachers.cache import HEAD, PIECE, piece_name
+from llmfusion.teachers.layout import HEAD, PIECE, piece_name
 
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # another file system, or one without links
 
