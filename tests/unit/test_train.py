@@ -1,9 +1,12 @@
+import json
+
 import pytest
 import torch
 
 from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
 from llmfusion.models.loading import load_model
+from llmfusion.teachers.capture import capture
 from llmfusion.train import build
 from tests.unit.stand_ins import artifact, job
 
@@ -33,6 +36,26 @@ def test_a_fused_model_is_a_complete_checkpoint(tmp_path, inputs, pivot):
     }
     assert (made.folder / "metrics.jsonl").exists()
     assert "Assistant" in (made.folder / "chat_template.jinja").read_text()
+
+
+def test_an_online_teacher_is_taken_from_the_inputs_and_a_cache_of_another_teacher_is_refused(tmp_path, inputs, teacher, mix):
+    folder = tmp_path / "online"
+    folder.mkdir()
+    settings = {"kind": "online", "dtype": "float32"}
+    facts = capture(teacher, mix, folder, settings, None)
+    online = artifact(folder, **facts)
+    online.manifest["spec"] = json.dumps({"capture": settings})
+    spec = fused("kd", "base/one", steps=3)
+    told = job(tmp_path, spec, inputs, "cached")
+    build(told)
+    asked = {**spec, "captured": {**spec["captured"], "capture": settings}}
+    made = job(tmp_path, asked, {**inputs, "teachers/base/one/m": online, "models/base/one": teacher}, "online")
+    build(made)
+    assert made.facts["loss"] == pytest.approx(told.facts["loss"], rel=1e-4)
+    with pytest.raises(UserError, match=r"the teacher is not among this training's inputs"):
+        build(job(tmp_path, asked, {**inputs, "teachers/base/one/m": online}, "alone"))
+    with pytest.raises(UserError, match=r"teacher base/one: .* kind: captured with online, this training asks for hidden"):
+        build(job(tmp_path, spec, {**inputs, "teachers/base/one/m": online}, "other"))
 
 
 def test_generated_answers_double_the_steps_of_the_same_epochs(tmp_path, inputs, samples):
