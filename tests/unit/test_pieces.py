@@ -186,7 +186,7 @@ def test_a_piece_that_is_missing_or_there_twice_is_named(tmp_path, made_from):
     shards = sharded(tmp_path, made_from, 2)
     first, second = (shard.folder for shard in shards.values())
     cases = (
-        ([first], r"piece \[1\] of 8 is missing; make its shard again"),
+        ([first], "4 of 8 pieces are missing, the first is number 1; make its shard again"),
         ([first, first], "a piece too many: 8 were expected, each once"),
         ([second, first], "head.safetensors lies in 0 folders"),
     )

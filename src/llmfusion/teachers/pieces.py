@@ -129,8 +129,10 @@ def gather(folders: Sequence[Path], folder: Path, samples: int, kind: str) -> di
             if notes[number]["sha256"] is not None:
                 link(place / piece_name(number), folder / piece_name(number))
     lacking = [number for number in range(total) if number not in notes]
-    require(not lacking, f"{folders[0].parent}: piece {lacking[:1]} of {total} is missing; make its shard again")
-    [heads] = [[place / HEAD for place in folders if (place / HEAD).exists()]]
+    require(
+        not lacking, f"{folders[0].parent}: {len(lacking)} of {total} pieces are missing, the first is number {min(lacking, default=0)}; make its shard again"
+    )
+    heads = [place / HEAD for place in folders if (place / HEAD).exists()]
     require(len(heads) == 1, f"{folders[0].parent}: {HEAD} lies in {len(heads)} folders, expected one; make the shards again")
     link(heads[0], folder / HEAD)
     known = json.loads(note_of(heads[0]).read_bytes())["known"]
