@@ -12,6 +12,8 @@ from llmfusion.models.loading import load_tokenizer, vocabulary_sha256
 from llmfusion.teachers.cache import Cache
 from llmfusion.teachers.statistics import statistics
 
+COMPARED = 64  # rows of the first batch: enough to tell teachers apart, and little memory beside a large vocabulary
+
 
 def tokenizer_sha256(tokenizer: Any) -> str:
     """Hash of everything that turns a conversation into ids: vocabulary with added tokens, merges, chat template."""
@@ -67,6 +69,7 @@ def require_recomputed(name: str, cache: Cache, rows: dict[str, Tensor], head: T
     Rows or a head of another teacher are sound by themselves and would only train badly. Allowed are 1e-5 nats (times the logits, where those are
     larger than 1: another device adds in another order); where a teacher is run again, what another padding or rounding to bfloat16 does.
     """
+    rows = {key: tensor[:COMPARED] for key, tensor in rows.items()}
     labels, told = rows["label_id"].long(), rows["label_logprob"]
     if "top_id" in rows:
         there, lost = rows["top_id"] == labels[:, None], 1 - rows["top_logprob"].exp().sum(1) - rows["tail"]  # (N, k), (N,)
