@@ -30,6 +30,7 @@ from tests.project import environment
 RESULTS = Path("results")
 PIVOT, CODE, SFT, KD = (f"models/{name}" for name in ("base/pivot", "base/code", "trained/sft", "trained/kd-code"))
 CACHE, MIX, GENERATED = "teachers/base/code/student", "data/mix/student", "data/generated/base/code/student"
+SHARD = "teachers/shards/base/code/student/1-of-2"  # reads model and mix; the cache is gathered from it
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 Copy = dict[str, Path]  # files of the finished study by their names below its folder
 Spoil = Callable[[Path], object]  # changes the files of a folder
@@ -482,7 +483,7 @@ def test_what_is_sound_loads_and_neither_pickles_nor_code_beside_it_are_read(stu
     assert not Path("unpickled").exists()
 
 
-USERS = {"models/trained/sft": PIVOT, CODE: PIVOT, CACHE: CODE, GENERATED: CODE, "answers/trained/sft/all": SFT, "models/merged/ta-homogeneous": SFT}
+USERS = {"models/trained/sft": PIVOT, CODE: PIVOT, SHARD: CODE, GENERATED: CODE, "answers/trained/sft/all": SFT, "models/merged/ta-homogeneous": SFT}
 
 
 @pytest.mark.parametrize("address", USERS)
@@ -544,7 +545,7 @@ def test_weights_that_only_their_rounding_makes_infinite_are_not_saved(study: Pa
 
 def test_states_that_overflow_are_not_cached(made_by_its_step: Make) -> None:
     remake(CODE, tensors(lambda t: t["model.norm.weight"].fill_(3e38)))  # every weight finite, not what comes of them
-    assert re.match("sample [0-9a-f]{40}: the teacher's states are not finite; nothing was published", made_by_its_step(CACHE) or "accepted")
+    assert re.match("sample [0-9a-f]{40}: the teacher's states are not finite; nothing was published", made_by_its_step(SHARD) or "accepted")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -730,7 +731,7 @@ def test_a_sample_that_cannot_be_used_is_refused_by_file_and_line(made_by_its_st
     assert re.match(rf"results/{address}/samples\.jsonl, line 5: {told}", made_by_its_step(user) or "accepted")
 
 
-@pytest.mark.parametrize("user", [CACHE, GENERATED, CODE])
+@pytest.mark.parametrize("user", [SHARD, GENERATED, CODE])
 def test_every_step_that_takes_a_mix_refuses_a_broken_line_in_it(made_by_its_step: Make, user: str) -> None:
     mix = "data/mix/code" if user == CODE else MIX
     remake(mix, rewrite("samples.jsonl", line(150, lambda c: c[:30] + b"\n")))
@@ -864,7 +865,8 @@ COMMANDS = {
     KD: f"{CACHE}/piece-00000.safetensors",
     CODE: "data/mix/code/samples.jsonl",
     "models/merged/ta-homogeneous": f"{SFT}/model.safetensors",
-    CACHE: f"{MIX}/samples.jsonl",
+    CACHE: f"{SHARD}/piece-00000.safetensors",
+    SHARD: f"{MIX}/samples.jsonl",
     GENERATED: f"{CODE}/model.safetensors",
     "answers/merged/ta-homogeneous/all": "data/tasks/humaneval/items.jsonl",
     "scores/trained/sft/mmlu": "answers/trained/sft/all/mmlu.jsonl",

@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from llmfusion.errors import UserError
 
+AT_ONCE = 64  # rows
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -36,11 +38,17 @@ class HiddenRows:
         own = self.own
         logits = functional.linear(self.hidden[rows].float(), own.head, own.bias)  # (c, V_teacher)
         if own.same_rows:
-            return functional.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
-        shared = functional.log_softmax(logits[:, own.shared] / temperature, dim=-1)
-        out = shared.new_full((len(shared), own.rows), -torch.inf)
-        out[:, own.shared] = shared
+            return _softened(logits, temperature)
+        out = logits.new_full((len(logits), own.rows), -torch.inf)
+        out[:, own.shared] = _softened(logits[:, own.shared], temperature)
         return out
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    """``log_softmax(logits / temperature)`` in the same memory, a few rows at a time: a second (c, V) buffer would double a teacher's memory."""
+    for part in logits.split(AT_ONCE):
+        part.copy_(functional.log_softmax(part if temperature == 1 else part / temperature, dim=-1))
+    return logits
 
 
 class TopRows:
