@@ -67,19 +67,17 @@ def inputs(case: Case) -> tuple[Any, ...]:
 
 def ours(case: Case) -> Callable[[], Any]:
     """This package's loss, over teachers as a cache gives them."""
-    from types import SimpleNamespace
-
     import torch
 
     from llmfusion.fusion.losses import fused_loss
-    from llmfusion.fusion.sources import HiddenRows
+    from llmfusion.fusion.rows import HiddenRows, Vocabulary
 
     hidden, head, teachers, labels, weights = inputs(case)
     nothing = torch.zeros(case.rows)
     rows: list[Any] = []
     for states, matrix in teachers:
-        source: Any = SimpleNamespace(head=matrix, bias=None, same_rows=True)
-        rows.append(HiddenRows(states, source, nothing, nothing, nothing + 1))
+        own = Vocabulary(matrix, None, torch.arange(case.vocabulary), case.vocabulary)
+        rows.append(HiddenRows(states, own, nothing, nothing, nothing + 1))
     count = int((labels != -100).sum())
     return lambda: _through(lambda: fused_loss(hidden, head, None, labels, rows, weights, lam=0.5, count=count).loss, hidden, head)
 

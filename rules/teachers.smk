@@ -3,6 +3,25 @@ rule teachers:
         study.stages["teachers"],
 
 
+rule capture_shard:
+    input:
+        study.inputs("teachers/shards/{model}/{mix}/{shard}"),
+    output:
+        manifest="results/teachers/shards/{model}/{mix}/{shard}/manifest.json",
+    log:
+        "logs/teachers/shards/{model}/{mix}/{shard}.log",
+    benchmark:
+        "logs/benchmarks/teachers/shards/{model}/{mix}/{shard}.tsv"
+    conda:
+        "../envs/llmfusion.yaml"
+    resources:
+        gpu=study.gpus("teachers/shards/{model}/{mix}/{shard}"),
+    params:
+        spec=study.spec("teachers/shards/{model}/{mix}/{shard}"),
+    shell:
+        "python -m llmfusion.capture --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+
+
 rule capture_teacher:
     input:
         study.inputs("teachers/{model}/{mix}"),

@@ -18,6 +18,7 @@ from llmfusion.digests import canonical, digest
 from llmfusion.errors import DamagedError, UserError
 
 REMEMBER_BYTES = 64 * 2**20  # larger files are hashed once a change, smaller ones at every reading
+SHARDS = "teachers/shards/"  # addresses of jobs that did a part of another artifact's work
 UNLISTED = {"manifest.json", "provenance.json"}
 
 

@@ -36,12 +36,19 @@ class Costs:
         self.took = cache(lambda address: measured(directory, address))
 
     def _manifest(self, address: str) -> dict[str, Any]:
-        path = artifacts.manifest_of(self.directory / output_of(address))
+        of_cache = f"teachers/{address.removeprefix(artifacts.SHARDS).rsplit('/', 1)[0]}"  # a shard's folder need not be there any more
+        path = artifacts.manifest_of(self.directory / output_of(of_cache if address.startswith(artifacts.SHARDS) else address))
         try:
             content = json.loads(path.read_bytes())
-            return {"inputs": sorted(content["inputs"]), "spec": json.loads(content["spec"])}
+            spec, shards = json.loads(content["spec"]), self._shards(address)
+            return {"inputs": sorted([*content["inputs"], *shards]), "spec": spec, "gpus": gpus_of(spec, shards)}
         except (OSError, ValueError, KeyError, TypeError):
             raise DamagedError(f"{path}: is missing or no manifest; python -m llmfusion.verify tells what else is wrong") from None
+
+    def _shards(self, address: str) -> list[str]:
+        """Jobs that did a part of this artifact's work; its manifest is the same without them."""
+        took = self.took(address)
+        return list(took.provenance.get("shards", [])) if took else []
 
     def rows(self, table: str) -> list[dict[str, Any]]:
         """One row of costs for each row of a table. Raises :class:`DamagedError` for a missing or unreadable manifest."""
@@ -64,7 +71,7 @@ class Costs:
         behind = self._behind(cells)
         known = {address: took for address in behind if (took := self.took(address)) is not None}
         hours = {address: took.seconds / 3600 for address, took in known.items()}
-        gpus = {address: gpus_of(self.manifest(address)["spec"]) for address in behind}
+        gpus = {address: self.manifest(address)["gpus"] for address in behind}
         gpu_hours = {address: hours.get(address, 0.0) * gpus[address] for address in behind}
         fusion = sum(value for address, value in gpu_hours.items() if self.manifest(address)["spec"]["step"] in FUSION)
         devices = {took.provenance.get("gpu") or "cpu" for address, took in known.items() if gpus[address]}

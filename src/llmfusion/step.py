@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion import artifacts, provenance, warm
-from llmfusion.artifacts import Artifact, Draft
+from llmfusion.artifacts import SHARDS, Artifact, Draft
 from llmfusion.errors import UserError, redacted
 from llmfusion.lease import Lease
 
@@ -120,7 +120,9 @@ def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
         for source, path in made.items():
             _sweep(Path(path), Path("work") / source)
         inputs = {source: artifacts.read(path) for source, path in made.items()}
-        draft = Draft(address, given.spec, inputs, artifacts.draft_folder(given.out, lease.token))
+        shards = [source for source in inputs if source.startswith(SHARDS)]  # what they hold becomes the artifact's own
+        made_from = {source: artifact for source, artifact in inputs.items() if source not in shards}
+        draft = Draft(address, given.spec, made_from, artifacts.draft_folder(given.out, lease.token))
         artifacts.remove_drafts(given.out)
         if draft.made_already(given.out):
             print(f"{given.out} was finished meanwhile; adopted")
@@ -131,7 +133,8 @@ def _make(given: argparse.Namespace, build: Callable[[Job], None]) -> None:
         try:
             build(job)
             lease.check()
-            artifacts.publish(draft, given.out, {**provenance.collect(started), "start_seconds": job.start, **job.measured})
+            told = {**provenance.collect(started), "start_seconds": job.start, "shards": shards, **job.measured}
+            artifacts.publish(draft, given.out, told)
         except Exception as error:
             if isinstance(error, OSError):
                 lease.check()  # the draft may be gone because another writer took over: then say that

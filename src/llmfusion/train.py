@@ -2,10 +2,13 @@
 
 import shutil
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmfusion.artifacts import Artifact, require
 from llmfusion.step import Job, run
+
+if TYPE_CHECKING:
+    from llmfusion.fusion.sources import Source
 
 
 def build(job: Job) -> None:
@@ -26,8 +29,6 @@ def make(job: Job) -> None:
 
     Of several processes the first writes.
     """
-    from llmfusion.fusion.sources import source_of
-    from llmfusion.models.batches import device_of
     from llmfusion.models.loading import load_tokenizer
     from llmfusion.training import distributed, sharding
     from llmfusion.training.run import Trainee, train
@@ -35,9 +36,7 @@ def make(job: Job) -> None:
     spec = job.spec["run"]
     pivot = job.input(f"models/{spec['init']}")
     tokenizer = load_tokenizer(pivot, job.spec.get("chat_template"))
-    rows = pivot.facts["vocabulary_size"]
-    caches = {name: job.input(f"teachers/{name}/{spec['mix']}") for name in spec.get("teachers", [])}
-    teachers = [source_of(name, cache, tokenizer, rows, device_of(), spec["fusion"]) for name, cache in caches.items()]
+    teachers = [_teacher(job, name, tokenizer, pivot.facts["vocabulary_size"]) for name in spec.get("teachers", [])]
     mixes = [job.input(f"data/mix/{spec['mix']}"), *(job.input(f"data/generated/{m}/{spec['mix']}") for m in spec.get("generated", []))]
     trainee = Trainee(sharding.load(pivot, spec), tokenizer)  # last: everything that can be refused is refused before
     facts = train(job, trainee, spec, mixes, teachers)
@@ -55,6 +54,20 @@ def _finish(job: Job, spec: dict[str, Any], pivot: Artifact, mix: Artifact) -> N
     if settings in pivot.manifest["files"]:
         shutil.copyfile(pivot.file(settings), job.folder / settings)
     write_training_card(job.folder, spec, job.facts, list(mix.facts.get("datasets", {})), job.facts["license"])
+
+
+def _teacher(job: Job, name: str, tokenizer: Any, rows: int) -> "Source":
+    """A teacher from its cache, which must be the one that was asked for; in memory itself where the cache holds no states."""
+    from llmfusion.fusion.sources import source_of
+    from llmfusion.models.batches import device_of
+    from llmfusion.teachers.fingerprint import require_same
+    from llmfusion.teachers.online import states_of
+
+    mix = job.spec["run"]["mix"]
+    samples, cache, model = job.input(f"data/mix/{mix}"), job.input(f"teachers/{name}/{mix}"), job.inputs.get(f"models/{name}")
+    require_same(name, cache, samples, job.spec, model)
+    states = states_of(name, cache, samples, model, device_of())
+    return source_of(name, cache, tokenizer, rows, device_of(), job.spec["run"]["fusion"], states)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ ROWS = ("base/pivot", "base/code", "trained/sft", "trained/seqkd-code", "trained
 def tiny(content: dict[str, Any]) -> None:
     """Shrink the miniature study: two tasks, one source, a few steps."""
     content["directory"] = "runs/tiny"
+    content["capture"]["shards"] = 2
     models = content["models"]
     for kind in models:
         models[kind] = {name: entry for name, entry in models[kind].items() if f"{kind}/{name}" in ROWS}

@@ -30,6 +30,7 @@ from tests.project import environment
 RESULTS = Path("results")
 PIVOT, CODE, SFT, KD = (f"models/{name}" for name in ("base/pivot", "base/code", "trained/sft", "trained/kd-code"))
 CACHE, MIX, GENERATED = "teachers/base/code/student", "data/mix/student", "data/generated/base/code/student"
+SHARD = "teachers/shards/base/code/student/1-of-2"  # reads model and mix; the cache is gathered from it
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 Copy = dict[str, Path]  # files of the finished study by their names below its folder
 Spoil = Callable[[Path], object]  # changes the files of a folder
@@ -83,6 +84,8 @@ SINGLE = ("scores", "tables")  # no folders of their own: other artifacts lie be
 
 def kind_of(manifest: Path) -> str:
     parts = address_of(manifest).split("/")
+    if address_of(manifest).startswith(artifacts.SHARDS):
+        return "shards"  # their files have become the cache's, which is what readers read
     return parts[1] if parts[0] in ("data", "models") else parts[0]
 
 
@@ -183,7 +186,7 @@ def refuse_by_reader_and_verify(path: Path, manifest: Path, name: str, seed: obj
 
 
 def test_the_kinds_below_are_all_there_are_and_no_file_goes_unhashed(study: Path) -> None:
-    assert {kind_of(m) for m in manifests()} == set(KINDS)
+    assert {kind_of(m) for m in manifests()} == {*KINDS, "shards"}
     hashed = {file for manifest in manifests() for file in files_of(manifest)}
     of_the_run = {RESULTS / "cost.csv"}  # what jobs took is no artifact, as provenance is none
     assert {p for p in RESULTS.rglob("*") if p.is_file() and not p.name.endswith("provenance.json")} == hashed | of_the_run
@@ -480,7 +483,7 @@ def test_what_is_sound_loads_and_neither_pickles_nor_code_beside_it_are_read(stu
     assert not Path("unpickled").exists()
 
 
-USERS = {"models/trained/sft": PIVOT, CODE: PIVOT, CACHE: CODE, GENERATED: CODE, "answers/trained/sft/all": SFT, "models/merged/ta-homogeneous": SFT}
+USERS = {"models/trained/sft": PIVOT, CODE: PIVOT, SHARD: CODE, GENERATED: CODE, "answers/trained/sft/all": SFT, "models/merged/ta-homogeneous": SFT}
 
 
 @pytest.mark.parametrize("address", USERS)
@@ -542,7 +545,7 @@ def test_weights_that_only_their_rounding_makes_infinite_are_not_saved(study: Pa
 
 def test_states_that_overflow_are_not_cached(made_by_its_step: Make) -> None:
     remake(CODE, tensors(lambda t: t["model.norm.weight"].fill_(3e38)))  # every weight finite, not what comes of them
-    assert re.match("sample [0-9a-f]{40}: the teacher's states are not finite; nothing was published", made_by_its_step(CACHE) or "accepted")
+    assert re.match("sample [0-9a-f]{40}: the teacher's states are not finite; nothing was published", made_by_its_step(SHARD) or "accepted")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -556,8 +559,8 @@ def test_facts_that_are_not_finite_are_not_published(study: Path, value: float) 
 
 
 # ------------------------------------------------------------------------------------------------ teacher caches
-def shard(change: Callable[[dict[str, Any]], object]) -> Spoil:
-    return tensors(change, "shard-00000.safetensors")
+def piece(change: Callable[[dict[str, Any]], object]) -> Spoil:
+    return tensors(change, "piece-00000.safetensors")
 
 
 def head(change: Callable[[dict[str, Any]], object]) -> Spoil:
@@ -579,26 +582,26 @@ def cut(*names: str) -> Callable[[dict[str, Any]], None]:
     return lambda content: content.update({name: content[name][:-1] for name in names})
 
 
-SHARD, HEAD, INDEX = (rf"{CACHE}/{name}" for name in (r"shard-00000\.safetensors", r"head\.safetensors", r"index\.parquet"))
+FIRST, HEAD, INDEX = (rf"{CACHE}/{name}" for name in (r"piece-00000\.safetensors", r"head\.safetensors", r"index\.parquet"))
 ALL = ("hidden", "label_id", "label_logprob", "entropy", "logsumexp")
 CACHES: Cases = {
     **{
-        f"a NaN in {n}": (lambda n=n: shard(put(n, (77,), float("nan"))), f"{SHARD}: tensor {n} is not finite in the rows of sample [0-9a-f]{{40}}")
+        f"a NaN in {n}": (lambda n=n: piece(put(n, (77,), float("nan"))), f"{FIRST}: tensor {n} is not finite in the rows of sample [0-9a-f]{{40}}")
         for n in ALL
         if n != "label_id"
     },
-    "infinity": (lambda: shard(put("hidden", (77, 3), float("inf"))), f"{SHARD}: tensor hidden is not finite in the rows of sample"),
-    **{f"no {n}": (lambda n=n: shard(lambda t: t.pop(n)), f"{SHARD}: tensor {n}: expected .*, found none") for n in ALL},
-    "a tensor too many": (lambda: shard(lambda t: t.update(more=t["entropy"] + 1)), f"{SHARD}: tensor more: not part of a teacher cache"),
-    "one row too few": (lambda: shard(cut(*ALL)), rf"{SHARD}: tensor hidden: expected .* \[\d+, 64\], found F32 \[\d+, 64\]"),
-    "one state too few": (lambda: shard(cut("hidden")), f"{SHARD}: tensor hidden: expected"),
-    "one label too few": (lambda: shard(cut("label_id")), rf"{SHARD}: tensor label_id: expected I32 \[\d+\], found I32 \[\d+\]"),
-    "narrow states": (lambda: shard(lambda t: t.update(hidden=t["hidden"][:, :-1])), rf"{SHARD}: tensor hidden: expected .* 64\], found F32 \[\d+, 63\]"),
-    "integer states": (lambda: shard(cast("hidden", "int32")), rf"{SHARD}: tensor hidden: expected F32 or BF16 or F16 .*, found I32"),
-    "labels of another kind": (lambda: shard(cast("label_id", "float32")), rf"{SHARD}: tensor label_id: expected I32 .*, found F32"),
-    "half a shard's header": (lambda: rewrite("shard-00000.safetensors", lambda c: c[:200]), f"{SHARD}: no safetensors header"),
-    "half a shard": (lambda: rewrite("shard-00000.safetensors", lambda c: c[: len(c) // 2]), rf"{SHARD}: tensor \S+ ends at byte"),
-    "no shard": (lambda: lambda folder: (folder / "shard-00000.safetensors").unlink(), "lists no file 'shard-00000.safetensors'"),
+    "infinity": (lambda: piece(put("hidden", (77, 3), float("inf"))), f"{FIRST}: tensor hidden is not finite in the rows of sample"),
+    **{f"no {n}": (lambda n=n: piece(lambda t: t.pop(n)), f"{FIRST}: tensor {n}: expected .*, found none") for n in ALL},
+    "a tensor too many": (lambda: piece(lambda t: t.update(more=t["entropy"] + 1)), f"{FIRST}: tensor more: not part of a teacher cache"),
+    "one row too few": (lambda: piece(cut(*ALL)), rf"{FIRST}: tensor hidden: expected .* \[\d+, 64\], found F32 \[\d+, 64\]"),
+    "one state too few": (lambda: piece(cut("hidden")), f"{FIRST}: tensor hidden: expected"),
+    "one label too few": (lambda: piece(cut("label_id")), rf"{FIRST}: tensor label_id: expected I32 \[\d+\], found I32 \[\d+\]"),
+    "narrow states": (lambda: piece(lambda t: t.update(hidden=t["hidden"][:, :-1])), rf"{FIRST}: tensor hidden: expected .* 64\], found F32 \[\d+, 63\]"),
+    "integer states": (lambda: piece(cast("hidden", "int32")), rf"{FIRST}: tensor hidden: expected F32 or BF16 or F16 .*, found I32"),
+    "labels of another kind": (lambda: piece(cast("label_id", "float32")), rf"{FIRST}: tensor label_id: expected I32 .*, found F32"),
+    "half a piece's header": (lambda: rewrite("piece-00000.safetensors", lambda c: c[:200]), f"{FIRST}: no safetensors header"),
+    "half a piece": (lambda: rewrite("piece-00000.safetensors", lambda c: c[: len(c) // 2]), rf"{FIRST}: tensor \S+ ends at byte"),
+    "no piece": (lambda: lambda folder: (folder / "piece-00000.safetensors").unlink(), "lists no file 'piece-00000.safetensors'"),
     "a NaN in the head": (lambda: head(put("weight", (5, 6), float("nan"))), f"{HEAD}: tensor weight is not finite"),
     "no head": (lambda: head(lambda t: t.update(other=t.pop("weight"))), f"{HEAD}: tensor weight: expected 400 rows of numbers or more, found"),
     "a shorter head": (
@@ -625,12 +628,15 @@ CACHES: Cases = {
     "a sample of another name": (lambda: index(lambda rows: rows[7].update(id="another")), r"has no rows for sample [0-9a-f]{40}"),
     "no column length": (
         lambda: index(lambda rows: [row.pop("length") for row in rows]),
-        rf"{INDEX}, row 0: length: found None; expected id, shard, start, length",
+        rf"{INDEX}, row 0: length: found None; expected id, piece, start, length",
     ),
     "no texts to compare": (lambda: index(lambda rows: rows[7].update(response_sha256=None)), rf"{INDEX}, row 7: response_sha256: found None"),
     "no segments": (lambda: index(lambda rows: rows[7].update(segment_starts=[])), rf"{INDEX}, row 7: segment_starts: found \[\]"),
     "a null in the index": (lambda: index(lambda rows: rows[7].update(start=None)), rf"{INDEX}, row 7: start: found None"),
-    "a sample that is too long": (lambda: index(lambda rows: rows[-1].update(length=rows[-1]["length"] + 9)), rf"{SHARD}: tensor hidden: expected"),
+    "a sample that is too long": (
+        lambda: index(lambda rows: rows[-1].update(length=rows[-1]["length"] + 9)),
+        rf"{CACHE}/piece-00001\.safetensors: tensor hidden: expected",
+    ),
     "a sample that is too short": (lambda: index(lambda rows: rows[7].update(length=3)), "its cached labels are not the student's"),
     "half an index": (lambda: rewrite("index.parquet", lambda c: c[: len(c) // 2]), f"{INDEX}: cannot be read as Parquet"),
     "an index of zeros": (lambda: rewrite("index.parquet", lambda c: bytes(len(c))), f"{INDEX}: cannot be read as Parquet"),
@@ -648,7 +654,7 @@ def use_cache() -> None:
     source = CachedSource("base/code", artifacts.read(RESULTS / CACHE / "manifest.json"), tokenizer, 400, "cpu")
     source.cache.embedding()
     for sample in read_jsonl(RESULTS / MIX / "samples.jsonl"):
-        source.batch([sample["id"]], [encode(sample, tokenizer, 128).label_ids])  # type: ignore[union-attr]
+        source.batch([sample], [encode(sample, tokenizer, 128).label_ids])  # type: ignore[union-attr]
 
 
 def test_a_sound_teacher_cache_is_used(study: Path) -> None:
@@ -725,7 +731,7 @@ def test_a_sample_that_cannot_be_used_is_refused_by_file_and_line(made_by_its_st
     assert re.match(rf"results/{address}/samples\.jsonl, line 5: {told}", made_by_its_step(user) or "accepted")
 
 
-@pytest.mark.parametrize("user", [CACHE, GENERATED, CODE])
+@pytest.mark.parametrize("user", [SHARD, GENERATED, CODE])
 def test_every_step_that_takes_a_mix_refuses_a_broken_line_in_it(made_by_its_step: Make, user: str) -> None:
     mix = "data/mix/code" if user == CODE else MIX
     remake(mix, rewrite("samples.jsonl", line(150, lambda c: c[:30] + b"\n")))
@@ -856,10 +862,11 @@ def test_what_is_sound_is_made_again_as_it_was(made_by_its_step: Make) -> None:
 
 # ------------------------------------------------------------------------------------------------ at the command line
 COMMANDS = {
-    KD: f"{CACHE}/shard-00000.safetensors",
+    KD: f"{CACHE}/piece-00000.safetensors",
     CODE: "data/mix/code/samples.jsonl",
     "models/merged/ta-homogeneous": f"{SFT}/model.safetensors",
-    CACHE: f"{MIX}/samples.jsonl",
+    CACHE: f"{SHARD}/piece-00000.safetensors",
+    SHARD: f"{MIX}/samples.jsonl",
     GENERATED: f"{CODE}/model.safetensors",
     "answers/merged/ta-homogeneous/all": "data/tasks/humaneval/items.jsonl",
     "scores/trained/sft/mmlu": "answers/trained/sft/all/mmlu.jsonl",

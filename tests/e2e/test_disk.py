@@ -29,7 +29,7 @@ STAGES = {  # none needs a later one
     "data": "data/dataset/text-facts",
     "base": "models/base/code",
     "mix": "data/mix/student",
-    "capture": "teachers/base/code/student",
+    "capture": "teachers/shards/base/code/student/1-of-2",
     "generate": "data/generated/base/code/student",
     "train": "models/trained/kd-code",
     "merge": "models/merged/ta-homogeneous",

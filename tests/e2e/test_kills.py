@@ -65,7 +65,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("boundaries")
     output = root / "mix" / MIX
-    draft = Draft("data/mix/m", "{}", {}, draft_folder(output, "token"), {"max_length": 128})
+    draft = Draft("data/mix/m", "{}", {}, draft_folder(output, "token"), {"max_length": 128, "samples": 16})
     draft.folder.mkdir(parents=True)
     samples = [question(f"q{i}", f"What is {i} plus {2 * i}?", f"{3 * i}" + " is it" * (i % 5)) for i in range(16)]
     write_jsonl(draft.folder / "samples.jsonl", samples)
@@ -214,6 +214,64 @@ def left_over(place: Path) -> list[str]:
     results = {str(p.relative_to(place)) for p in place.glob("results/*/*/*")} - visible
     work = {str(p.relative_to(place)) for p in place.rglob("work/**/*") if p.is_file() and not re.fullmatch(r"lease\.[0-9a-f]{32}", p.name)}
     return sorted(results | work)
+
+
+CACHE = "results/teachers/base/p/m/manifest.json"
+
+
+def capture_in(place: Path, kill_at: int = 0) -> Ended:
+    """Capture the model in ``place`` over its mix of 16 samples, in four pieces."""
+
+    def build(watch: Callable[[str], None]) -> int:
+        import safetensors.torch
+
+        from llmfusion import capture
+        from llmfusion.teachers import layout
+
+        layout.PIECE["hidden"] = 4
+        save = safetensors.torch.save_file
+
+        def watched(tensors: Any, path: Any, *more: Any, **named: Any) -> None:
+            watch(f"write {path}")
+            save(tensors, path, *more, **named)
+            watch(f"half {path}")
+
+        safetensors.torch.save_file = watched  # type: ignore[assignment]
+        spec = {"capture": {"batch_size": 2}, "mix": "m", "model": "base/p", "step": "capture"}
+        sys.argv = ["capture", "--spec", json.dumps(spec, sort_keys=True), "--out", CACHE, "--inputs", OUT, MIX]
+        return step.run("capture", capture.build)
+
+    return forked(place, build, kill_at)
+
+
+def cached(place: Path) -> dict[str, bytes]:
+    """All files of the cache in ``place``, manifest included; empty if there is none."""
+    folder = (place / CACHE).parent
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "provenance.json"} if folder.exists() else {}
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
+def test_a_capture_that_is_killed_goes_on_to_the_same_bytes_and_loses_at_most_one_piece(start: Callable[[str], Path], every: int) -> None:
+    base_of = start(f"captured-{every}")
+    assert train(base_of).status == 0
+    place = shutil.copytree(base_of, base_of.with_name(f"whole-cache-{every}"))
+    done = capture_in(place)
+    assert done.status == 0, done.said
+    expected = cached(place)
+    assert sum(name.startswith("piece") for name in expected) == 4
+    for number in range(1, len(done.did) + 1, every):
+        place = shutil.copytree(base_of, base_of.with_name(f"capture-killed-{every}-{number}"))
+        killed = capture_in(place, number)
+        where = f"killed at {number}: {killed.did[-1]}"
+        assert killed.status == -signal.SIGKILL, killed.said
+        assert cached(place) in ({}, expected), where
+        again = capture_in(place)
+        assert again.status == 0, (where, again.said)
+        assert cached(place) == expected, where
+        assert [str(p) for p in (place / "work/teachers").rglob("*") if p.is_file() and not p.name.startswith("lease")] == [], where
+        assert [p.name for p in (place / "results/teachers/base/p").glob(".*")] == [], where
+        read = killed.said.count("tokens/s") + again.said.count("tokens/s")
+        assert read <= 5, where
 
 
 def test_a_kill_before_each_thing_a_training_does_to_a_file(start: Callable[[str], Path], whole: Whole) -> None:

@@ -61,6 +61,24 @@ def test_a_changed_learning_rate_re_plans_exactly_its_descendants(made: Path) ->
     assert outputs(plan) == expected
 
 
+def test_another_number_of_shards_re_plans_nothing_also_without_their_folders(made: Path) -> None:
+    content = yaml.safe_load((made / "config/tiny.yaml").read_text())
+    shards = made / "runs/tiny/results/teachers/shards"
+    assert {p.name for p in shards.glob("base/code/student/*")} == {"1-of-2", "2-of-2"}
+    cache = made / "runs/tiny/results/teachers/base/code/student"
+    assert all(p.stat().st_nlink == 2 for p in [*cache.glob("piece-*.safetensors"), cache / "head.safetensors"])
+    for count in (1, 5):
+        content["capture"]["shards"] = count
+        changed = made / f"config/shards-{count}.yaml"
+        changed.write_text(yaml.safe_dump(content))
+        assert "Nothing to be done" in snakemake(made, "-n", "--cores", "2", TARGET, "teachers", "--configfile", str(changed))
+    shards.rename(aside := shards.with_name("aside"))
+    try:
+        assert "Nothing to be done" in snakemake(made, "-n", "--cores", "2", TARGET, "teachers", "--configfile", str(changed))
+    finally:
+        aside.rename(shards)
+
+
 def test_one_cell_again_is_one_job_with_the_same_result(made: Path) -> None:
     cell = "results/scores/merged/ta-homogeneous/humaneval.json"
     before = results(made)

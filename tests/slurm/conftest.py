@@ -22,7 +22,7 @@ STUDY = ("--configfile", "config/slice.yaml")
 PROFILE = ("--profile", "slurm")
 # the test cluster has no accounting and answers at once; a site needs none of this
 HERE = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "4", "--latency-wait", "5")
-RULES = ("stage_base", "mix_samples", "generate_answers", "capture_teacher", "train_model", "merge_models", "answer", "score")
+RULES = ("stage_base", "mix_samples", "generate_answers", "capture_shard", "capture_teacher", "train_model", "merge_models", "answer", "score")
 ONE_THREAD = ("--set-threads", *(f"{rule}=1" for rule in RULES))  # two threads add in another order than the local run's one
 ROW = "merged/ta-homogeneous"
 MADE_ON_SLURM = ("models/trained", "models/merged", "answers", "scores", "table2.csv", "table2.md", "table2.json")

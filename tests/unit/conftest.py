@@ -47,7 +47,7 @@ def mix(tmp_path_factory: pytest.TempPathFactory, samples: list[dict[str, Any]])
 
     folder = tmp_path_factory.mktemp("mix")
     write_jsonl(folder / "samples.jsonl", samples)
-    return artifact(folder, max_length=128)
+    return artifact(folder, max_length=128, samples=len(samples))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ ARCHITECTURE = {
 def artifact(folder: Path, **facts: Any) -> Artifact:
     """The files of ``folder`` as an artifact with these facts."""
     files = {str(p.relative_to(folder)): {} for p in sorted(folder.rglob("*")) if p.is_file()}
-    return Artifact(folder, {"spec": "{}", "files": files, "facts": facts}, "0" * 64)
+    return Artifact(folder, {"spec": "{}", "fingerprint": "f" * 64, "inputs": {}, "files": files, "facts": facts}, "0" * 64)
 
 
 def job(tmp_path: Path, spec: dict[str, Any] | None = None, inputs: dict[str, Artifact] | None = None, name: str = "job", **changed: Any) -> Job:

@@ -12,14 +12,15 @@ from llmfusion.data.chat import encode
 from llmfusion.errors import UserError
 from llmfusion.models.batches import label_rows
 from llmfusion.models.loading import load_model
-from llmfusion.teachers import capture as module
-from llmfusion.teachers.cache import Cache, statistics
+from llmfusion.teachers.cache import Cache
 from llmfusion.teachers.capture import capture
+from llmfusion.teachers.layout import PIECE
+from llmfusion.teachers.statistics import statistics
 from tests.unit.stand_ins import artifact, job
 
 
 def tensors_of(folder):
-    return [load_file(path) for path in sorted(folder.glob("shard-*.safetensors"))]
+    return [load_file(path) for path in sorted(folder.glob("piece-*.safetensors"))]
 
 
 def usable(samples, tokenizer, max_length=128):
@@ -92,7 +93,7 @@ def test_every_sample_has_its_rows_in_the_order_of_its_labels(cache, samples, to
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_a_row_takes_its_state_and_sixteen_bytes(tmp_path, teacher, mix, dtype, size):
     facts = capture(teacher, mix, tmp_path, {"dtype": dtype}, None)
-    total = sum(t.numel() * t.element_size() for shard in tensors_of(tmp_path) for t in shard.values())
+    total = sum(t.numel() * t.element_size() for piece in tensors_of(tmp_path) for t in piece.values())
     assert total == facts["rows"] * (24 * size + 16)
 
 
@@ -102,7 +103,7 @@ def test_the_three_spreads_are_standard_deviations_over_all_label_rows(cache, sa
     for _, encoded in usable(samples, tokenizer):
         inputs += [encoded.ids[i] for i in label_rows(encoded)]
         labels += encoded.label_ids
-    hidden = np.concatenate([shard["hidden"].double().numpy() for shard in tensors_of(cache.folder)])
+    hidden = np.concatenate([piece["hidden"].double().numpy() for piece in tensors_of(cache.folder)])
     assert cache.facts["std_hidden"] == pytest.approx(hidden.std(), rel=1e-9)
     assert cache.facts["std_target_embedding"] == pytest.approx(embedding[labels].std(), rel=1e-9)
     assert cache.facts["std_index_embedding"] == pytest.approx(embedding[[*inputs, *labels]].std(), rel=1e-9)
@@ -115,15 +116,15 @@ def test_a_second_capture_gives_identical_bytes(tmp_path, cache, teacher, mix):
     assert all((tmp_path / name).read_bytes() == (cache.folder / name).read_bytes() for name in names)
 
 
-def test_shards_hold_whole_samples_and_the_same_rows(tmp_path, cache, teacher, mix, monkeypatch):
-    monkeypatch.setattr(module, "SHARD_ROWS", 60)
+def test_pieces_hold_the_rows_of_consecutive_samples(tmp_path, cache, teacher, mix, samples, monkeypatch):
+    monkeypatch.setitem(PIECE, "hidden", 8)
     facts = capture(teacher, mix, tmp_path, {"dtype": "float32", "batch_size": 7}, None)
-    shards = tensors_of(tmp_path)
-    assert len(shards) > 3
-    assert all(len(shard["label_id"]) <= 60 for shard in shards)
     small, whole = Cache(artifact(tmp_path, **facts)), Cache(cache)
-    for name in whole.index:
-        assert all(torch.equal(a, b) for a, b in zip(small.rows(name).values(), whole.rows(name).values(), strict=True))
+    assert len(tensors_of(tmp_path)) == 4 == -(-len(samples) // 8)
+    for number, sample in enumerate(samples):
+        assert small.entry(sample["id"])["piece"] == number // 8
+        for name, values in whole.rows(sample["id"]).items():  # other samples shared its forward pass
+            torch.testing.assert_close(small.rows(sample["id"])[name], values, rtol=1e-5, atol=1e-5)
 
 
 def test_the_head_and_embedding_lie_beside_the_states_unless_tied(cache, teacher, tied_cache):
@@ -135,15 +136,16 @@ def test_the_head_and_embedding_lie_beside_the_states_unless_tied(cache, teacher
 
 
 def test_samples_too_long_for_the_teacher_are_left_out_counted_and_asked_for_in_vain(tmp_path, teacher, mix, samples, tokenizer):
-    short = artifact(mix.folder, max_length=40)
+    short = artifact(mix.folder, max_length=40, samples=len(samples))
     facts = capture(teacher, short, tmp_path, {"dtype": "float32"}, None)
     kept = {s["id"] for s, _ in usable(samples, tokenizer, 40)}
     assert set(pyarrow.parquet.read_table(tmp_path / "index.parquet")["id"].to_pylist()) == kept
     assert facts["rejected"]["too long"]["count"] == len(samples) - len(kept) > 0
     with pytest.raises(UserError, match=r"no rows for sample twice; .*tokenizers"):
         Cache(artifact(tmp_path, **facts)).rows("twice")
+    (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no sample of the mix fits"):
-        capture(teacher, artifact(mix.folder, max_length=3), tmp_path / "none", {"dtype": "float32"}, None)
+        capture(teacher, artifact(mix.folder, max_length=3, samples=len(samples)), tmp_path / "none", {"dtype": "float32"}, None)
 
 
 @pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "logits_scaling"])

@@ -43,6 +43,40 @@ def test_what_fits_together_is_accepted(change: Change) -> None:
     assert found(change) == []
 
 
+def top(change: Any = lambda data: None) -> Any:
+    def both(data: dict) -> None:
+        data["capture"] = {"kind": "topk", "k": 10}
+        change(data)
+
+    return both
+
+
+def test_the_k_most_likely_tokens_serve_kd_mince_and_naive_of_one_vocabulary() -> None:
+    pair = {"teachers": ["base/code", "base/math"]}
+    assert found(top()) == []
+    assert found(top(trained("mince", **pair, fusion={"target": "mince"}))) == []
+    for target in ("udf", "minilogit"):
+        assert [key for key, text in found(top(trained("x", **pair, fusion={"target": target}))) if text.startswith(f"{target} ") and "topk" in text] == [
+            "models.trained.x.fusion.target"
+        ]
+    [(key, text)] = found(top(trained("x", **pair, fusion={"target": "naive", "temperature": 2.0})))
+    assert (key, text.split(";")[0]) == ("models.trained.x.fusion.temperature", "got 2.0")
+
+    def other(data: dict) -> None:  # base/math with a tokenizer of its own
+        entry, pivot = data["models"]["base"]["math"], data["models"]["base"]["pivot"]
+        del entry["init"]
+        entry |= {key: pivot[key] for key in ("architecture", "tokenizer")}
+
+    def projected(data: dict) -> None:
+        other(data)
+        trained("x", **pair, fusion={"target": "naive"})(data)
+
+    told = [(key, text) for key, text in found(top(projected)) if key.startswith("models.trained.x")]
+    assert [key for key, _ in told] == ["models.trained.x.teachers.1"]
+    assert "(DSKD)" in told[0][1]
+    assert [key for key, _ in found(projected) if "trained.x" in key] == []  # whole states can be projected
+
+
 def test_generated_answers_and_teachers_do_not_go_together() -> None:
     change = trained("both", generated=["base/code"], teachers=["base/code"], fusion={"target": "kd"})
     assert [key for key, text in found(change) if "cannot go with teachers" in text] == ["models.trained.both.generated"]

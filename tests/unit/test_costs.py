@@ -94,6 +94,48 @@ def test_sharding_shares_the_memory_and_less_is_kept_or_held_on_request(tmp_path
     assert memory(micro_batch_size=1) == memory(micro_batch_tokens=1) < memory()  # a sample at a time, however long
 
 
+def test_shards_share_a_teachers_pass_and_its_disk(tmp_path: Path) -> None:
+    def of(shards: int) -> tuple[dict[str, Work], Workload]:
+        work = workload(study(tmp_path, f"s{shards}", lambda d: d["capture"].update(shards=shards)))
+        return {a: job for a, job in work.jobs.items() if a.startswith("teachers/")}, work
+
+    one, (four, work) = of(1)[0], of(4)
+    for address, job in one.items():
+        shards = [j for a, j in four.items() if a.startswith(address.replace("teachers/", "teachers/shards/") + "/")]
+        assert len(shards) == 4
+        assert sum(s.work[1] for s in shards) == pytest.approx(job.work[1])
+        assert sum(s.disk for s in shards) + four[address].disk == pytest.approx(job.disk)
+        assert (four[address].step, four[address].gpus, {s.gpus for s in shards}) == ("gather", 0, {1})
+        assert set(four[address].needs) == {*job.needs, *(s.address for s in shards)}
+        assert not any(work.made(s.address) for s in shards)
+        (work.directory / output_of(address)).parent.mkdir(parents=True)
+        (work.directory / output_of(address)).touch()
+        assert all(work.made(s.address) for s in shards)  # its folder may be removed
+
+
+@pytest.mark.parametrize(("kind", "row"), [("hidden", 2 * 4400 + 16), ("topk", 10 * 8 + 20), ("online", 16)])
+def test_kinds_of_caches_take_what_their_rows_take(tmp_path: Path, kind: str, row: float) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["capture"] = {"kind": kind}
+        for entry in data["models"]["base"].values():
+            entry.clear()
+            entry.update(kind="path", path="some-8b", vocabulary="one", license="mit")
+
+    work = workload(study(tmp_path, kind, change), tokens_per_sample=100, response_share=0.5)
+    job = work.jobs["teachers/base/code/student"]
+    rows = work.samples("student") * 50
+    head = 2 * 2 * work.rows_of_head("base/code") * work.width("base/code")
+    assert work.width("base/code") == pytest.approx(4400, rel=0.01)
+    assert job.disk == pytest.approx(rows * row + head, rel=1e-2)
+    kd, sft = (work.jobs[f"models/trained/{name}"] for name in ("kd-code", "sft"))
+    if kind == "online":  # a forward pass is a third of a step
+        assert kd.work[1] == pytest.approx(sft.work[1] * 4 / 3)
+        assert kd.memory - sft.memory > 2 * 8e9
+        assert "models/base/code" in kd.needs
+    else:
+        assert kd.work[1] == pytest.approx(sft.work[1])
+
+
 def test_twice_the_steps_and_half_the_items_are_twice_and_half_the_work(tmp_path: Path) -> None:
     def other(data: dict[str, Any]) -> None:
         data["models"]["trained"]["sft"]["steps"] *= 2
@@ -237,15 +279,20 @@ def test_an_assumption_that_is_given_counts(tmp_path: Path, capsys: pytest.Captu
 
 
 # --------------------------------------------------------------------------------------------------------- costs of the rows
-def test_rows_cost_what_the_jobs_behind_them_took(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [1, 3])
+def test_rows_cost_what_the_jobs_behind_them_took(tmp_path: Path, shards: int) -> None:
     """Every job takes 36 s, so that hours are hundredths of jobs."""
-    work = workload(study(tmp_path))
+    work = workload(study(tmp_path, change=lambda data: data["capture"].update(shards=shards)))
     finish(work, lambda job: 36.0)
     plan_of = checked(tmp_path / "study.yaml")[1].artifacts
     for address, entry in plan_of.items():
         path = work.directory / output_of(address)
         manifest = path.with_suffix(".json") if path.suffix == ".csv" else path
-        manifest.write_text(json.dumps({"inputs": dict.fromkeys(work.jobs[address].needs, "0"), "spec": entry["spec"]}))
+        inputs = [need for need in work.jobs[address].needs if need not in entry["shards"]]
+        manifest.write_text(json.dumps({"inputs": dict.fromkeys(inputs, "0"), "spec": entry["spec"]}))
+        if address.startswith("teachers/"):
+            path.with_name("provenance.json").write_text(json.dumps({"shards": entry["shards"]}))
+    shutil.rmtree(work.directory / "results/teachers/shards", ignore_errors=True)  # what they took is still known
     assert cost.main([str(work.directory / "results/table2.csv"), "--out", str(tmp_path / "cost.csv")]) == 0
     rows = {row["model"]: row for row in csv.DictReader((tmp_path / "cost.csv").open())}
     assert list(rows) == [row.model for row in work.study.tables["table2"].rows]
@@ -259,8 +306,12 @@ def test_rows_cost_what_the_jobs_behind_them_took(tmp_path: Path) -> None:
         assert float(row["job_hours"]) == pytest.approx(len(behind) / 100)
         assert float(row["gpu_hours"]) == pytest.approx(sum(work.jobs[a].gpus for a in behind) / 100)
         assert float(row["fusion_gpu_hours"]) == pytest.approx(sum(work.jobs[a].gpus for a in behind if work.jobs[a].step in cost.FUSION) / 100)
+        caches = {a for a in behind if a.startswith("teachers/") and not a.startswith("teachers/shards/")}
+        assert len(behind) > len(caches) * (shards + 1 if shards > 1 else 1)
         assert (row["peak_memory_mb"], row["not_measured"], row["device"]) == ("512", "0", "cpu")
-    assert float(rows["merged/ta-homogeneous"]["fusion_gpu_hours"]) == pytest.approx(0.04)  # two caches, two trainings
+    assert float(rows["merged/ta-homogeneous"]["fusion_gpu_hours"]) == pytest.approx(
+        0.02 + 0.02 * shards
+    )  # two trainings, two caches: a gathering job has no GPU
     (work.directory / "logs/benchmarks/models/trained/sft.tsv").unlink()
     assert cost.main([str(work.directory / "results/table2.csv"), "--out", str(tmp_path / "cost.csv")]) == 0
     assert {row["model"]: row["not_measured"] for row in csv.DictReader((tmp_path / "cost.csv").open())}["trained/sft"] == "1"

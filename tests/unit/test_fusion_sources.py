@@ -17,6 +17,11 @@ from tests.unit.stand_ins import artifact, question
 IDS = ["s03", "twice", "c02", "raw"]
 
 
+def named(ids):
+    """What a cache of stored states needs of samples."""
+    return [{"id": i} for i in ids]
+
+
 def encoded_of(samples, tokenizer, ids=IDS):
     by_id = {s["id"]: s for s in samples}
     return [encode(by_id[i], tokenizer, 128) for i in ids]
@@ -36,7 +41,7 @@ def logits(model, encoded):
 def test_kd_from_the_cache_is_kd_from_the_model(cache, teacher, pivot, tokenizer, samples, temperature):
     encoded = encoded_of(samples, tokenizer)
     labels = [e.label_ids for e in encoded]
-    rows = CachedSource("t", cache, tokenizer, 300, "cpu").batch(IDS, labels)
+    rows = CachedSource("t", cache, tokenizer, 300, "cpu").batch(named(IDS), labels)
     student, own = load_model(pivot, "float32"), load_model(teacher, "float32")
     flat = torch.tensor([y for sample in labels for y in sample])
     found = fused_loss(states(student, encoded), student.lm_head.weight, None, flat, [rows], torch.ones(len(flat), 1), 1.0, temperature)
@@ -50,9 +55,9 @@ def test_kd_from_the_cache_is_kd_from_the_model(cache, teacher, pivot, tokenizer
 
 def test_rows_follow_the_order_of_the_samples_asked_for(cache, tokenizer, samples):
     source = CachedSource("t", cache, tokenizer, 300, "cpu")
-    one = [source.batch([i], [e.label_ids]) for i, e in zip(IDS, encoded_of(samples, tokenizer), strict=True)]
+    one = [source.batch(named([i]), [e.label_ids]) for i, e in zip(IDS, encoded_of(samples, tokenizer), strict=True)]
     order = [2, 0, 3, 1]
-    together = source.batch([IDS[i] for i in order], [encoded_of(samples, tokenizer)[i].label_ids for i in order])
+    together = source.batch(named([IDS[i] for i in order]), [encoded_of(samples, tokenizer)[i].label_ids for i in order])
     whole = together.log_probs(slice(0, 9999), 1.0)
     torch.testing.assert_close(whole, torch.cat([one[i].log_probs(slice(0, 9999), 1.0) for i in order]))
     torch.testing.assert_close(together.log_probs(slice(3, 8), 1.0), whole[3:8])
@@ -71,7 +76,7 @@ def added(tmp_path_factory, tokenizer, samples):
     model = make_model(shape, theirs, 4)
     write_jsonl(folder / "samples.jsonl", [s for s in samples if s["id"] in ("s03", "twice")])
     save_model(model, theirs, folder / "model", "float32")
-    facts = capture(artifact(folder / "model"), artifact(folder, max_length=128), folder / "model", {"dtype": "float32"}, None)
+    facts = capture(artifact(folder / "model"), artifact(folder, max_length=128, samples=2), folder / "model", {"dtype": "float32"}, None)
     return artifact(folder / "model", **facts), model.eval(), theirs, ours
 
 
@@ -80,7 +85,7 @@ def test_tokens_that_differ_are_masked_out_of_the_teachers_softmax(added, sample
     ids = ["s03", "twice"]
     student, own = encoded_of(samples, ours, ids), encoded_of(samples, theirs, ids)
     source = CachedSource("t", cache, ours, 310, "cpu")
-    rows = source.batch(ids, [e.label_ids for e in student])
+    rows = source.batch(named(ids), [e.label_ids for e in student])
     shared = [i for token, i in theirs.get_vocab().items() if ours.get_vocab().get(token) == i]
     assert len(shared) == 301
     expected = torch.full((len(rows.mask), 310), -torch.inf, dtype=torch.float64)
@@ -97,7 +102,7 @@ def test_tokens_that_differ_are_masked_out_of_the_teachers_softmax(added, sample
 def test_where_end_tokens_differ_the_closing_position_carries_no_teacher(added, samples):
     cache, _, _, ours = added
     labels = [e.label_ids for e in encoded_of(samples, ours, ["s03", "twice"])]
-    rows = CachedSource("t", cache, ours, 310, "cpu").batch(["s03", "twice"], labels)
+    rows = CachedSource("t", cache, ours, 310, "cpu").batch(named(["s03", "twice"]), labels)
     closing = [token == ours.eos_token_id for sample in labels for token in sample]
     assert sum(closing) == 4
     assert rows.mask.tolist() == [float(not end) for end in closing]
@@ -113,7 +118,7 @@ def test_a_teacher_with_another_vocabulary_is_refused_with_both_sizes(cache, mix
 def test_a_sample_the_cache_lacks_or_labels_otherwise_is_named(cache, tokenizer, samples):
     source = CachedSource("t", cache, tokenizer, 300, "cpu")
     with pytest.raises(UserError, match="no rows for sample missing"):
-        source.batch(["missing"], [[1]])
+        source.batch(named(["missing"]), [[1]])
     labels = encoded_of(samples, tokenizer, ["s03"])[0].label_ids
     for wrong in (
         [*labels[:2], (labels[2] + 1) % 300, *labels[3:]],
@@ -122,4 +127,4 @@ def test_a_sample_the_cache_lacks_or_labels_otherwise_is_named(cache, tokenizer,
         encode(question("x", "a", "b"), tokenizer, 99).label_ids,
     ):
         with pytest.raises(UserError, match="teacher t: sample s03: its cached labels are not the student's"):
-            source.batch(["s03"], [wrong])
+            source.batch(named(["s03"]), [wrong])

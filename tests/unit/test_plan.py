@@ -181,6 +181,58 @@ def test_snakemake_gets_one_message_instead_of_a_traceback(files: tuple, options
     assert said in str(caught.value.code)
 
 
+def sharded(count: int, **capture: Any) -> Any:
+    return lambda data: data.update(capture={**data.get("capture", {}), "shards": count, **capture})
+
+
+def test_the_number_of_shards_changes_no_artifact() -> None:
+    made = make_plan(small_study()).artifacts
+    for count in (2, 5):
+        split = make_plan(small_study(sharded(count))).artifacts
+        shards = {a for a in split if a.startswith("teachers/shards/")}
+        assert {a.rsplit("/", 1)[1] for a in shards} == {f"{i}-of-{count}" for i in range(1, count + 1)}
+        assert {a: (e["spec"], e["fingerprint"]) for a, e in split.items() if a not in shards} == {a: (e["spec"], e["fingerprint"]) for a, e in made.items()}
+        for address in (a for a in made if a.startswith("teachers/")):
+            mine = [output_of(s) for s in sorted(shards) if s.startswith(address.replace("teachers/", "teachers/shards/"))]
+            assert sorted(split[address]["inputs"]) == sorted([*made[address]["inputs"], *mine])
+            assert len(mine) == count
+            assert all(split[s]["inputs"] == made[address]["inputs"] for s in shards if output_of(s) in mine)
+            assert (gpus_of(json.loads(made[address]["spec"]), made[address]["shards"]), gpus_of(json.loads(split[address]["spec"]), mine)) == (1, 0)
+
+
+def test_a_cache_that_is_there_keeps_the_shards_it_was_made_in(tmp_path: Path) -> None:
+    def planned(count: int, **capture: Any) -> dict[str, Any]:
+        def change(data: dict[str, Any]) -> None:
+            data["directory"] = str(tmp_path)
+            sharded(count, **capture)(data)
+
+        return make_plan(small_study(change)).artifacts
+
+    address = "teachers/base/code/student"
+    output = tmp_path / output_of(address)
+    output.parent.mkdir(parents=True)
+    output.write_text(json.dumps({"fingerprint": planned(3)[address]["fingerprint"]}))
+    output.with_name("provenance.json").write_text(json.dumps({"shards": planned(3)[address]["shards"]}))
+    for count in (1, 3, 8):
+        assert planned(count)[address] == planned(3)[address]
+    assert len(planned(8, batch_size=99)[address]["shards"]) == 8  # it is to be made again
+    output.with_name("provenance.json").write_text(json.dumps({"shards": []}))
+    assert planned(3)[address]["shards"] == []
+    output.with_name("provenance.json").unlink()
+    assert len(planned(3)[address]["shards"]) == 3
+
+
+def test_a_training_with_online_teachers_needs_them_and_says_what_it_expects() -> None:
+    made = make_plan(small_study(sharded(1, kind="online"))).artifacts
+    assert "results/models/base/code/manifest.json" in made["models/trained/kd-code"]["inputs"]
+    assert "results/models/base/code/manifest.json" not in make_plan(small_study()).artifacts["models/trained/kd-code"]["inputs"]
+    told = json.loads(made["models/trained/kd-code"]["spec"])["captured"]
+    assert told["teachers"] == {"base/code": made["models/base/code"]["fingerprint"]}
+    assert told["capture"]["kind"] == "online"
+    assert "shards" not in told["capture"]
+    assert "captured" not in json.loads(made["models/trained/sft"]["spec"])
+
+
 def test_the_paper_study_plans_all_rows_of_table_2() -> None:
     study = read_study(ROOT / "config/config.yaml")
     artifacts = make_plan(study).artifacts

@@ -27,6 +27,8 @@ MISTAKES: list[tuple[str, str, str, str, list[str]]] = [  # name, replace, by, k
     ("unknown task of a mix", "against: [mmlu,", "against: [mmlo,", "mixes.student.against[0]", ["no task 'mmlo'", "did you mean 'mmlu'?"]),
     ("unknown task of a table", "tasks: [mmlu, gsm8k,", "tasks: [mmlu, gsm9k,", "tables.table2.tasks[1]", ["no task 'gsm9k'", "did you mean 'gsm8k'?"]),
     ("unknown task of a batch", "  all: [mmlu,", "  all: [mmmu,", "batches.all[0]", ["no task 'mmmu'", "did you mean 'mmlu'?"]),
+    ("k without topk", "capture: {dtype: float32,", "capture: {k: 5, dtype: float32,", "capture", ["k has no meaning with kind hidden", "belongs to kind topk"]),
+    ("unknown kind of cache", "capture: {dtype: float32,", "capture: {kind: logits, dtype: float32,", "capture.kind", ["got 'logits'", "'hidden', 'topk' or 'online'"]),
     ("unknown teacher", KD, KD.replace("code]", "cod]"), f"{KD_CODE}.teachers[0]", ["no model 'base/cod'", "did you mean 'base/code'?"]),
     ("unknown parent", MERGE, MERGE.replace("kd-math", "kd-mat"), f"{TA}.parents[1]", ["no model 'trained/kd-mat'", "did you mean 'trained/kd-math'?"]),
     ("unknown pivot", MERGE, MERGE.replace("base/pivot", "base/pivit"), f"{TA}.pivot", ["no model 'base/pivit'", "did you mean 'base/pivot'?"]),

@@ -76,6 +76,18 @@ def test_gpus_are_those_of_the_study_and_minutes_reach_the_trainer(fresh: Path) 
     assert asked["models/merged/ta-homogeneous"] == (None, None)
 
 
+def test_shards_are_jobs_with_a_gpu_and_who_gathers_them_has_none(fresh: Path) -> None:
+    study(fresh / "config/sharded.yaml", lambda content: content["capture"].update(shards=3), "config")
+    plan = snakemake(fresh, "--profile", "slurm", "-n", "teachers", "--configfile", "config/sharded.yaml")
+    assert {rule: jobs(plan)[rule] for rule in ("capture_shard", "capture_teacher")} == {"capture_shard": 12, "capture_teacher": 4}
+    asked: dict[str, set[bool]] = {}
+    for block in plan.split("\nrule ")[1:]:
+        asked.setdefault(block.split(":")[0], set()).add("gpu=1" in block)
+    assert (asked["capture_shard"], asked["capture_teacher"]) == ({True}, {False})
+    gathers = next(block for block in plan.split("\nrule ")[1:] if "output: results/teachers/base/" in block)
+    assert gathers.split("output:")[0].count("-of-3/manifest.json") == 3
+
+
 def test_only_the_profile_retries_and_what_it_asks_for_grows_with_the_attempt(fresh: Path) -> None:
     profile = yaml.safe_load((fresh / "profiles/slurm/config.yaml").read_text())
     assert profile["retries"] == 2

@@ -16,6 +16,8 @@ class Known:
     def __init__(self, raw: dict, sound: dict[Key, Any]):
         self.sound = sound
         self.datasets, self.mixes, self.tasks, self.batches = (_names(raw.get(s)) for s in ("datasets", "mixes", "tasks", "batches"))
+        capture = raw.get("capture")
+        self.capture: dict = capture if isinstance(capture, dict) else {}
         models = raw.get("models")
         self.models = {f"{kind}/{name}" for kind in ("base", "trained", "merged") for name in _names(models.get(kind) if isinstance(models, dict) else None)}
 
@@ -28,6 +30,17 @@ class Known:
         kind, name = address.split("/")
         return self.sound.get(("models", kind, name))
 
+    def vocabulary(self, address: str) -> str | None:
+        """A word that is the same for models with one vocabulary; None where an entry on the way to it is missing or faulty."""
+        seen: set[str] = set()
+        while (entry := self.model(address)) is not None and address not in seen:
+            seen.add(address)
+            before = getattr(entry, "init", None) or getattr(entry, "pivot", None)
+            if before is None:
+                return str(getattr(entry, "vocabulary", address))
+            address = before
+        return None
+
 
 def _names(section: Any) -> set[str]:
     return {str(k) for k in section} if isinstance(section, dict) else set()
@@ -35,7 +48,7 @@ def _names(section: Any) -> set[str]:
 
 def problems(known: Known) -> list[Problem]:
     """All mistakes between entries."""
-    return [p for rule in (_data, _batches, _tables, _training, _fusions, _merges, _cycles) for p in rule(known)]
+    return [p for rule in (_data, _batches, _tables, _training, _fusions, _top, _merges, _cycles) for p in rule(known)]
 
 
 def _missing(key: Key, name: str, names: set[str], what: str) -> Iterator[Problem]:
@@ -157,6 +170,27 @@ def _fusions(known: Known) -> Iterator[Problem]:
             yield Problem((*key, "fusion", "target"), f"kd has one teacher, {len(run.teachers)} are given; use naive, mince or udf")
         if run.fusion is not None and run.fusion.target != "kd" and len(run.teachers) == 1:
             yield Problem((*key, "teachers"), f"{run.fusion.target} needs two teachers or more, one is given; use kd")
+
+
+def _top(known: Known) -> Iterator[Problem]:
+    """What the k most likely tokens of a teacher cannot serve."""
+    if known.capture.get("kind") != "topk":
+        return
+    for key, run in known.entries("models", "trained"):
+        if run.fusion is None:
+            continue
+        if run.fusion.target in ("udf", "minilogit"):
+            why = "weighs teachers by their whole distributions" if run.fusion.target == "udf" else "compares the logits of all tokens"
+            yield Problem((*key, "fusion", "target"), f"{run.fusion.target} {why}; capture.kind topk keeps the k most likely tokens. Use kind hidden or online")
+        if run.fusion.temperature != 1:
+            told = "the k most likely tokens of capture.kind topk are known at temperature 1 only. Use kind hidden or online"
+            yield Problem((*key, "fusion", "temperature"), f"got {run.fusion.temperature}; {told}")
+        mine = known.vocabulary(run.init)
+        for i, teacher in enumerate(run.teachers):
+            other = known.vocabulary(teacher) if teacher in known.models else None
+            if mine is not None and other is not None and mine != other:
+                told = f"{teacher!r} has another vocabulary than {run.init!r}: cross-model attention (DSKD) needs its states, which capture.kind topk does not keep"
+                yield Problem((*key, "teachers", i), f"{told}. Use kind hidden or online")
 
 
 def _merges(known: Known) -> Iterator[Problem]:

@@ -7,11 +7,14 @@ its inputs' fingerprints: it says what was asked for, before anything has been c
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from llmfusion import ROOT
+from llmfusion.artifacts import SHARDS
 from llmfusion.digests import canonical, digest
 
 if TYPE_CHECKING:  # a step that only needs a recipe starts without the models of a whole study
@@ -19,7 +22,7 @@ if TYPE_CHECKING:  # a step that only needs a recipe starts without the models o
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")  # never code or pickles
 RECIPES = {
-    "dataset": 1, "mix": 1, "tasks": 1, "base": 1, "generate": 1, "capture": 1,
+    "dataset": 1, "mix": 1, "tasks": 1, "base": 1, "generate": 1, "capture": 2,
     "train": 1, "merge": 3, "answer": 1, "score": 1, "table": 2,
 }  # fmt: skip
 
@@ -46,6 +49,7 @@ class Plan:
             "inputs": [output_of(i) for i in unique] + [str(ROOT / f) for f in files or []],
             "spec": spec,
             "fingerprint": digest(spec, *sorted(prints)),
+            "shards": [],  # jobs that do its work beforehand: it waits for them, but is the same without them
         }
         return address
 
@@ -83,7 +87,13 @@ class Plan:
         run = self.study.models.trained[name]
         inputs = [self.model(run.init), self.mix(run.mix)]
         inputs += [self.generated(m, run.mix) for m in run.generated] + [self.teacher(m, run.mix) for m in run.teachers]
-        self.add(f"models/trained/{name}", "train", {"run": dump(run), **self.common}, inputs)
+        inputs += [self.model(m) for m in run.teachers] if self.study.capture.kind == "online" else []
+        self.add(f"models/trained/{name}", "train", {"run": dump(run), **self._captured(run.teachers), **self.common}, inputs)
+
+    def _captured(self, teachers: list[str]) -> dict[str, Any]:
+        """What a training expects its caches to be made of."""
+        prints = {m: self.artifacts[self.model(m)]["fingerprint"] for m in teachers}
+        return {"captured": {"capture": dump(self.study.capture, "shards"), "teachers": prints}} if teachers else {}
 
     def _merged(self, name: str) -> None:
         merge = self.study.models.merged[name]
@@ -95,8 +105,25 @@ class Plan:
         return self.add(address, "generate", body, [self.model(model), self.mix(mix)])
 
     def teacher(self, model: str, mix: str) -> str:
-        body = {"model": model, "mix": mix, "capture": dump(self.study.capture), **self.common}
-        return self.add(f"teachers/{model}/{mix}", "capture", body, [self.model(model), self.mix(mix)])
+        body = {"model": model, "mix": mix, "capture": dump(self.study.capture, "shards"), **self.common}
+        address, inputs = f"teachers/{model}/{mix}", [self.model(model), self.mix(mix)]
+        if address not in self.artifacts:
+            self.add(address, "capture", body, inputs)
+            count = self._shards_made(address) or self.study.capture.shards
+            for i in range(1, count + 1) if count > 1 else ():
+                shard = self.add(f"{SHARDS}{model}/{mix}/{i}-of-{count}", "capture", {**body, "shard": [i, count]}, inputs)
+                self.artifacts[address]["shards"].append(shard)
+                self.artifacts[address]["inputs"].append(output_of(shard))
+        return address
+
+    def _shards_made(self, address: str) -> int | None:
+        """In how many shards a cache was made that is there as the study asks for it: another number then does not make it again."""
+        output = ROOT / self.study.directory / output_of(address)
+        try:
+            same = json.loads(output.read_bytes())["fingerprint"] == self.artifacts[address]["fingerprint"]
+            return max(1, len(json.loads(output.with_name("provenance.json").read_bytes())["shards"])) if same else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def answers(self, model: str, batch: str) -> str:
         tasks = {name: dump(self.study.tasks[name], "items", "shots_from", "label") for name in self.study.batches[batch]}
@@ -137,12 +164,15 @@ def describe(study: Study, model: str) -> tuple[str, str]:
     return run.fusion.target if len(sources) == 1 else f"unified-{run.fusion.target}", "+".join(sources)
 
 
-def gpus_of(spec: dict[str, Any]) -> int:
-    """GPUs a job with this spec asks for: one a process of a training, one where a model reads or answers, else none."""
+def gpus_of(spec: dict[str, Any], shards: Sequence[str] = ()) -> int:
+    """GPUs a job with this spec asks for: one a process of a training, one where a model reads or answers, else none.
+
+    None where ``shards`` have done the work.
+    """
     training = spec.get("run") or spec.get("base") or {}
     if spec["step"] == "train" or training.get("kind") == "scratch":
         return training.get("processes", 1)
-    return int(spec["step"] in ("capture", "generate", "answer"))
+    return int(spec["step"] in ("capture", "generate", "answer") and not shards)
 
 
 def output_of(address: str) -> str:

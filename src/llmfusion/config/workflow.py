@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion import ROOT
+from llmfusion.artifacts import SHARDS
 from llmfusion.config.errors import StudyError
 from llmfusion.config.models import Study
 from llmfusion.config.plan import Plan, gpus_of, make_plan, output_of
@@ -33,20 +34,26 @@ class StudyPlan:
             "models": ("models/",),
             "tables": ("tables/",),
         }
-        self.stages = {stage: [output_of(a) for a in artifacts if a.startswith(under)] for stage, under in folders.items()}
+        asked = [a for a in artifacts if not a.startswith(SHARDS)]  # these are made where a cache needs them
+        self.stages = {stage: [output_of(a) for a in asked if a.startswith(under)] for stage, under in folders.items()}
         self.stages["scores"] = sorted({i for a in artifacts if a.startswith("tables/") for i in artifacts[a]["inputs"]})
         kinds = {kind: getattr(study.models, kind) for kind in ("base", "trained", "merged")}
         names = {"dataset": study.datasets, "mix": study.mixes, "task": study.tasks, "batch": study.batches, "table": study.tables, **kinds}
         names["model"] = [f"{kind}/{name}" for kind, entries in kinds.items() for name in entries]
-        self.names = {wildcard: "|".join(map(re.escape, sorted(found))) or "(?!)" for wildcard, found in names.items()}
+        self.names = {wildcard: "|".join(map(re.escape, sorted(found))) or "(?!)" for wildcard, found in names.items()} | {"shard": r"\d+-of-\d+"}
 
     def inputs(self, pattern: str) -> Callable[[Any], list[str]]:
         """The input function of artifacts at ``pattern``, e.g. ``scores/{model}/{task}``."""
         return lambda wildcards: self._artifacts[pattern.format(**wildcards)]["inputs"]
 
     def gpus(self, pattern: str) -> Callable[[Any], int]:
-        """The resource function: GPUs of a training at ``pattern``, one a process; 0 for what is only staged."""
-        return lambda wildcards: gpus_of(json.loads(self._artifacts[pattern.format(**wildcards)]["spec"]))
+        """The resource function: GPUs of a training at ``pattern``, one a process; 0 for what is only staged or gathered."""
+
+        def asked(wildcards: Any) -> int:
+            artifact = self._artifacts[pattern.format(**wildcards)]
+            return gpus_of(json.loads(artifact["spec"]), artifact["shards"])
+
+        return asked
 
     def spec(self, pattern: str) -> Callable[[Any], str]:
         """The params function that gives the spec of artifacts at ``pattern``."""

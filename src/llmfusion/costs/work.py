@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llmfusion import ROOT
+from llmfusion.artifacts import SHARDS
+from llmfusion.capture import row_bytes
 from llmfusion.config.models import Study
 from llmfusion.config.plan import Plan, gpus_of, output_of
 
@@ -41,6 +43,7 @@ class Assumptions:
     projected_share: float = assumption(0.2, "time that a cached teacher of another vocabulary adds")
     decoding: float = assumption(1.2e13, "parameters times tokens generated a second, all prompts of a batch together")
     merging: float = assumption(60e-9, "seconds a parameter and parent of a merge")
+    hashing: float = assumption(8e8, "bytes a second of files that are verified")
     download: float = assumption(1e8, "bytes a second from the hub, written and hashed")
     tokenizing: float = assumption(5e3, "samples a second through one tokenizer")
     grading: float = assumption(20, "items graded a second, programs included")
@@ -84,6 +87,7 @@ class Work:
 
 STAGES = {  # step: stage of the report
     "dataset": "data", "tasks": "data", "mix": "data", "base": "base models", "pretrain": "base models", "capture": "teacher caches",
+    "gather": "teacher caches",
     "generate": "generated answers", "train": "trainings", "merge": "merges", "answer": "answers", "score": "scores", "table": "scores",
 }  # fmt: skip
 
@@ -98,7 +102,9 @@ class Workload:
         self.jobs = {address: self._job(address, entry) for address, entry in plan.artifacts.items()}
 
     def made(self, address: str) -> bool:
-        """Whether this artifact lies there already."""
+        """Whether this artifact lies there already; a shard also where the cache does that it became a part of."""
+        if address.startswith(SHARDS) and self.made(f"teachers/{address.removeprefix(SHARDS).rsplit('/', 1)[0]}"):
+            return True
         return (self.directory / output_of(address)).exists()
 
     # ----------------------------------------------------------------------------------------------------- what is known
@@ -165,10 +171,10 @@ class Workload:
     # --------------------------------------------------------------------------------------------------- one job of each kind
     def _job(self, address: str, entry: dict[str, Any]) -> Work:
         spec = json.loads(entry["spec"])
-        step = "pretrain" if spec.get("base", {}).get("kind") == "scratch" else spec["step"]
+        step = "pretrain" if spec.get("base", {}).get("kind") == "scratch" else "gather" if entry["shards"] else spec["step"]
         work, disk, resume, memory = getattr(self, f"_{step}")(address, spec)
         needs = tuple(self.outputs[path] for path in entry["inputs"] if path in self.outputs)
-        return Work(address, step, needs, (1.0, *work), gpus_of(spec), disk, resume, memory)
+        return Work(address, step, needs, (1.0, *work), gpus_of(spec, entry["shards"]), disk, resume, memory)
 
     def _dataset(self, address: str, spec: dict[str, Any]) -> tuple[tuple[float, ...], float, float, float]:
         name = address.split("/")[-1]
@@ -201,7 +207,10 @@ class Workload:
         processes = run.get("processes", 1)
         samples = self.samples(mix) * (1 + len(run.get("generated", [])))
         steps = run.get("steps") or run["epochs"] * (samples // size)
-        flops = TRAINING * parameters * steps * size * self.tokens(mix) / processes
+        tokens = steps * size * self.tokens(mix) / processes
+        online = run.get("teachers", []) if self.study.capture.kind == "online" else []
+        flops = TRAINING * parameters * tokens
+        forward = 2 * tokens * sum(self.parameters(teacher) for teacher in online)  # teachers that are run again
         mine = self.vocabulary(model)
         alike = sum(self.vocabulary(teacher) == mine for teacher in run.get("teachers", []))
         other = len(run.get("teachers", [])) - alike
@@ -212,7 +221,8 @@ class Workload:
         )
         activations = self._activations(model, together, run.get("activation_checkpointing", False))
         caches = sum(self.rows_of_head(t) * self.width(t) * 4 for t in run.get("teachers", []))
-        return (flops, flops * alike, flops * other), disk, 36 * parameters, self._state(model, run) + activations + caches
+        caches += sum(self.parameters(teacher) for teacher in online) * (4 if self.study.capture.dtype == "float32" else 2)
+        return (flops + forward, flops * alike, flops * other), disk, 36 * parameters, self._state(model, run) + activations + caches
 
     def _state(self, model: str, run: dict[str, Any]) -> float:
         """Bytes of weights, gradients and two moments in one device; of a sharded model its part, and head, embeddings and a layer whole with gradients."""
@@ -232,12 +242,21 @@ class Workload:
 
     def _capture(self, address: str, spec: dict[str, Any]) -> tuple[tuple[float, ...], float, float, float]:
         model, mix, width = spec["model"], spec["mix"], 4 if spec["capture"].get("dtype") == "float32" else 2
-        tokens = self.samples(mix) * self.tokens(mix)
-        rows = tokens * self.assumed.response_share
-        disk = rows * (width * self.width(model) + 16) + self.rows_of_head(model) * self.width(model) * width * 2
+        tokens = self.samples(mix) * self.tokens(mix) / spec.get("shard", (1, 1))[1]
+        disk = self._cache(model, mix, spec) / spec.get("shard", (1, 1))[1]
         batch = self.study.capture.batch_size * self.study.mixes[mix].max_length
         memory = width * self.parameters(model) + 4 * self.rows_of_head(model) * self.width(model) + batch * self.width(model) * 20
         return (2 * self.parameters(model) * tokens,), disk, 0, memory
+
+    def _gather(self, address: str, spec: dict[str, Any]) -> tuple[tuple[float, ...], float, float, float]:
+        """Every byte is read when the shards are verified and when the cache is hashed; its files are the shards'."""
+        return (2 * self._cache(spec["model"], spec["mix"], spec),), 0, 0, 0
+
+    def _cache(self, model: str, mix: str, spec: dict[str, Any]) -> float:
+        """Bytes of a teacher cache: rows, head and embeddings."""
+        rows = self.samples(mix) * self.tokens(mix) * self.assumed.response_share
+        head = self.rows_of_head(model) * self.width(model) * (4 if spec["capture"].get("dtype") == "float32" else 2)
+        return rows * row_bytes(spec["capture"], self.width(model)) + 2 * head
 
     def _generate(self, address: str, spec: dict[str, Any]) -> tuple[tuple[float, ...], float, float, float]:
         model, mix = spec["model"], spec["mix"]
@@ -298,6 +317,7 @@ def assumed_seconds(assumed: Assumptions) -> dict[str, tuple[float, ...]]:
         "pretrain": training,
         "train": training,
         "capture": (assumed.start, 1 / speed),
+        "gather": (assumed.light_start, 1 / assumed.hashing),
         "generate": (assumed.start, 1 / assumed.decoding),
         "answer": (assumed.start, 1 / assumed.decoding, 1 / speed),
         "merge": (assumed.light_start, assumed.merging),

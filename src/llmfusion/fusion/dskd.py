@@ -90,7 +90,8 @@ class TeacherTokens:
 class StudentTokens:
     """The student's label rows in the same samples, and its parameters, of which only ``hidden`` gets a gradient.
 
-    ``hidden (N, d)``, ``inputs (N,)``, ``labels (N,)``, ``sizes`` as for the teacher; ``embedding (v, d)``, ``head (v, d)``, ``bias (v,)``.
+    ``hidden (N, d)``, ``inputs (N,)``, ``labels (N,)``, ``sizes`` as for the teacher; ``embedding (v, d)``, ``head (v, d)``, ``bias (v,)``;
+    ``products``: what heads are multiplied in, if not in the precision of the states.
     """
 
     hidden: Tensor
@@ -100,6 +101,7 @@ class StudentTokens:
     embedding: Tensor
     head: Tensor
     bias: Tensor | None = None
+    products: torch.dtype | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ student's rows, and every teacher of another vocabulary adds what trains its pro
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,14 +52,14 @@ class Objective(nn.Module):
         Recorded per token (nats): ``loss``, ``sft``; with teachers ``fusion``, and by teacher ``weight``, ``usable``,
         ``cross_entropy`` (the teacher's, on its usable rows); by projected teacher ``t2s_ce``, ``s2t_kl`` and ``aligned``.
         """
-        head, bias = student.head, student.bias
+        fused = partial(fused_loss, student.hidden, student.head, student.bias, student.labels, count=totals.labels, products=student.products)
         if not self.sources:
-            result = fused_loss(student.hidden, head, bias, student.labels)
-            return result.loss / totals.labels, {"loss": float(result.loss.detach()) / totals.labels, "sft": float(result.sft) / totals.labels}
+            result = fused()
+            return result.loss, {"loss": float(result.loss.detach()), "sft": float(result.sft) / totals.labels}
         views = self._views(student, drawn)
         rows, weights, shares = self._combined([view.rows for view in views], student)
-        result = fused_loss(student.hidden, head, bias, student.labels, rows, weights, self.lam, self.temperature, self.divergence)
-        loss = result.loss / totals.labels + self.lam * self._auxiliary(views, totals)
+        result = fused(rows, weights, self.lam, self.temperature, self.divergence)
+        loss = result.loss + self.lam * self._auxiliary(views, totals)
         sums = {"loss": loss, "sft": result.sft / totals.labels, "fusion": result.fusion / totals.labels}
         return loss, {**{name: float(value.detach()) for name, value in sums.items()}, **self._by_teacher(views, shares, totals)}
 

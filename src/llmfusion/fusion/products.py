@@ -25,6 +25,11 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.to(exact(tensor))
 
 
+def held(weight: Tensor, device: str) -> Tensor:
+    """A teacher's head as it is multiplied: as stored on a GPU, which adds up in float32; elsewhere in float32."""
+    return weight.to(device) if torch.device(device).type == "cuda" else full(weight).to(device)
+
+
 def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a (m, k) @ b (k, n)`` in float32, or float64 where both are; into ``out`` where it is given."""
     if a.dtype == exact(a):

@@ -13,10 +13,13 @@ from llmfusion.data.samples import Sample
 from llmfusion.errors import UserError
 from llmfusion.fusion.dskd import DualSpace, OwnScores, Projectors, StudentTokens, TeacherSpace, TeacherTokens, dual_space, input_ids
 from llmfusion.fusion.losses import TeacherRows
-from llmfusion.fusion.products import head_log_probs, head_logits, log_softmax_
+from llmfusion.fusion.products import held
+from llmfusion.fusion.rows import HiddenRows, TopRows, Vocabulary
 from llmfusion.models.loading import load_tokenizer, vocabulary_sha256
 from llmfusion.teachers.alignment import join, partners, responses, row_spans, spread, token_bytes
-from llmfusion.teachers.cache import Cache, response_sha256
+from llmfusion.teachers.cache import Cache, States
+from llmfusion.teachers.fingerprint import require_recomputed
+from llmfusion.teachers.layout import response_sha256
 
 
 @dataclass(frozen=True)
@@ -52,66 +55,58 @@ class Source(Protocol):
         """The teacher's own number of label rows in these samples."""
         ...
 
-
-class HiddenRows:
-    """Hidden states times the teacher's head: exact distributions, recomputed when they are needed."""
-
-    def __init__(self, hidden: Tensor, source: "CachedSource", entropy: Tensor, cross_entropy: Tensor, mask: Tensor):
-        self.hidden, self.source = hidden, source
-        self.entropy, self.cross_entropy, self.mask = entropy, cross_entropy, mask
-
-    def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
-        """``(c, V)``: softmax over the shared tokens only; the others get -inf, never a zero logit."""
-        source = self.source
-        if source.same_rows:
-            return head_log_probs(self.hidden[rows], source.head, source.bias, temperature)  # (c, V_teacher)
-        shared = log_softmax_(head_logits(self.hidden[rows], source.head, source.bias)[:, source.shared], temperature)
-        out = shared.new_full((len(shared), source.vocabulary), -torch.inf)
-        out[:, source.shared] = shared
-        return out
+    def prefetch(self, drawn: Sequence[Drawn]) -> None:
+        """Told before the samples are asked for, so that a slow disk need not be waited for."""
+        ...
 
 
 class CachedSource:
-    """A teacher that shares the student's vocabulary, from its cache of final hidden states.
+    """A teacher that shares the student's vocabulary, from its cache of final hidden states or most likely tokens.
 
     Raises :class:`UserError` if the vocabularies differ: such a teacher is a :class:`ProjectedSource`.
     """
 
-    def __init__(self, name: str, cache: Artifact, tokenizer: Any, vocabulary: int, device: str):
-        self.name, self.cache, self.device = name, Cache(cache), device
+    def __init__(self, name: str, cache: Artifact, tokenizer: Any, vocabulary: int, device: str, states: States | None = None):
+        self.name, self.cache, self.device = name, Cache(cache, states), device
         other = load_tokenizer(cache, None)
         if vocabulary_sha256(other) != vocabulary_sha256(tokenizer):
             raise UserError(f"teacher {name} has another vocabulary than the student ({len(other)} and {len(tokenizer)} tokens, {cache.folder})")
-        self.vocabulary = vocabulary
         head, bias = self.cache.head()
-        self.head = head.float().to(device)
-        self.bias = None if bias is None else bias.float().to(device)
+        bias = None if bias is None else bias.float().to(device)
         ours, theirs = tokenizer.get_vocab(), other.get_vocab()
         shared = sorted(i for token, i in theirs.items() if ours.get(token) == i and i < min(vocabulary, len(head)))
-        self.shared = torch.tensor(shared, device=device)
+        self.own = Vocabulary(held(head, device), bias, torch.tensor(shared, device=device), vocabulary)
         self.all_shared = len(shared) == self.cache.facts["rows_of_head"]
-        self.same_rows = len(shared) == vocabulary == len(head)  # nothing to leave out or to fill up
         self.end, self.other_end = tokenizer.eos_token_id, other.eos_token_id
+        self._compared = False
 
     def projectors(self, width: int) -> None:
         """None: what it says is in the student's vocabulary already."""
 
     def view(self, drawn: Sequence[Drawn], student: StudentTokens, projectors: Projectors | None, temperature: float) -> View:
-        """Its exact distributions over the tokens both know."""
-        return View(self.batch([d.sample["id"] for d in drawn], [d.encoded.label_ids for d in drawn]))
+        """Its distributions over the tokens both know."""
+        return View(self.batch([d.sample for d in drawn], [d.encoded.label_ids for d in drawn]))
 
     def rows_of(self, drawn: Sequence[Drawn]) -> int:
         """The student's: they share label positions."""
         return sum(len(d.encoded.label_ids) for d in drawn)
 
-    def batch(self, samples: Sequence[str], labels: Sequence[Sequence[int]]) -> HiddenRows:
+    def prefetch(self, drawn: Sequence[Drawn]) -> None:
+        """Have the cache's rows of these samples read."""
+        self.cache.prefetch([d.sample["id"] for d in drawn])
+
+    def batch(self, samples: Sequence[Sample], labels: Sequence[Sequence[int]]) -> HiddenRows | TopRows:
         """Rows of the given samples; raises :class:`UserError` naming a sample the cache lacks or labels differently."""
-        found = [self.cache.rows(sample) for sample in samples]
-        mask = torch.cat([self._agree(s, y, r["label_id"]) for s, y, r in zip(samples, labels, found, strict=True)]).to(self.device)
-        hidden = torch.cat([r["hidden"] for r in found]).to(self.device)
-        entropy = torch.cat([r["entropy"] for r in found]).to(self.device)
-        cross_entropy = -torch.cat([r["label_logprob"] for r in found]).to(self.device)
-        rows = HiddenRows(hidden, self, entropy, cross_entropy, mask)
+        found = self.cache.batch(samples)
+        mask = torch.cat([self._agree(s["id"], y, r["label_id"]) for s, y, r in zip(samples, labels, found, strict=True)]).to(self.device)
+        together = {name: torch.cat([r[name] for r in found]).to(self.device) for name in found[0]}
+        if not self._compared:
+            require_recomputed(self.name, self.cache, together, self.own.head, self.own.bias)
+            self._compared = True
+        stats = together["entropy"], -together["label_logprob"], mask
+        if self.cache.kind == "topk":  # its statistics cannot be taken again: they stay those over its own tokens
+            return TopRows(together["top_id"], together["top_logprob"], self.own, *stats)
+        rows = HiddenRows(together["hidden"], self.own, *stats)
         if not self.all_shared:  # the cached statistics are over tokens the student lacks: take them over the shared ones
             self._restate(rows, torch.tensor([y for sample in labels for y in sample], device=self.device))
         return rows
@@ -140,16 +135,21 @@ class ProjectedSource:
     ``score: own`` scores the teacher by its cached statistics instead of by its projection.
     """
 
-    def __init__(self, name: str, cache: Artifact, tokenizer: Any, device: str, align: str = "cma", score: str = "projected"):
-        self.name, self.cache, self.device, self.exact, self.own = name, Cache(cache), device, align == "exact", score == "own"
+    def __init__(self, name: str, cache: Artifact, tokenizer: Any, device: str, align: str = "cma", score: str = "projected", states: States | None = None):
+        self.name, self.cache, self.device, self.exact, self.own = name, Cache(cache, states), device, align == "exact", score == "own"
+        if self.cache.kind == "topk":
+            raise UserError(
+                f"teacher {name} has another vocabulary than the student, and its cache of kind topk has no states to project; capture it as hidden"
+            )
         head, bias = self.cache.head()
         facts, known = cache.facts, cache.facts["rows_of_head"]
         bias = None if bias is None else bias[:known].float().to(device)
         stds = [facts[f"std_{name}"] for name in ("index_embedding", "target_embedding", "hidden")]
-        self.space = TeacherSpace(head[:known].float().to(device), bias, self.cache.embedding().float().to(device), *stds)
+        self.space = TeacherSpace(held(head[:known], device), bias, self.cache.embedding().float().to(device), *stds)
         if self.exact or self.own:
             self.pieces, self.student_pieces = token_bytes(load_tokenizer(cache, None)), token_bytes(tokenizer)
         self._spans: dict[str, tuple[Tensor, Tensor]] = {}
+        self._compared = False
 
     def projectors(self, width: int) -> Projectors:
         """Fresh ones; cross-model attention needs a query, exact alignment none."""
@@ -159,20 +159,28 @@ class ProjectedSource:
         """Label rows of its own tokenisation, from the cache's index."""
         return sum(self.cache.entry(d.sample["id"])["length"] for d in drawn)
 
+    def prefetch(self, drawn: Sequence[Drawn]) -> None:
+        """Have the cache's rows of these samples read."""
+        self.cache.prefetch([d.sample["id"] for d in drawn])
+
     def view(self, drawn: Sequence[Drawn], student: StudentTokens, projectors: Projectors | None, temperature: float) -> View:
         """Its projection at the student's rows, with the terms that train the projectors."""
         assert projectors is not None
         entries = [self._entry(d) for d in drawn]
-        found = [self.cache.rows(d.sample["id"]) for d in drawn]
+        found = self.cache.batch([d.sample for d in drawn])
         labels = [rows["label_id"].long() for rows in found]
         inputs = [input_ids(y, e["segment_starts"], e["segment_prompts"]) for y, e in zip(labels, entries, strict=True)]
         sizes = [len(y) for y in labels]
         hidden, x, y = (torch.cat(parts).to(self.device) for parts in ([rows["hidden"] for rows in found], inputs, labels))
+        if not self._compared:
+            told = torch.cat([rows["label_logprob"] for rows in found]).to(self.device)
+            require_recomputed(self.name, self.cache, {"hidden": hidden, "label_id": y, "label_logprob": told}, self.space.head, self.space.bias)
+            self._compared = True
         teacher = TeacherTokens(self.space, hidden, x, y, sizes)
         spans = [self._spans_of(d, y, e) for d, y, e in zip(drawn, labels, entries, strict=True)] if self.exact or self.own else []
         matched = join([partners(ours, theirs) for ours, theirs in spans], sizes).to(self.device) if self.exact else None
         own = self._own(spans, found) if self.own else None
-        space = dual_space(projectors, student, teacher, temperature, matched, own)
+        space = dual_space(projectors, student, teacher, temperature, matched, own, products=student.products)
         return View(space.rows, space)
 
     def _entry(self, drawn: Drawn) -> dict[str, Any]:
@@ -197,8 +205,8 @@ class ProjectedSource:
         return OwnScores(scores[:, 0], scores[:, 1], mask)
 
 
-def source_of(name: str, cache: Artifact, tokenizer: Any, vocabulary: int, device: str, fusion: dict[str, Any]) -> Source:
+def source_of(name: str, cache: Artifact, tokenizer: Any, vocabulary: int, device: str, fusion: dict[str, Any], states: States | None = None) -> Source:
     """The source that a teacher's vocabulary asks for, with the fusion's options for projected ones."""
     if vocabulary_sha256(load_tokenizer(cache, None)) == vocabulary_sha256(tokenizer):
-        return CachedSource(name, cache, tokenizer, vocabulary, device)
-    return ProjectedSource(name, cache, tokenizer, device, fusion.get("align", "cma"), fusion.get("score", "projected"))
+        return CachedSource(name, cache, tokenizer, vocabulary, device, states)
+    return ProjectedSource(name, cache, tokenizer, device, fusion.get("align", "cma"), fusion.get("score", "projected"), states)

@@ -1,165 +1,188 @@
-"""Run a teacher once over a mix and keep what training needs: final hidden states at label rows, and its head."""
+"""Run a teacher once over a mix and keep what training needs: its final states at label rows (or its most likely tokens), and its head."""
 
+import tempfile
+import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmfusion.artifacts import Artifact, require
 from llmfusion.data.chat import Encoded, encode
 from llmfusion.data.samples import Sample, read_jsonl
-from llmfusion.data.sources import Rejected
 from llmfusion.models.batches import device_of, label_rows, pad
 from llmfusion.models.loading import load_model, load_tokenizer
-from llmfusion.teachers.cache import SHARD_ROWS, TENSORS, response_sha256, shard_name, statistics
+from llmfusion.teachers.fingerprint import fingerprint
+from llmfusion.teachers.layout import HEAD, PIECE, piece_name, response_sha256
+from llmfusion.teachers.pieces import Shard, Store, count_of, gather
+from llmfusion.teachers.statistics import statistics
 
 UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # would change logits behind the saved head
+Usable = list[tuple[Sample, Encoded]]
 
 
-def capture(teacher: Artifact, mix: Artifact, folder: Path, settings: dict[str, Any], chat_template: str | None) -> dict[str, Any]:
-    """Write the cache of ``teacher`` over ``mix`` into ``folder``. Returns the manifest's facts.
+def capture(teacher: Artifact, mix: Artifact, folder: Path, settings: dict[str, Any], chat_template: str | None, store: Store | None = None) -> dict[str, Any]:
+    """Write the cache of ``teacher`` over ``mix`` into ``folder``. Returns the manifest's facts (docs/methods.md).
 
-    Facts: samples, rows, rejected samples by reason, the three standard deviations cross-model attention divides by, and
-    how far the rounded states through the saved head are from the model's own log-probabilities.
+    Pieces are finished in ``store``, from where an interrupted capture goes on; without one, nothing survives an interruption.
     """
-    model = load_model(teacher, settings.get("dtype", "bfloat16"))
-    for name in UNSUPPORTED:
-        require(getattr(model.config, name, None) in (None, 1.0), f"{teacher.folder}: {name} changes logits behind the head; such teachers cannot be cached")
+    if store is None:
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            return capture(teacher, mix, folder, settings, chat_template, Store(Path(place), ""))
+    capture_pieces(teacher, mix, settings, chat_template, store, Shard())
+    return join(teacher, mix, [store.folder], folder, settings, chat_template)
+
+
+def capture_pieces(teacher: Artifact, mix: Artifact, settings: dict[str, Any], chat_template: str | None, store: Store, shard: Shard) -> None:
+    """Finish the shard's pieces in ``store``, and with piece 0 the head; what is there already is left as it is."""
+    kind, samples = settings.get("kind", "hidden"), mix.facts["samples"]
+    numbers = shard.pieces(samples, kind)
+    missing = {number for number in numbers if not store.has(piece_name(number))}
+    headless = 0 in numbers and not store.has(HEAD)
+    if not missing and not headless:
+        return
+    if len(missing) < len(numbers):
+        print(f"going on: {len(numbers) - len(missing)} of {len(numbers)} pieces are there", flush=True)
     tokenizer = load_tokenizer(teacher, chat_template)
-    model = model.to(device_of())
-    writer = _Writer(model, len(tokenizer), folder)
-    rejected = Rejected()
-    for batch in _batches(mix, tokenizer, settings.get("batch_size", 16), rejected):
-        writer.add(batch)
+    reader = _Reader(teacher, settings, len(tokenizer))
+    if headless:
+        store.put(HEAD, reader.tensors_of_head(), {"known": reader.known})
+    for number, part in enumerate(_parts(mix, PIECE[kind])):
+        if number in missing:
+            began = time.monotonic()
+            tensors, note, tokens = reader.piece(part, tokenizer, mix.facts["max_length"])
+            store.put(piece_name(number), tensors, note)
+            print(f"piece {number + 1} of {count_of(samples, kind)}: {tokens / (time.monotonic() - began):,.0f} tokens/s", flush=True)
+
+
+def join(teacher: Artifact, mix: Artifact, folders: list[Path], folder: Path, settings: dict[str, Any], chat_template: str | None) -> dict[str, Any]:
+    """The cache in ``folder`` from finished pieces in ``folders``, without the teacher's weights. Returns the manifest's facts."""
+    kind = settings.get("kind", "hidden")
+    facts = gather(folders, folder, mix.facts["samples"], kind)
+    tokenizer = load_tokenizer(teacher, chat_template)
     tokenizer.save_pretrained(folder)
-    return {**writer.finish(), "rejected": rejected.facts(), "known_tokens": len(tokenizer)}
+    of_topk = {"k": settings.get("k", 10)} if kind == "topk" else {}
+    return {**facts, **of_topk, "kind": kind, "known_tokens": len(tokenizer), "fingerprint": fingerprint(teacher, mix, tokenizer, settings)}
 
 
-def _batches(mix: Artifact, tokenizer: Any, size: int, rejected: Rejected) -> Iterator[list[tuple[Sample, Encoded]]]:
-    batch: list[tuple[Sample, Encoded]] = []
-    for sample in read_jsonl(mix.file("samples.jsonl")):
-        encoded = encode(sample, tokenizer, mix.facts["max_length"])
-        if isinstance(encoded, str):
-            rejected.add(encoded, sample["id"])
-            continue
-        batch.append((sample, encoded))
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def _parts(mix: Artifact, size: int) -> Iterator[list[Sample]]:
+    samples = read_jsonl(mix.file("samples.jsonl"))
+    while part := list(islice(samples, size)):
+        yield part
 
 
-class _Writer:
-    """Collects rows into shards of a fixed number of rows; a sample never crosses shards."""
+class _Reader:
+    """The teacher in memory, and what one piece of the mix gives."""
 
-    def __init__(self, model: Any, known: int, folder: Path):
-        self.model, self.folder = model, folder
+    def __init__(self, teacher: Artifact, settings: dict[str, Any], known: int):
+        self.size, self.kind = settings.get("batch_size", 16), settings.get("kind", "hidden")
+        self.top = settings.get("k", 10) if self.kind == "topk" else 0
+        model = load_model(teacher, settings.get("dtype", "bfloat16"))
+        for name in UNSUPPORTED:
+            require(
+                getattr(model.config, name, None) in (None, 1.0), f"{teacher.folder}: {name} changes logits behind the head; such teachers cannot be cached"
+            )
+        self.model = model.to(device_of())
         head = model.get_output_embeddings()
         self.weight, self.bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
         self.embedding = model.get_input_embeddings().weight.detach()
         self.known = min(known, len(self.weight))
-        self.head = self.weight[: self.known].float()  # once: at 8B it takes 2 GB, and every sample needs it
+        require(self.top <= self.known, f"capture: k is {self.top}, {teacher.folder} knows {self.known} tokens")
+        self.head = self.weight[: self.known].float()  # once: at 8B it takes 2 GB, and every batch needs it
         self.head_bias = None if self.bias is None else self.bias[: self.known].float()
-        self.rows: dict[str, list[Tensor]] = {name: [] for name in TENSORS}
-        self.index: list[dict[str, Any]] = []
-        self.in_shard, self.shard, self.total = 0, 0, 0
-        self.moments = {name: _Moments() for name in ("hidden", "target_embedding", "index_embedding")}
-        self.gap: float | None = None
 
-    @torch.inference_mode()
-    def add(self, batch: list[tuple[Sample, Encoded]]) -> None:
-        """One forward pass; every sample's rows go to the current shard."""
-        ids, attention = pad([e.ids for _, e in batch], device_of())
-        hidden = self.model.base_model(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
-        states = [hidden[i, label_rows(e)] for i, (_, e) in enumerate(batch)]
-        for (sample, _), rows in zip(batch, states, strict=True):
-            _require_finite(sample, "states", rows)
-        if self.gap is None:
-            self.gap = self._compare(ids, attention, hidden, batch)
-        for (sample, encoded), rows in zip(batch, states, strict=True):
-            self._add_sample(sample, encoded, rows)
-
-    def _add_sample(self, sample: Sample, encoded: Encoded, rows: Tensor) -> None:
-        if self.in_shard and self.in_shard + len(rows) > SHARD_ROWS:
-            self._flush()
-        labels = torch.tensor(encoded.label_ids, dtype=torch.int32, device=rows.device)
-        stats = statistics(rows, self.head, self.head_bias, labels, self.known)
-        for name, tensor in stats.items():
-            _require_finite(sample, name, tensor)
-        for name, tensor in {"hidden": rows, "label_id": labels, **stats}.items():
-            self.rows[name].append(tensor.cpu())
-        inputs = torch.tensor([encoded.ids[i] for i in label_rows(encoded)], device=rows.device)
-        x, y = self.embedding[inputs], self.embedding[labels.long()]
-        for name, values in {"hidden": (rows,), "target_embedding": (y,), "index_embedding": (x, y)}.items():
-            self.moments[name].add(*values)
-        starts, prompts = encoded.segments()
-        self.index.append(
-            {"id": sample["id"], "shard": self.shard, "start": self.in_shard, "length": len(rows), "segment_starts": starts,
-             "segment_prompts": prompts, "response_sha256": response_sha256(sample)}
-        )  # fmt: skip
-        self.in_shard += len(rows)
-
-    def _flush(self) -> None:
-        tensors = {name: torch.cat(parts).contiguous() for name, parts in self.rows.items()}
-        save_file(tensors, self.folder / shard_name(self.shard))
-        self.rows = {name: [] for name in TENSORS}
-        self.total, self.in_shard, self.shard = self.total + self.in_shard, 0, self.shard + 1
-
-    def finish(self) -> dict[str, Any]:
-        """Write the last shard, the index and the head."""
-        import pyarrow
-        import pyarrow.parquet
-
-        require(bool(self.index), "no sample of the mix fits this teacher; see rejected samples in the log")
-        self._flush()
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(self.index), self.folder / "index.parquet")
+    def tensors_of_head(self) -> dict[str, Tensor]:
+        """The head as the teacher has it, and the embeddings unless they are tied to it."""
         head = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
         if self.embedding.data_ptr() != self.weight.data_ptr():
             head["embedding"] = self.embedding
-        save_file({name: tensor.cpu().contiguous() for name, tensor in head.items()}, self.folder / "head.safetensors")
-        spread = {f"std_{name}": moments.std() for name, moments in self.moments.items()}
-        return {"samples": len(self.index), "rows": self.total, "rows_of_head": self.known, "logprob_gap": self.gap, **spread}
+        return {name: tensor.cpu() for name, tensor in head.items()}
 
-    def _compare(self, ids: Tensor, attention: Tensor, hidden: Tensor, batch: list[tuple[Sample, Encoded]]) -> float:
-        """Largest difference between the model's own log-probs of labels and those from states and head, first batch."""
-        logits = self.model(input_ids=ids, attention_mask=attention).logits[..., : self.known].float()
-        worst = 0.0
-        for i, (_, encoded) in enumerate(batch):
-            labels = torch.tensor(encoded.label_ids, device=ids.device)
-            own = logits[i, label_rows(encoded)].log_softmax(-1).gather(1, labels[:, None])[:, 0]
-            again = statistics(hidden[i, label_rows(encoded)], self.head, self.head_bias, labels, self.known)["label_logprob"]
-            gap = float((own - again).abs().max())
-            # 16-bit logits of size z are themselves rounded by up to 2^-8 z
-            rounding = 0.0 if self.weight.dtype == torch.float32 else 2**-7 * float(logits[i, label_rows(encoded)].abs().max())
-            require(
-                gap < 0.1 + rounding,
-                f"the states through the saved head miss the model's own log-probabilities by {gap:.3g} nats: its head does more than a linear map",
-            )  # false for NaN, too
-            worst = max(worst, gap)
-        return round(worst, 9)
+    def piece(self, samples: list[Sample], tokenizer: Any, longest: int) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+        """Tensors of a piece in the order of its samples, its note, and the tokens that were read."""
+        encoded = [(sample, encode(sample, tokenizer, longest)) for sample in samples]
+        usable = [(sample, found) for sample, found in encoded if not isinstance(found, str)]
+        moments = {name: _Moments() for name in ("hidden", "target_embedding", "index_embedding")}
+        rows: dict[str, dict[str, Tensor]] = {}
+        gap = 0.0
+        # by length, so that little is padded; a pure function of the piece
+        ordered = sorted(usable, key=lambda pair: len(pair[1].ids))
+        for start in range(0, len(ordered), self.size):
+            batch = ordered[start : start + self.size]
+            found, apart = self._batch(batch, moments, compare=start == 0)
+            rows |= found
+            gap = max(gap, apart)
+        tensors = {name: torch.cat([rows[sample["id"]][name] for sample, _ in usable]) for name in next(iter(rows.values()), {})}
+        note = {
+            "index": _index(usable), "moments": {name: found.sums for name, found in moments.items()}, "gap": gap,
+            "sums": {"tail": float(tensors["tail"].double().sum()) if "tail" in tensors else 0.0} if self.top else {},
+            "rejected": [(found, sample["id"]) for sample, found in encoded if isinstance(found, str)],
+        }  # fmt: skip
+        return tensors, note, sum(len(found.ids) for _, found in usable)
+
+    @torch.inference_mode()
+    def _batch(self, batch: Usable, moments: dict[str, "_Moments"], compare: bool) -> tuple[dict[str, dict[str, Tensor]], float]:
+        """One forward pass: what is kept of every sample, by id, and with ``compare`` how far it is from the model's own log-probabilities."""
+        ids, attention = pad([e.ids for _, e in batch], device_of())
+        hidden = self.model.base_model(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
+        places = torch.tensor([i * hidden.shape[1] + at for i, (_, e) in enumerate(batch) for at in label_rows(e)], device=hidden.device)
+        states, sizes = hidden.flatten(0, 1)[places], [len(e.label_ids) for _, e in batch]  # (n, d)
+        labels = torch.tensor([y for _, e in batch for y in e.label_ids], dtype=torch.int32, device=hidden.device)
+        _require_finite(batch, "states", states, sizes)
+        found = statistics(states, self.head, self.head_bias, labels, self.known, top=self.top)
+        for name, tensor in found.items():
+            _require_finite(batch, name, tensor, sizes)
+        apart = self._compare(ids, attention, places, labels, found["label_logprob"]) if compare else 0.0
+        x, y = self.embedding[ids.flatten()[places]], self.embedding[labels.long()]
+        for name, values in {"hidden": (states,), "target_embedding": (y,), "index_embedding": (x, y)}.items():
+            moments[name].add(*values)
+        kept = {"label_id": labels, **found} | ({"hidden": states} if self.kind == "hidden" else {})
+        split = {name: tensor.cpu().split(sizes) for name, tensor in kept.items()}
+        return {sample["id"]: {name: parts[i] for name, parts in split.items()} for i, (sample, _) in enumerate(batch)}, apart
+
+    def _compare(self, ids: Tensor, attention: Tensor, places: Tensor, labels: Tensor, found: Tensor) -> float:
+        """Largest difference between the model's own log-probs of labels and those from states and head."""
+        logits = self.model(input_ids=ids, attention_mask=attention).logits[..., : self.known].flatten(0, 1)[places].float()  # (n, V)
+        own = logits.log_softmax(-1).gather(1, labels.long()[:, None])[:, 0]
+        gap = float((own - found).abs().max())
+        # 16-bit logits of size z are themselves rounded by up to 2^-8 z
+        rounding = 0.0 if self.weight.dtype == torch.float32 else 2**-7 * float(logits.abs().max())
+        require(
+            gap < 0.1 + rounding,
+            f"the states through the saved head miss the model's own log-probabilities by {gap:.3g} nats: its head does more than a linear map",
+        )  # false for NaN, too
+        return round(gap, 9)
 
 
-def _require_finite(sample: Sample, what: str, values: Tensor) -> None:
-    require(bool(torch.isfinite(values).all()), f"sample {sample['id']}: the teacher's {what} are not finite; nothing was published")
+def _index(usable: Usable) -> list[dict[str, Any]]:
+    out, start = [], 0
+    for sample, encoded in usable:
+        starts, prompts = encoded.segments()
+        length = len(encoded.label_ids)
+        out.append(
+            {"id": sample["id"], "start": start, "length": length, "segment_starts": starts, "segment_prompts": prompts, "response_sha256": response_sha256(sample)}
+        )  # fmt: skip
+        start += length
+    return out
+
+
+def _require_finite(batch: Usable, what: str, values: Tensor, sizes: list[int]) -> None:
+    if not bool(torch.isfinite(values).all()):
+        wrong = next(sample["id"] for (sample, _), part in zip(batch, values.split(sizes), strict=True) if not bool(torch.isfinite(part).all()))
+        require(False, f"sample {wrong}: the teacher's {what} are not finite; nothing was published")
 
 
 class _Moments:
-    """Standard deviation of everything added, in float64."""
+    """Count, sum and sum of squares of everything added, in float64."""
 
     def __init__(self) -> None:
-        self.count, self.total, self.squares = 0, 0.0, 0.0
+        self.sums = [0.0, 0.0, 0.0]
 
     def add(self, *tensors: Tensor) -> None:
         for tensor in tensors:
             values = tensor.double()
-            self.count += values.numel()
-            self.total += float(values.sum())
-            self.squares += float((values * values).sum())
-
-    def std(self) -> float:
-        mean = self.total / self.count
-        return max(self.squares / self.count - mean * mean, 0.0) ** 0.5
+            added = float(values.numel()), float(values.sum()), float((values * values).sum())
+            self.sums = [total + more for total, more in zip(self.sums, added, strict=True)]

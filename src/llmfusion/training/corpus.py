@@ -1,6 +1,6 @@
 """Encoded samples and their order: a pure function of seed and epoch, so a resumed run sees what it would have seen."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from llmfusion.data.chat import encode
 from llmfusion.data.samples import read_jsonl
 from llmfusion.data.sources import Rejected
 from llmfusion.errors import UserError
-from llmfusion.fusion.sources import Drawn
+from llmfusion.fusion.sources import Drawn, Source
 
 
 class Corpus:
@@ -49,3 +49,18 @@ class Corpus:
                 generator = torch.Generator().manual_seed(spec.get("seed", 42) * 1_000_003 + epoch)
                 order, of_epoch = torch.randperm(len(self), generator=generator), epoch
             yield step, order[place * size : (place + 1) * size].tolist()
+
+
+def read_ahead(
+    steps: Iterator[tuple[int, list[int]]], part: Callable[[list[int]], Sequence[Drawn]], sources: Sequence[Source]
+) -> Iterator[tuple[int, list[int]]]:
+    """The same steps; before each is given out, the sources are told of the one behind it: of this process's ``part`` of its samples."""
+    current = next(steps, None)
+    while current is not None:
+        following = next(steps, None)
+        if following is not None:
+            drawn = part(following[1])
+            for source in sources:
+                source.prefetch(drawn)
+        yield current
+        current = following

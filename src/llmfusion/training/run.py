@@ -25,7 +25,7 @@ from llmfusion.models.loading import save_model
 from llmfusion.step import Job
 from llmfusion.training import checkpoint, distributed, sharding
 from llmfusion.training.batching import Groups, micro_batches, padding
-from llmfusion.training.corpus import Corpus
+from llmfusion.training.corpus import Corpus, read_ahead
 from llmfusion.training.optim import CautiousAdamW, clip, learning_rate, require_moving
 from llmfusion.training.reserve import Reserve
 from llmfusion.training.watch import Watch
@@ -109,7 +109,8 @@ class _Loop:
         elif self._prepare_projectors():
             self._save(state, -1)  # before the first step
         self.watch.begin(first)
-        for step, numbers in self.corpus.batches(self.spec, first, self.steps):
+        batches = self.corpus.batches(self.spec, first, self.steps)
+        for step, numbers in read_ahead(batches, self._own, self.objective.sources):
             with self.reserve.step():
                 self._step(step, numbers)
             if self._must_save() and step + 1 < self.steps:
@@ -178,6 +179,10 @@ class _Loop:
         lengths = [len(self.corpus.drawn[i].encoded.ids) for i in numbers]
         return lengths, micro_batches(lengths, distributed.count(), self.spec.get("micro_batch_size"), self.spec.get("micro_batch_tokens"))
 
+    def _own(self, numbers: list[int]) -> list[Drawn]:
+        """This process's samples of a step."""
+        return [self.corpus.drawn[numbers[i]] for group in self._cuts(numbers)[1][distributed.rank()] for i in group]
+
     def _places(self, numbers: list[int]) -> tuple[int, int]:
         """Tokens of a step, and padded places, in all processes."""
         lengths, cuts = self._cuts(numbers)
@@ -202,7 +207,8 @@ class _Loop:
         flat = torch.tensor([y for sample in labels for y in sample], device=self.device)
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         rows = hidden.flatten(0, 1)[places].float()  # (N, d), responses in order
-        return StudentTokens(rows, ids.flatten()[places], flat, [len(y) for y in labels], embedding.weight, head.weight, head.bias)
+        sizes, products = [len(y) for y in labels], torch.bfloat16 if low else None
+        return StudentTokens(rows, ids.flatten()[places], flat, sizes, embedding.weight, head.weight, head.bias, products)
 
     def _set_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
