@@ -29,7 +29,7 @@ def make(job: Job) -> None:
 
     Of several processes the first writes.
     """
-    from llmfusion.models.loading import load_tokenizer
+    from llmfusion.models.loading import load_tokenizer, require_linear_head
     from llmfusion.training import distributed, sharding
     from llmfusion.training.run import Trainee, train
 
@@ -39,6 +39,7 @@ def make(job: Job) -> None:
     teachers = [_teacher(job, name, tokenizer, pivot.facts["vocabulary_size"]) for name in spec.get("teachers", [])]
     mixes = [job.input(f"data/mix/{spec['mix']}"), *(job.input(f"data/generated/{m}/{spec['mix']}") for m in spec.get("generated", []))]
     trainee = Trainee(sharding.load(pivot, spec), tokenizer)  # last: everything that can be refused is refused before
+    require_linear_head(trainee.model.config, pivot.folder)
     facts = train(job, trainee, spec, mixes, teachers)
     facts |= trainee.save(job.folder, spec.get("save_dtype", "bfloat16"))
     job.facts.update(facts, license=sorted(set(pivot.licences)))

@@ -4,6 +4,7 @@ import torch
 
 from llmfusion.fusion.divergences import DIVERGENCES
 from llmfusion.fusion.losses import fused_loss
+from llmfusion.fusion.products import chunk_for
 
 N, D, V = 11, 6, 13
 
@@ -146,3 +147,117 @@ def test_a_teacher_equal_to_the_student_leaves_sft_alone():
     found = fused_loss(*arguments, [teacher], torch.tensor(weights).float(), 0.5, 2.0)
     assert found.fusion.item() == pytest.approx(0, abs=1e-5)
     assert found.loss.item() == pytest.approx(0.5 * found.sft.item(), rel=1e-5)
+
+
+def weighted(**options):
+    """Loss and gradients for one problem with two teachers, the second without a weight in three rows."""
+    hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(2))
+    weights[[1, 4, 5], 1] = 0
+    leaves = [x.requires_grad_() for x in (hidden, head, bias)]
+    teachers = [Exact(1), Exact(2, unknown=(3,))]
+    found = fused_loss(*leaves, labels, teachers, weights, 0.4, 1.7, **options)
+    return found, torch.autograd.grad(found.loss, leaves), teachers
+
+
+def test_a_count_divides_loss_and_gradients_and_nothing_else():
+    whole, gradients, _ = weighted()
+    mean, parts, _ = weighted(count=8.0)
+    torch.testing.assert_close([mean.loss * 8, mean.sft, mean.fusion, mean.cross_entropy], [whole.loss, whole.sft, whole.fusion, whole.cross_entropy])
+    torch.testing.assert_close([8 * g for g in parts], list(gradients))
+    hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(1))
+    weights.requires_grad_()
+    by_weight = [torch.autograd.grad(fused_loss(hidden, head, bias, labels, [Exact(1)], weights, 0.4, count=c).loss, weights)[0] for c in (1, 8)]
+    torch.testing.assert_close(by_weight[0], 8 * by_weight[1])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("ignored", [(), (4, 6)])
+def test_a_teacher_is_not_asked_for_rows_without_a_weight(divergence, ignored):
+    """As MinCE leaves most rows of most teachers out: nothing changes but the work. Weights that need a gradient ask for all rows."""
+
+    class Asked(Exact):
+        def log_probs(self, rows, temperature):
+            asked.extend(torch.arange(N)[rows].tolist())
+            return super().log_probs(rows, temperature)
+
+    results = []
+    for needs in (False, True):
+        asked: list[int] = []
+        hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(1))
+        weights[[0, 4, 5, 9]] = 0
+        labels[list(ignored)] = -100
+        leaves = [x.requires_grad_() for x in (hidden, head, bias)]
+        found = fused_loss(*leaves, labels, [Asked(1)], weights.requires_grad_(needs), 0.4, 2.0, DIVERGENCES[divergence], chunk=4)
+        results.append((found.loss.detach(), *torch.autograd.grad(found.loss, leaves)))
+        left = {*ignored} | (set() if needs else {0, 4, 5, 9})
+        assert sorted(asked) == [i for i in range(N) if i not in left]
+    torch.testing.assert_close(*results)
+
+
+def test_tiles_of_one_row_and_of_all_give_the_same(monkeypatch):
+    results = []
+    for tile in (1, 2**20):
+        monkeypatch.setattr("llmfusion.fusion.losses.TILE", tile)
+        found, gradients, _ = weighted(describe=True)
+        results.append((found.loss.detach(), found.cross_entropy, found.said, *gradients))
+    torch.testing.assert_close(*results)
+
+
+def test_what_the_student_says_is_described_row_by_row():
+    hidden, head, bias, labels, _ = (torch.tensor(x) for x in problem(1))
+    labels[3] = -100
+    right = (hidden @ head.T + bias).argmax(1)
+    labels[[0, 5]] = right[[0, 5]]
+    said = fused_loss(hidden, head, bias, labels, describe=True, chunk=4).said
+    for t in range(N):
+        p = np.exp((hidden[t] @ head.T + bias).numpy())
+        p /= p.sum()
+        expected = [-(p * np.log(p)).sum(), -np.log(p[labels[t]]), float(right[t] == labels[t])] if t != 3 else [0, 0, 0]
+        np.testing.assert_allclose(said[t].numpy(), expected, atol=1e-12)
+    assert len(fused_loss(hidden, head, bias, labels).said) == 0
+
+
+def test_products_in_bfloat16_are_those_of_rounded_inputs():
+    """In float32 of inputs that bfloat16 holds exactly the loss must be that of float64, but for the product's own rounding on a CPU."""
+    hidden, head, _, labels, weights = (torch.tensor(x, dtype=torch.float32) for x in problem(1))
+    leaves = [x.bfloat16().float().requires_grad_() for x in (hidden, head)]
+    results = []
+    for products in (None, torch.bfloat16):
+        found = fused_loss(*leaves, None, labels.long(), [Teacher(1)], weights, 0.4, products=products)
+        results.append((found.loss.detach(), *torch.autograd.grad(found.loss, leaves)))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert not torch.equal(one, other)
+        assert (one - other).norm() < 0.01 * one.norm()
+
+
+def test_a_second_backward_is_scaled_as_the_first():
+    hidden, head, bias, labels, _ = (torch.tensor(x) for x in problem(1))
+    loss = fused_loss(hidden.requires_grad_(), head, bias, labels).loss
+    once, thrice = (torch.autograd.grad(factor * loss, hidden, retain_graph=True)[0] for factor in (1.0, 3.0))
+    torch.testing.assert_close(3 * once, thrice)
+
+
+def test_chunks_are_large_for_small_vocabularies_and_bounded_for_large_ones():
+    assert chunk_for(torch.empty(500, 1)) == 2**22 // 500
+    assert chunk_for(torch.empty(128256, 1)) == 192
+
+
+def test_only_a_few_chunks_of_logits_exist_at_once():
+    """Peak memory, by torch's own count, is a small part of (N, V) logits and does not grow with N."""
+    from torch.profiler import ProfilerActivity, profile
+
+    def peak(rows):
+        generator = torch.Generator().manual_seed(0)
+        hidden, head = torch.randn(rows, 4, generator=generator).requires_grad_(), torch.randn(30_000, 4, generator=generator)
+        labels = torch.randint(30_000, (rows,), generator=generator)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            fused_loss(hidden, head, None, labels).loss.backward()
+        held = [0]
+        for event in sorted((e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            held.append(held[-1] + event.nbytes())
+        return max(held)
+
+    small, large = peak(1000), peak(4000)
+    assert small < 0.6 * 4 * 1000 * 30_000
+    assert large < 1.15 * small

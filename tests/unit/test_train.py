@@ -56,6 +56,15 @@ def test_tokenizer_template_and_generation_settings_are_the_pivots(tmp_path, inp
     assert load_model(artifact(made.folder), "float32").generation_config.eos_token_id == [0, 7]
 
 
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "lm_head_multiplier"])
+def test_a_pivot_that_changes_logits_behind_its_head_is_refused_by_name(tmp_path, inputs, pivot, name):
+    folder = shutil.copytree(pivot.folder, tmp_path / "capped")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: 30.0}))
+    with pytest.raises(UserError, match=rf"{name} is 30.0: it changes logits behind the head"):
+        build(job(tmp_path, {"run": RUN}, {**inputs, "models/base/pivot": artifact(folder, **pivot.facts)}))
+
+
 CARD = """---
 tags: [udf, llm-fusion-workflow]
 ---

@@ -88,6 +88,22 @@ def test_shards_are_jobs_with_a_gpu_and_who_gathers_them_has_none(fresh: Path) -
     assert gathers.split("output:")[0].count("-of-3/manifest.json") == 3
 
 
+def test_a_run_that_the_disk_cannot_hold_is_refused_before_its_first_job(fresh: Path) -> None:
+    def gigantic(content: dict[str, Any]) -> None:
+        content["models"]["base"]["pivot"]["architecture"].update(hidden_size=2**19, intermediate_size=2**20, num_hidden_layers=500)
+
+    study(fresh / "config/gigantic.yaml", gigantic)
+    words = ("--cores", "1", "--configfile", "config/gigantic.yaml")
+    told = snakemake(fresh, "results/models/base/pivot/manifest.json", *words, fails=True)
+    assert re.search(r"disk: [\d,]+ GiB are needed \([\d,]+ GiB of results, [\d,]+ GiB of resume states\), .* are free in /.*; nothing was started", told), told
+    assert "Traceback" not in told
+    assert "rule stage_base" not in told
+    snakemake(fresh, "-n", "results/models/base/pivot/manifest.json", *words)  # a plan needs no disk
+    snakemake(fresh, "results/data/tasks/humaneval/manifest.json", *words)  # and what was not asked for is not counted
+    again = snakemake(fresh, "results/data/tasks/humaneval/manifest.json", *words)
+    assert "Nothing to be done" in again
+
+
 def test_only_the_profile_retries_and_what_it_asks_for_grows_with_the_attempt(fresh: Path) -> None:
     profile = yaml.safe_load((fresh / "profiles/slurm/config.yaml").read_text())
     assert profile["retries"] == 2

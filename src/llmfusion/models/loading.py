@@ -242,3 +242,13 @@ def vocabulary_sha256(tokenizer: Any) -> str:
 def count_parameters(path: Path) -> int:
     """Number of values in a safetensors file, from its header."""
     return sum(math.prod(entry.shape) for entry in entries_in([path]).values())
+
+
+BEHIND_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def require_linear_head(config: Any, folder: Path) -> None:
+    """Raise :class:`UserError` for a model that changes logits behind its head: no loss or distribution here would be the model's own."""
+    for name in BEHIND_THE_HEAD:
+        value = getattr(config.get_text_config(), name, None)
+        require(value in (None, 1.0), f"{folder}: {name} is {value}: it changes logits behind the head; such models can be neither trained nor cached")

@@ -14,13 +14,12 @@ from llmfusion.artifacts import Artifact, require
 from llmfusion.data.chat import Encoded, encode
 from llmfusion.data.samples import Sample, read_jsonl
 from llmfusion.models.batches import device_of, label_rows, pad
-from llmfusion.models.loading import load_model, load_tokenizer
+from llmfusion.models.loading import load_model, load_tokenizer, require_linear_head
 from llmfusion.teachers.fingerprint import fingerprint
 from llmfusion.teachers.layout import HEAD, PIECE, piece_name, response_sha256
 from llmfusion.teachers.pieces import Shard, Store, count_of, gather
 from llmfusion.teachers.statistics import statistics
 
-UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # would change logits behind the saved head
 Usable = list[tuple[Sample, Encoded]]
 
 
@@ -81,10 +80,7 @@ class _Reader:
         self.size, self.kind = settings.get("batch_size", 16), settings.get("kind", "hidden")
         self.top = settings.get("k", 10) if self.kind == "topk" else 0
         model = load_model(teacher, settings.get("dtype", "bfloat16"))
-        for name in UNSUPPORTED:
-            require(
-                getattr(model.config, name, None) in (None, 1.0), f"{teacher.folder}: {name} changes logits behind the head; such teachers cannot be cached"
-            )
+        require_linear_head(model.config, teacher.folder)
         self.model = model.to(device_of())
         head = model.get_output_embeddings()
         self.weight, self.bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
