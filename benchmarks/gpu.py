@@ -21,6 +21,7 @@ from benchmarks import small
 from llmfusion.artifacts import Artifact
 from llmfusion.data.samples import write_jsonl
 from llmfusion.fusion.losses import fused_loss
+from llmfusion.fusion.rows import HiddenRows, Vocabulary
 from llmfusion.fusion.sources import source_of
 from llmfusion.models.batches import device_of
 from llmfusion.models.loading import load_model
@@ -34,21 +35,6 @@ STUDENT = {
     "num_key_value_heads": 8, "max_position_embeddings": 2048, "tie_word_embeddings": True, "vocab_size": 128_256,
 }  # fmt: skip
 SIZES = {"count": 128, "words": 900, "max_length": 2048, "batch_size": 16, "micro_batch_size": 4, "steps": 12}
-
-
-@dataclass
-class Teacher:
-    """A teacher whose rows are its states times its head, as a cached one's are."""
-
-    hidden: Tensor
-    head: Tensor
-    entropy: Tensor
-    cross_entropy: Tensor
-    mask: Tensor
-
-    def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
-        """(c, V)"""
-        return functional.log_softmax((self.hidden[rows] @ self.head.T).float().div_(temperature), dim=-1)
 
 
 @dataclass
@@ -73,9 +59,11 @@ def case(n: int, vocabulary: int, width: int, dtype: torch.dtype, device: str) -
 
 def ours(given: Case) -> Tensor:
     """Half SFT, half knowledge fusion, summed over rows."""
-    zero, one = given.labels.new_zeros(len(given.labels), dtype=torch.float32), given.labels.new_ones(len(given.labels), dtype=torch.float32)
-    teacher = Teacher(given.teacher, given.teacher_head, zero, zero, one)
-    return fused_loss(given.hidden, given.head, None, given.labels, [teacher], one[:, None], 0.5).loss
+    one = given.labels.new_ones(len(given.labels), dtype=torch.float32)
+    vocabulary = len(given.teacher_head)
+    own = Vocabulary(given.teacher_head, None, torch.arange(vocabulary, device=one.device), vocabulary)
+    teacher = HiddenRows(given.teacher, own, one, one, one)
+    return fused_loss(given.hidden, given.head, None, given.labels, [teacher], one[:, None], 0.5, products=given.hidden.dtype).loss
 
 
 def plain(given: Case) -> Tensor:
@@ -87,12 +75,12 @@ def plain(given: Case) -> Tensor:
 
 
 def liger() -> Callable[[Case], Tensor] | None:
-    """Liger's distillation loss (Jensen-Shannon, compiled) on the same inputs, if it is installed."""
+    """Liger's distillation loss (beta 0: the forward KL; compiled) on the same inputs, if it is installed."""
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     except ImportError:
         return None
-    loss = LigerFusedLinearJSDLoss(compiled=True)
+    loss = LigerFusedLinearJSDLoss(beta=0.0, compiled=True)
 
     def call(given: Case) -> Tensor:
         found = loss(given.hidden, given.head, given.teacher, given.teacher_head, given.labels)
@@ -122,7 +110,9 @@ def throughputs(root: Path, shape: dict[str, Any], sizes: dict[str, int], precis
     mix, tokenizer, model = _pieces(root, small.samples(sizes["count"], words, words), shape, sizes["max_length"])
     pivot = small.checkpoint(root, "pivot", model, tokenizer)
     part = small.samples(sizes["count"] // 4, words, words)
-    fewer = small.published(root, "data/mix/fewer", {"max_length": sizes["max_length"]}, lambda folder: write_jsonl(folder / "samples.jsonl", part))
+    fewer = small.published(
+        root, "data/mix/fewer", {"max_length": sizes["max_length"], "samples": len(part)}, lambda folder: write_jsonl(folder / "samples.jsonl", part)
+    )
     passes = [_passed(root / f"cache-{i}", pivot, given, {"dtype": precision, "batch_size": sizes["micro_batch_size"]}) for i, given in enumerate((fewer, mix))]
     (rows, seconds, _), (all_rows, all_seconds, cache) = passes
     found = {"capture": {"tokens_per_second": (all_rows - rows) / max(all_seconds - seconds, 1e-9)}}  # without the start

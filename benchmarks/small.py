@@ -27,7 +27,7 @@ def samples(count: int, shortest: int, longest: int, seed: int = 0) -> list[dict
 
 def pieces(root: Path, texts: list[dict[str, Any]], shape: dict[str, Any], vocabulary: int, max_length: int) -> tuple[Artifact, Any, Any]:
     """Publish the mix below ``root``. Returns it, a tokenizer made of it, and a model of this shape."""
-    mix = published(root, "data/mix/m", {"max_length": max_length}, lambda folder: write_jsonl(folder / "samples.jsonl", texts))
+    mix = published(root, "data/mix/m", {"max_length": max_length, "samples": len(texts)}, lambda folder: write_jsonl(folder / "samples.jsonl", texts))
     tokenizer = make_tokenizer({"vocabulary_size": vocabulary}, mix.file("samples.jsonl"), None)
     return mix, tokenizer, make_model(shape, tokenizer, 1)
 
