@@ -26,7 +26,6 @@ from llmfusion.fusion.sources import source_of
 from llmfusion.models.batches import device_of
 from llmfusion.models.loading import load_model
 from llmfusion.teachers.capture import capture
-from llmfusion.training import run
 from llmfusion.training.run import Trainee, train
 from tests.unit.stand_ins import artifact, job
 
@@ -117,11 +116,11 @@ def throughputs(root: Path, shape: dict[str, Any], sizes: dict[str, int], precis
     (rows, seconds, _), (all_rows, all_seconds, cache) = passes
     found = {"capture": {"tokens_per_second": (all_rows - rows) / max(all_seconds - seconds, 1e-9)}}  # without the start
     spec = {"steps": sizes["steps"], "lr": 1e-6, "precision": precision, **{key: sizes[key] for key in ("batch_size", "micro_batch_size")}}
-    run.RECORD_EVERY = 1
     for name, fusion in (("sft", {}), ("knowledge fusion from the cache", {"target": "kd"})):
         sources = [source_of("teacher", cache, tokenizer, model.config.vocab_size, device_of(), fusion)] if fusion else []
         made = job(root, name=name.replace(" ", "-"))
-        train(made, Trainee(load_model(pivot, "float32"), tokenizer), {**spec, "fusion": fusion}, [mix], sources)
+        with small.every_step_recorded():
+            train(made, Trainee(load_model(pivot, "float32"), tokenizer), {**spec, "fusion": fusion}, [mix], sources)
         timings = made.measured["training"]["timings"][2:]  # the first steps allocate
         seconds = sum(t["seconds"] for t in timings)
         found[name] = {key: sum(t[key] * t["seconds"] for t in timings) / seconds for key in ("tokens_per_second", "mfu") if key in timings[0]}

@@ -1,6 +1,8 @@
 """What the benchmarks of trainings train: generated questions, a tokenizer made of them, models with random weights."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from llmfusion.data.samples import write_jsonl
 from llmfusion.digests import canonical
 from llmfusion.models.loading import save_model
 from llmfusion.models.scratch import make_model, make_tokenizer
+from llmfusion.training import run
 
 WORDS = [a + b for a in ("ba", "do", "fe", "gi", "ku", "lo", "me", "ni", "pa", "ro", "su", "ti") for b in ("l", "m", "n", "r", "s", "x", "nd", "st")]
 
@@ -46,3 +49,13 @@ def published(root: Path, address: str, facts: dict[str, Any], fill: Any) -> Art
     fill(draft.folder)
     publish(draft, output, {})
     return read(output, memory=None)
+
+
+@contextmanager
+def every_step_recorded() -> Iterator[None]:
+    """Trainings write a record and a timing of each step, as long as this lasts."""
+    usual, run.RECORD_EVERY = run.RECORD_EVERY, 1
+    try:
+        yield
+    finally:
+        run.RECORD_EVERY = usual

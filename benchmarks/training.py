@@ -80,10 +80,10 @@ def losses(root: Path, name: str, changed: dict[str, Any], processes: int) -> li
     spec = {**SPEC, **changed}
 
     def one() -> None:
-        run.RECORD_EVERY = 1
         pivot = artifact(root / "results/models/base/pivot")
         trainee = Trainee(sharding.load(pivot, spec), load_tokenizer(pivot, None))
-        train(job(root, name=name), trainee, spec, [artifact(root / "results/data/mix/m", max_length=1024)], [])
+        with small.every_step_recorded():
+            train(job(root, name=name), trainee, spec, [artifact(root / "results/data/mix/m", max_length=1024)], [])
         distributed.wait()
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -101,12 +101,12 @@ def memory(what: str) -> float:
 
 def measure(root: Path, mode: str) -> None:
     """Print tokens a second, share of padding, and MiB at the peak, all and beyond those before the first step; for a process of its own."""
-    run.RECORD_EVERY = 1
     pivot = artifact(root / "results/models/base/pivot")
     model, made = load_model(pivot, "float32"), job(root, name=mode.replace(" ", "-"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     before = memory("VmRSS")
-    train(made, Trainee(model, load_tokenizer(pivot, None)), {**SPEC, **MODES[mode]}, [artifact(root / "results/data/mix/m", max_length=1024)], [])
+    with small.every_step_recorded():
+        train(made, Trainee(model, load_tokenizer(pivot, None)), {**SPEC, **MODES[mode]}, [artifact(root / "results/data/mix/m", max_length=1024)], [])
     timings = made.measured["training"]["timings"][1:]  # the first step allocates
     tokens, seconds = sum(t["tokens_per_second"] * t["seconds"] for t in timings), sum(t["seconds"] for t in timings)
     peak = memory("VmHWM")
