@@ -139,15 +139,15 @@ def _description(work: Plan, given: argparse.Namespace) -> str:
     )
 
 
-def _manifest(work: Plan, folder: Path, options: dict[str, Any], facts: dict[str, Any], checksums: dict[str, int]) -> dict[str, Any]:
-    """What the folder was made from and holds: sha256 of all files but the weights, whose tensors have a CRC-32 each.
+def _manifest(work: Plan, folder: Path, options: dict[str, Any], facts: dict[str, Any], checksums: dict[str, str]) -> dict[str, Any]:
+    """What the folder was made from and holds: sha256 of all files but the weights, whose tensors have an XXH3 checksum each.
 
     Inputs are told by their own manifest's sha256 where they have one, and by sizes and the sha256 of their headers.
     """
-    inside = {name: {tensor: f"{checksums[tensor]:08x}" for tensor in layout.entries} for name, layout in work.files.items()}
+    inside = {name: {tensor: checksums[tensor] for tensor in layout.entries} for name, layout in work.files.items()}
     others = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in inside)
     files: dict[str, Any] = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in others}
-    files |= {name: {"size": work.files[name].size, "crc32": tensors} for name, tensors in inside.items()}
+    files |= {name: {"size": work.files[name].size, "xxh3": tensors} for name, tensors in inside.items()}
     return {
         "made_by": "llmfusion.merge",
         "method": work.method,

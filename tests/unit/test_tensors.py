@@ -6,8 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmfusion.errors import DamagedError
-from llmfusion.merging.blocks import Tensor
-from llmfusion.merging.engine import _rounded
+from llmfusion.merging.blocks import Rounding, Tensor
 from llmfusion.merging.tensors import entries_of, layout_of, raw, stored
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -28,7 +27,7 @@ def hard_values():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_is_torchs_bit_for_bit(dtype):
     values = hard_values()
-    content, widened = _rounded(values, dtype)
+    content, widened = Rounding(dtype, values.size)(values)
     expected = torch.tensor(values).to(DTYPES[dtype])
     assert content.tobytes() == expected.contiguous().view(torch.uint8).numpy().tobytes()
     assert torch.equal(torch.tensor(widened), expected.float())
@@ -39,9 +38,12 @@ def test_every_sixteen_bit_number_survives_the_way_to_float32_and_back(tmp_path,
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(DTYPES[dtype])
     numbers = numbers[torch.isfinite(numbers)]
     save_file({"a": numbers}, tmp_path / "a.safetensors")
-    values = np.concatenate([block.theta.copy() for block in Tensor(stored(entries_of(tmp_path)["a"]), []).blocks()])
+    tensor = Tensor(stored(entries_of(tmp_path)["a"]), [])
+    rounding = Rounding(dtype, tensor.size)
+    blocks = [(block.theta.copy(), rounding(block.theta)[0].copy()) for block in tensor.blocks()]
+    values, content = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
     assert np.array_equal(values.view(np.uint32), numbers.float().numpy().view(np.uint32))
-    assert _rounded(values, dtype)[0].tobytes() == raw(entries_of(tmp_path)["a"]).tobytes()
+    assert content.tobytes() == raw(entries_of(tmp_path)["a"]).tobytes()
 
 
 def test_a_layout_is_a_file_that_safetensors_reads(tmp_path):

@@ -100,6 +100,29 @@ def _difference(source: NDArray[Any], theta: Array, out: Array) -> None:
             np.subtract(source, theta, out=out, dtype=np.float32)
 
 
+class Rounding:
+    """Rounds at most ``count`` values at a time to a safetensors dtype, to the nearest, ties to even: as stored, and widened again to
+    float32. What it returns is valid until the next block; fresh memory for each would cost more than the rounding."""
+
+    def __init__(self, dtype: str, count: int):
+        self.dtype = dtype
+        self.content = np.empty(count, np.float16 if dtype == "F16" else np.uint16)
+        self.widened = np.empty(count, np.float32)
+
+    def __call__(self, values: Array) -> tuple[NDArray[Any], Array]:
+        if self.dtype == "F32":
+            return values, values
+        content, widened = self.content[: values.size], self.widened[: values.size]
+        if self.dtype == "F16":
+            with np.errstate(over="ignore"):
+                np.copyto(content, values, casting="same_kind")
+            np.copyto(widened, content)
+        else:
+            kernels.narrow(values, content)
+            kernels.widen(frozen(content), widened)
+        return content, widened
+
+
 def frozen(values: NDArray[Any]) -> NDArray[Any]:
     """As a plain array that is read only and aligned (a file's header may leave tensors at odd addresses): kernels are compiled for one kind."""
     view = np.asarray(values).view() if values.flags.aligned or values.dtype != np.uint16 else values.copy()

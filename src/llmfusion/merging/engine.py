@@ -11,13 +11,13 @@ import shutil
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from llmfusion.artifacts import require, sync
@@ -25,7 +25,7 @@ from llmfusion.config.plan import RECIPES
 from llmfusion.digests import canonical, digest
 from llmfusion.errors import UserError
 from llmfusion.merging import kernels
-from llmfusion.merging.blocks import Array, Tensor, frozen
+from llmfusion.merging.blocks import BLOCK, Array, Rounding, Tensor
 from llmfusion.merging.journal import Done, Journal
 from llmfusion.merging.matching import Part
 from llmfusion.merging.methods import METHODS
@@ -41,8 +41,8 @@ COPIED = 4 * 2**20  # bytes at a time
 Told = Callable[[int, int], None]  # bytes read and written so far, and in all by this run
 
 
-def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: Told | None = None) -> tuple[dict[str, Any], dict[str, int]]:
-    """Merge into the folder ``out``, which may hold what a killed run of the same ``key`` left. Returns facts, and a CRC-32 a tensor.
+def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: Told | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """Merge into the folder ``out``, which may hold what a killed run of the same ``key`` left. Returns facts, and an XXH3 checksum (64 bits, as hex) a tensor.
 
     Writes weights, ``merge_report.csv`` and ``.json``, and everything of the pivot that is no weights. Raises :class:`UserError` for
     values that are not finite, in an input or in the merge.
@@ -70,7 +70,7 @@ def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: T
     finally:
         for handle in handles.values():
             os.close(handle)
-    return _finish(work, out, done), {part.name: done[part.name]["crc32"] for part in work.parts}
+    return _finish(work, out, done), {part.name: done[part.name]["xxh3"] for part in work.parts}
 
 
 def _bytes(work: Plan, part: Part) -> int:
@@ -84,43 +84,30 @@ def _merge_part(work: Plan, part: Part, handle: int, stop: threading.Event) -> D
     write = _Writer(handle, target.start, stop)
     if not part.models:
         _copy(part, target.dtype, 0, write)
-        return {"crc32": write.crc, "row": None}
+        return {"xxh3": write.checksum.hexdigest(), "row": None}
     sources = [stored(entry)[: part.values] for entry in (part.pivot, *part.models)]
     labels = [f"{entry.file}: tensor {part.name}" for entry in (part.pivot, *part.models)]
     tensor = Tensor(sources[0], sources[1:], labels)
     merging = METHODS[work.method](tensor, work.options)
+    rounded, rounded_pivot = (Rounding(target.dtype, min(part.values, BLOCK)) for _ in range(2))
     changed, squares = 0, 0.0
     for block in tensor.blocks():
         if stop.is_set():
             break
         merged = merging.merge(block)
         _check(merged, target.dtype, part.name)
-        content, rounded = _rounded(merged, target.dtype)
-        before = block.theta if target.dtype in (part.pivot.dtype, "F32") else _rounded(block.theta, target.dtype)[1]
-        count, square = kernels.moved(rounded, before)
+        content, after = rounded(merged)
+        before = block.theta if target.dtype in (part.pivot.dtype, "F32") else rounded_pivot(block.theta)[1]
+        count, square = kernels.moved(after, before)
         changed, squares = changed + count, squares + square
         write(content)
     _copy(part, target.dtype, part.values, write)
-    return {"crc32": write.crc, "row": row_of(part.name, tensor, merging, changed, squares)}
+    return {"xxh3": write.checksum.hexdigest(), "row": row_of(part.name, tensor, merging, changed, squares)}
 
 
 def _check(values: Array, dtype: str, name: str) -> None:
     if not np.uint32(kernels.magnitude(values)).view(np.float32) < OVERFLOW[dtype]:  # nor for a NaN
         raise UserError(f"tensor {name}: the merge is not finite in {dtype}; nothing was published")
-
-
-def _rounded(values: Array, dtype: str) -> tuple[NDArray[Any], Array]:
-    """Values in a safetensors dtype, to the nearest, ties to even: as stored, and widened again to float32."""
-    if dtype == "F32":
-        return values, values
-    if dtype == "F16":
-        with np.errstate(over="ignore"):
-            content = values.astype(np.float16)
-        return content, content.astype(np.float32)
-    content, widened = np.empty(values.size, np.uint16), np.empty(values.size, np.float32)
-    kernels.narrow(values, content)
-    kernels.widen(frozen(content), widened)
-    return content, widened
 
 
 def _copy(part: Part, dtype: str, start: int, write: "_Writer") -> None:
@@ -130,20 +117,22 @@ def _copy(part: Part, dtype: str, start: int, write: "_Writer") -> None:
         for at in range(0, content.size, COPIED):
             write(content[at : at + COPIED])
         return
-    for block in Tensor(stored(part.pivot)[start:], [], [f"{part.pivot.file}: tensor {part.name}"]).blocks():
+    values = stored(part.pivot)[start:]
+    rounded = Rounding(dtype, min(values.size, BLOCK))
+    for block in Tensor(values, [], [f"{part.pivot.file}: tensor {part.name}"]).blocks():
         _check(block.theta, dtype, part.name)
-        write(_rounded(block.theta, dtype)[0])
+        write(rounded(block.theta)[0])
 
 
 class _Writer:
     """Writes one array behind the other from an offset on, and keeps the checksum of what was written."""
 
     def __init__(self, handle: int, at: int, stop: threading.Event):
-        self.handle, self.at, self.stop, self.crc = handle, at, stop, 0
+        self.handle, self.at, self.stop, self.checksum = handle, at, stop, xxhash.xxh3_64()
 
     def __call__(self, content: NDArray[Any]) -> None:
         view = np.ascontiguousarray(content).view(np.uint8).data
-        self.crc = zlib.crc32(view, self.crc)
+        self.checksum.update(view)
         while len(view):
             written = os.pwrite(self.handle, view, self.at)
             self.at += written
@@ -157,7 +146,7 @@ def _continued(work: Plan, out: Path, journal: Journal) -> dict[str, Done]:
     done = {name: entry for name, entry in journal.read().items() if name in names}
     if any(not (out / name).exists() or (out / name).stat().st_size != layout.size for name, layout in work.files.items()):
         done = {}
-    done = {name: entry for name, entry in done.items() if _checksum(out, work, names[name]) == entry["crc32"]}
+    done = {name: entry for name, entry in done.items() if _checksum(out, work, names[name]) == entry["xxh3"]}
     if not done:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -169,14 +158,13 @@ def _continued(work: Plan, out: Path, journal: Journal) -> dict[str, Done]:
     return done
 
 
-def _checksum(out: Path, work: Plan, part: Part) -> int:
-    layout, crc = work.layout(part), 0
-    entry = layout.entries[part.name]
+def _checksum(out: Path, work: Plan, part: Part) -> str:
+    entry, checksum = work.layout(part).entries[part.name], xxhash.xxh3_64()
     with open(out / entry.file, "rb") as file:
         file.seek(entry.start)
         for at in range(entry.start, entry.end, COPIED):
-            crc = zlib.crc32(file.read(min(COPIED, entry.end - at)), crc)
-    return crc
+            checksum.update(file.read(min(COPIED, entry.end - at)))
+    return checksum.hexdigest()
 
 
 def _finish(work: Plan, out: Path, done: dict[str, Done]) -> dict[str, Any]:

@@ -56,23 +56,26 @@ def spreads(deltas, keys):
     """
     models, n = deltas.shape
     total, spread = np.empty(TILE), np.empty(TILE)
-    factor = np.float64(models)
+    factor, last = np.float64(models), models - 1
     for start in range(0, n, TILE):
         end = min(start + TILE, n)
-        key = keys[start:end]
-        total[:] = 0.0
-        spread[:] = 0.0
-        for j in range(models):
+        key, row = keys[start:end], deltas[0, start:end]
+        for i in range(row.size):
+            total[i] = np.float64(row[i])
+        for j in range(1, models):
             row = deltas[j, start:end]
             for i in range(row.size):
                 total[i] += np.float64(row[i])
-        for j in range(models):
+        spread[:] = 0.0
+        for j in range(last):
             row = deltas[j, start:end]
             for i in range(row.size):
                 d = factor * np.float64(row[i]) - total[i]
                 spread[i] += d * d
-        for i in range(key.size):
-            key[i] = np.float32(np.sqrt(spread[i]))
+        row = deltas[last, start:end]
+        for i in range(row.size):
+            d = factor * np.float64(row[i]) - total[i]
+            key[i] = np.float32(np.sqrt(spread[i] + d * d))
 
 
 # ------------------------------------------------------------------------------------------------ selecting exactly
@@ -93,9 +96,14 @@ def count_fine(keys, bin_, deltas, histogram, sums, places):
     """Add the keys whose upper 16 bits are ``bin_`` to a histogram of the lower 16, and the squares of ``deltas (M, n)`` there to ``sums``
     ``(M, 65536)``; returns the sums of their squares over the keys above that bin. ``places (n,)`` is scratch."""
     bits, found = keys.view(np.uint32), 0
-    for i in range(bits.size):
-        places[found] = i
-        found += np.int64(np.uint32(np.uint32(bits[i] & SIZE) >> np.uint32(16)) == bin_)
+    for start in range(0, bits.size, LANES):
+        part, some = bits[start : start + LANES], np.int32(0)
+        for i in range(part.size):
+            some = np.int32(some + np.int32(np.uint32(np.uint32(part[i] & SIZE) >> np.uint32(16)) == bin_))
+        if some:  # few of them hold one, so all are looked at together before one by one
+            for i in range(part.size):
+                places[found] = start + i
+                found += np.int64(np.uint32(np.uint32(part[i] & SIZE) >> np.uint32(16)) == bin_)
     for place in range(found):
         i = places[place]
         low = bits[i] & np.uint32(0xFFFF)
