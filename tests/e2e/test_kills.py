@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from llmfusion import base, provenance, step
 from llmfusion.artifacts import Draft, draft_folder, manifest_of, publish, read
@@ -55,8 +56,6 @@ class Ended:
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives fresh folders with a mix in them; loads, and uses once, what the children need."""
-    import torch
-
     from llmfusion.data.chat import encode
     from llmfusion.data.samples import write_jsonl
     from llmfusion.models.loading import save_model
@@ -128,6 +127,7 @@ def forked(place: Path, build: Callable[[Callable[[str], None]], int], kill_at: 
             status = 70
             try:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+                torch.set_num_threads(1)  # renews torch's pool, which a fork leaves behind, before two threads of the child try to at once
                 sys.stdout = sys.stderr = printed
                 os.chdir(place)
                 provenance.collect = lambda started: {}
@@ -412,8 +412,6 @@ def test_a_kill_while_a_table_is_published_shows_no_mixture(tmp_path: Path, ther
 @pytest.mark.parametrize("forgotten", ["set_rng_state", "_load"])
 def test_a_state_that_is_not_restored_in_full_is_noticed(start: Callable[[str], Path], whole: Whole, forgotten: str) -> None:
     """The comparison of these tests can fail: without the random state, or without moments, another model comes out."""
-    import torch
-
     from llmfusion.training import checkpoint
 
     def forget() -> None:

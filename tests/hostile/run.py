@@ -440,6 +440,7 @@ def stage() -> Iterator[Path]:
         interpreter(staged).chmod(0o755)
         site = staged / "lib" / version / "site-packages"
         site.mkdir()
+        (site.parent / "dist-packages").symlink_to("site-packages")  # where an interpreter of Debian looks
         for source in sources:
             if source.name != "__init__.py":
                 shutil.copy2(source, site)

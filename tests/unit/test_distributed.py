@@ -52,6 +52,7 @@ def in_two(call: Callable[[], None]) -> list[int]:
             status = 70
             try:
                 os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(place))
+                torch.set_num_threads(1)  # renews torch's pool, which a fork leaves behind, before two threads of the child try to at once
                 with distributed.joined():
                     call()
                 status = 0
