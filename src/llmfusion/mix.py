@@ -22,6 +22,10 @@ def build(job: Job) -> None:
     taken: list[Sample] = []
     for name, count in sorted(spec["datasets"].items()):
         taken += _draw(job, name, count, rng, reason)
+    twice = {name for name, times in Counter(s["id"] for s in taken).items() if times > 1}
+    if twice:
+        datasets = ", ".join(sorted({s["dataset"] for s in taken if s["id"] in twice}))
+        raise UserError(f"{len(twice)} samples are drawn twice, from the datasets {datasets}, one is {min(twice)}: give each source under one name")
     rng.shuffle(taken)
     job.facts.update(
         samples=write_jsonl(job.folder / "samples.jsonl", taken),

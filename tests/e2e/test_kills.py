@@ -183,15 +183,16 @@ def _watch_training(watch: Callable[[str], None]) -> None:
     from llmfusion.training import checkpoint
     from llmfusion.training.run import _Loop
 
-    def watched(save: Callable[..., None]) -> Callable[..., None]:
-        def save_file(tensors: Any, path: Any, *more: Any, **named: Any) -> None:
+    def watched(save: Callable[..., Any]) -> Callable[..., Any]:
+        def save_file(tensors: Any, path: Any, *more: Any, **named: Any) -> Any:
             watch(f"write {path}")
-            save(tensors, path, *more, **named)
+            told = save(tensors, path, *more, **named)
             watch(f"half {path}")
+            return told
 
         return save_file
 
-    for module, name in ((checkpoint, "save_file"), (modeling_utils, "safe_save_file")):
+    for module, name in ((checkpoint, "write_tensors"), (modeling_utils, "safe_save_file")):
         setattr(module, name, watched(getattr(module, name)))
     one = _Loop._step
 

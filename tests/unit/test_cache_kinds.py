@@ -113,7 +113,7 @@ def test_tokens_the_student_lacks_leave_the_k_and_rows_without_others_are_masked
     ids = torch.tensor([[1, 9], [0, 2], [9, 8]], dtype=torch.int32)
     values = torch.tensor([[0.5, 0.3], [0.6, 0.2], [0.7, 0.1]]).log()
     ones = torch.ones(3)
-    rows = TopRows(ids, values, Vocabulary(torch.zeros(10, 2), None, torch.arange(8), 6), ones, ones, ones)
+    rows = TopRows(ids, values, Vocabulary(torch.zeros(10, 2), None, torch.arange(6), 6), ones, ones, ones)
     found = rows.log_probs(slice(0, 3), 1.0)
     assert found.shape == (3, 6)
     torch.testing.assert_close(found.exp(), torch.tensor([[0, 1, 0, 0, 0, 0], [0.75, 0, 0.25, 0, 0, 0], [0] * 6]))

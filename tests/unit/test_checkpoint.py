@@ -1,6 +1,9 @@
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+from llmfusion.artifacts import sha256_file
 from llmfusion.training import checkpoint
 from llmfusion.training.optim import CautiousAdamW
 
@@ -68,3 +71,17 @@ def test_the_last_two_states_are_kept_and_no_temporary_file(tmp_path):
 
 def test_without_any_state_a_training_begins(tmp_path):
     assert checkpoint.restore(tmp_path / "none", "print", *trained(0)) is None
+
+
+def test_a_state_is_written_as_safetensors_reads_it_and_hashed_on_the_way(tmp_path):
+    tensors = {
+        "odd": torch.arange(3, dtype=torch.uint8), "half": torch.randn(5).bfloat16(), "scalar": torch.tensor(7), "turned": torch.randn(4, 3).t(),
+        "empty": torch.empty(0, 2), "double": torch.randn(2, dtype=torch.float64), "fp16": torch.ones(1).half(),
+    }  # fmt: skip
+    told = checkpoint.write_tensors(tensors, tmp_path / "a.safetensors", {"step": "3"})
+    assert told == sha256_file(tmp_path / "a.safetensors")
+    found = load_file(tmp_path / "a.safetensors")
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == {"step": "3"}

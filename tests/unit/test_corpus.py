@@ -26,7 +26,8 @@ def test_all_usable_samples_are_held_and_the_others_counted(mix, tokenizer, samp
     kept = [i for i, e in found.items() if not isinstance(e, str)]
     corpus = Corpus([short, mix], tokenizer)
     assert [d.sample["id"] for d in corpus.drawn] == kept + [s["id"] for s in samples]
-    assert [d.encoded for d in corpus.drawn[: len(kept)]] == [found[i] for i in kept]
+    assert [d.encoded for d in corpus.drawn[: len(kept)]] == [found[i].compact() for i in kept]
+    assert all(list(d.encoded.ids) == found[i].ids and d.encoded.label_ids == found[i].label_ids for d, i in zip(corpus.drawn, kept, strict=False))
     assert corpus.rejected.counts == {"too long": len(samples) - len(kept)}
     assert len(kept) < len(samples)
 

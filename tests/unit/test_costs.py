@@ -89,7 +89,7 @@ def test_sharding_shares_the_memory_and_less_is_kept_or_held_on_request(tmp_path
     parameters = workload(study(tmp_path)).parameters("trained/sft")
     assert whole - parts < 0.75 * 16 * parameters  # a quarter stays, and what is gathered
     assert parts < whole
-    assert memory(parameters="bfloat16", lr=1e-3) == memory() - 8 * parameters
+    assert memory(parameters="bfloat16", lr=1e-3) == memory() - 4 * parameters  # moments stay float32
     assert memory(activation_checkpointing=True) < memory()
     assert memory(micro_batch_size=1) == memory(micro_batch_tokens=1) < memory()  # a sample at a time, however long
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from llmfusion.errors import UserError
 from llmfusion.fusion.sources import source_of
 from llmfusion.models.loading import load_model, save_model
 from llmfusion.models.scratch import make_model, make_tokenizer
@@ -73,8 +74,8 @@ def start(tmp_path, pivot, tied_teacher, tokenizer, mix, cache, tied_cache, fore
     monkeypatch.setattr(module, "RECORD_EVERY", 1)
     caches = {"one": cache, "two": tied_cache, "far": foreign}
 
-    def go(name: str, spec: dict[str, Any], processes: int, spoil: Callable[[Any], None] = lambda model: None, tied: bool = False) -> list[int]:
-        made = job(tmp_path, name=name)
+    def go(name: str, spec: dict[str, Any], processes: int, spoil: Callable[[Any], None] = lambda model: None, tied: bool = False, key: str = "f") -> list[int]:
+        made = job(tmp_path, name=name, key=key)
 
         def one() -> None:
             trainee = Trainee(sharding.load(pivot if not tied else tied_teacher, spec), tokenizer)
@@ -259,7 +260,16 @@ def test_a_damaged_part_is_told_by_its_own_process_and_both_take_the_state_befor
 
 def test_a_state_of_another_number_of_processes_is_refused_in_words(start, tmp_path, killed, capfd):
     assert start("killed", {**SPEC, **UDF}, 2) == [70, 70]
-    assert "the state after step 4 is of 2 processes, this training has 1: parts are not cut anew. Go on with `processes: 2`" in capfd.readouterr().err
+    assert (
+        "the state after step 4 is of 2 processes, this training has 1: parts are not cut anew. Go on with what the study said then (`processes: 2`)"
+        in capfd.readouterr().err
+    )
+    assert (killed / "step-00000003.1-of-2.safetensors").exists()
+
+
+def test_it_is_refused_as_well_where_the_number_is_part_of_the_spec(start, killed):
+    with pytest.raises(UserError, match="the state after step 4 is of 2 processes, this training has 1"):
+        start("killed", {**SPEC, **UDF}, 1, key="another")
     assert (killed / "step-00000003.1-of-2.safetensors").exists()
 
 

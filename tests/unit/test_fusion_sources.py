@@ -7,6 +7,7 @@ from llmfusion.data.chat import encode
 from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
 from llmfusion.fusion.losses import fused_loss
+from llmfusion.fusion.rows import HiddenRows, Vocabulary
 from llmfusion.fusion.sources import CachedSource
 from llmfusion.models.batches import label_rows
 from llmfusion.models.loading import load_model, save_model
@@ -128,3 +129,17 @@ def test_a_sample_the_cache_lacks_or_labels_otherwise_is_named(cache, tokenizer,
     ):
         with pytest.raises(UserError, match="teacher t: sample s03: its cached labels are not the student's"):
             source.batch(named(["s03"]), [wrong])
+
+
+@pytest.mark.parametrize("known", [5, 8, 11])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_rows_are_a_softmax_over_the_shared_tokens_whatever_the_teacher_has_more_or_less(known, temperature):
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, bias = (torch.randn(*shape, generator=generator) for shape in ((7, 3), (known, 3), (known,)))
+    shared = torch.tensor([0, 2, 3, 4])
+    nothing = torch.zeros(7)
+    rows = HiddenRows(hidden, Vocabulary(head, bias, shared, 8), nothing, nothing, nothing)
+    expected = torch.full((7, 8), -torch.inf)
+    expected[:, shared] = ((hidden @ head.T + bias)[:, shared] / temperature).log_softmax(-1)
+    torch.testing.assert_close(rows.log_probs(slice(0, 7), temperature), expected)
+    torch.testing.assert_close(rows.log_probs(torch.tensor([6, 1]), temperature), expected[[6, 1]])

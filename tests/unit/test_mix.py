@@ -25,10 +25,11 @@ def build(tmp_path, spec, inputs, name="job"):
 @pytest.fixture
 def inputs(tmp_path, pivot):
     short = [question(f"short{i}", f"Count to {i}.", " ".join(map(str, range(i)))) for i in range(30)]
-    mixed = [question("test", TEST_QUESTION, "at one"), question("foreign", "日本", "日本語"), *short[:5]]
+    mixed = [question("test", TEST_QUESTION, "at one"), question("foreign", "日本", "日本語"), *(question(f"own{i}", f"Count to {i}.", "0") for i in range(5))]
     return {
         "data/dataset/short": stored(tmp_path, "short", short),
         "data/dataset/mixed": stored(tmp_path, "mixed", mixed),
+        "data/dataset/again": stored(tmp_path, "again", short[3:8]),
         "data/tasks/gsm8k": stored(tmp_path, "gsm8k", [{"item": 0, "question": TEST_QUESTION, "answer": "1"}], "items.jsonl"),
         "models/base/pivot": pivot,
     }
@@ -79,3 +80,8 @@ def test_too_few_usable_rows_are_told_with_what_they_were_lost_to(tmp_path, inpu
         UserError, match=r"dataset mixed: 7 samples asked, 5 of 7 can be used; lost to .*'(not english|overlaps a test)': 1, '(not english|overlaps a test)': 1"
     ):
         build(tmp_path, spec, inputs)
+
+
+def test_a_source_under_two_names_is_refused_where_a_sample_would_be_there_twice(tmp_path, inputs):
+    with pytest.raises(UserError, match="5 samples are drawn twice, from the datasets again, short, one is short3: give each source under one name"):
+        build(tmp_path, {"datasets": {"short": 30, "again": 5}}, inputs)

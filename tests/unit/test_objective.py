@@ -169,9 +169,9 @@ def test_projectors_are_prepared_without_touching_the_student(go, monkeypatch, p
     seen = {}
     prepare = module._Loop._prepare_projectors
 
-    def watched(self):
+    def watched(self, *given):
         before = {name: t.clone() for name, t in self.trained.state_dict().items()}
-        prepare(self)
+        prepare(self, *given)
         after = self.trained.state_dict()
         seen["changed"] = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
 
@@ -193,8 +193,23 @@ def test_a_run_with_projectors_that_was_stopped_goes_on_bit_for_bit(go, monkeypa
         patch.setattr(module._Loop, "_step", interrupted)
         with pytest.raises(SystemExit):
             go("stopped", {"target": "udf"})
-    monkeypatch.setattr(module._Loop, "_prepare_projectors", lambda self: pytest.fail("prepared again"))
+    monkeypatch.setattr(module.Objective, "projection", lambda *_: pytest.fail("prepared again"))
     again, more = go("stopped", {"target": "udf"})
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert records == more
+
+
+def test_projectors_half_prepared_when_the_jobs_time_ends_are_gone_on_with(go, monkeypatch, capsys):
+    whole, records = go("whole", {"target": "udf"})
+    projection, made = Objective.projection, []
+    monkeypatch.setattr(Objective, "projection", lambda *given: made.append(1) or projection(*given))
+    for number in range(3):  # each job ends after one step
+        with pytest.raises(SystemExit):
+            go("short", {"target": "udf"}, minutes=0.0)
+        assert f"stopped after step {number + 1} of " in capsys.readouterr().out
+    assert len(made) == 3
+    again, more = go("short", {"target": "udf"})
+    assert len(made) == 3
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert records == more
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llmfusion.errors import UserError
+from llmfusion.training import optim
 from llmfusion.training.optim import CautiousAdamW, clip, learning_rate, moving, require_moving
 
 
@@ -144,3 +145,33 @@ def test_bfloat16_weights_are_refused_at_a_rate_that_they_would_round_away():
     with pytest.raises(UserError, match=r"parameters: bfloat16 at lr 1e-06: a step of this size changes \d\.\d% of the weights") as told:
         require_moving(weights(torch.bfloat16), 1e-6)
     require_moving(weights(torch.bfloat16), float(str(told.value).split("an lr of ")[1].split()[0]) * 1.05)
+
+
+@pytest.mark.parametrize("norm", ["mean_clamp", "numel_plus_1"])
+def test_few_parameters_at_a_time_are_updated_as_all_at_once(monkeypatch, norm):
+    values, gradients = start(((3, 4), (5,), (2, 2), (7,), (1,)))
+    whole = trained(values, gradients, lr=0.1, norm=norm)
+    for together in (1, 9, 16):
+        monkeypatch.setattr(optim, "TOGETHER", together)
+        for a, b in zip(trained(values, gradients, lr=0.1, norm=norm), whole, strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_moments_of_bfloat16_weights_are_those_of_float32_ones_and_each_weight_is_rounded_once():
+    """In bfloat16 the second moment times 0.999 would be rounded back to what it was: steps would stay as small as the first gradients made them."""
+    start_at = torch.linspace(0.5, 2, 64).bfloat16()
+    gradients = [torch.full((64,), 1.0 if step < 100 else 1e-2).bfloat16() for step in range(600)]
+    pair = [torch.nn.Parameter(start_at.to(dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    optimizers = [CautiousAdamW([p], lr=1e-4, weight_decay=10.0) for p in pair]
+    for gradient in gradients:
+        for parameter, optimizer in zip(pair, optimizers, strict=True):
+            parameter.grad = gradient.to(parameter.dtype)
+            optimizer.step()
+        states = [optimizer.state[p] for p, optimizer in zip(pair, optimizers, strict=True)]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in ("exp_avg", "exp_avg_sq"))
+    assert float(states[0]["exp_avg_sq"][0]) == pytest.approx((1 - 0.999**100) * 0.999**500 + 1e-4 * (1 - 0.999**500), rel=1e-4)
+    # decay and step of 1e-3 and 1e-4 together: more than half of the gap between neighbours below 0.5, so the smallest weights follow
+    one = torch.nn.Parameter(torch.tensor([0.49609375]).bfloat16())
+    one.grad = torch.ones(1).bfloat16()
+    CautiousAdamW([one], lr=1e-4, weight_decay=20.0).step()
+    assert float(one.detach()) == 0.494140625

@@ -156,8 +156,23 @@ def test_pieces_of_another_spec_or_other_inputs_are_not_taken(tmp_path, made_fro
     again = job(tmp_path, SPEC, made_from, "moved", key="new")
     step_module.build(again)
     assert len(done) == 8
-    assert "belongs to another spec or other inputs" in capsys.readouterr().out
+    assert "of another spec or other inputs, and removed" in capsys.readouterr().out
     assert files(again) == files(whole)
+
+
+@pytest.mark.parametrize("shard", [{}, {"shard": [1, 2]}])
+def test_what_a_killed_capture_of_a_longer_mix_left_is_removed_before_the_work(tmp_path, made_from, monkeypatch, capsys, shard):
+    with monkeypatch.context() as patch:
+        patch.setitem(PIECE, "hidden", 1)
+        kill_after(13, patch)
+        with pytest.raises(KilledError):
+            run(tmp_path, "one", made_from, **shard)
+    (tmp_path / "one/work/pieces/piece-00028.safetensors").write_bytes(b"without a note")
+    again, undisturbed = (job(tmp_path, {**SPEC, **shard}, made_from, name, key="another") for name in ("one", "undisturbed"))
+    for made in (again, undisturbed):
+        step_module.build(made)
+    assert files(again) == files(undisturbed)
+    assert "not finished, or of another spec or other inputs, and removed: head.json, head.safetensors, piece-00000.json and " in capsys.readouterr().out
 
 
 def test_where_no_links_are_possible_files_are_copied(tmp_path, made_from, whole, monkeypatch):
@@ -214,7 +229,10 @@ def test_a_note_is_written_last_and_says_what_was_written(tmp_path):
     assert told == {"key": "key", "sha256": sha256_file(tmp_path / "piece-00000.safetensors"), "more": 1}
     assert store.has("piece-00000.safetensors")
     assert (tmp_path / "piece-00000.safetensors").stat().st_mode & 0o777 == 0o644
-    assert not Store(tmp_path, "other").has("piece-00000.safetensors")
+    other = Store(tmp_path, "other")
+    assert not other.has("piece-00000.safetensors")
+    assert (other.size(), store.size()) == (0, sum(path.stat().st_size for path in tmp_path.iterdir()))
+    other.tidy()
     assert list(tmp_path.iterdir()) == []
 
 

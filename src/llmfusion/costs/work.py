@@ -227,7 +227,7 @@ class Workload:
     def _state(self, model: str, run: dict[str, Any]) -> float:
         """Bytes of weights, gradients and two moments in one device; of a sharded model its part, and head, embeddings and a layer whole with gradients."""
         size = 2 if run.get("parameters") == "bfloat16" else 4
-        state = 4 * size * self.parameters(model)
+        state = (2 * size + 8) * self.parameters(model)  # moments are float32
         if run.get("sharding") != "full":
             return state
         gathered = 2 * self.rows_of_head(model) * self.width(model) + 12 * self.width(model) ** 2

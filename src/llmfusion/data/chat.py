@@ -5,6 +5,8 @@ and students that share a vocabulary share label positions (docs/methods.md). La
 token behind each; they are marked by position, so a pad token equal to the end token does no harm.
 """
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +31,12 @@ Piece = tuple[str, bool]  # text, and whether it is a response
 class Encoded:
     """Token ids of a sample and, for each, whether it is a label (a response token or the end token behind a response)."""
 
-    ids: list[int]
-    is_label: list[bool]
+    ids: Sequence[int]
+    is_label: Sequence[bool | int]
+
+    def compact(self) -> "Encoded":
+        """The same in 5 bytes a token instead of nearly 50: of a whole mix that is much."""
+        return Encoded(array("i", self.ids), bytes(self.is_label))
 
     @property
     def label_ids(self) -> list[int]:

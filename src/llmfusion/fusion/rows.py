@@ -1,7 +1,5 @@
 """What a teacher of the student's vocabulary says at N rows (:class:`~llmfusion.fusion.losses.TeacherRows`): exactly, or its most likely tokens."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -9,19 +7,23 @@ from llmfusion.errors import UserError
 from llmfusion.fusion.products import head_logits, log_softmax_
 
 
-@dataclass(frozen=True)
 class Vocabulary:
-    """A teacher's head ``(V_teacher, d)`` and bias, the ids of the tokens it ``shared`` with the student, and the student's rows."""
+    """A teacher's head ``(V_teacher, d)`` and bias, cut or filled up to the student's ``rows``; ``shared`` are the ids of the tokens that are
+    the same in both, ``others`` all else that has a row."""
 
-    head: Tensor
-    bias: Tensor | None
-    shared: Tensor
-    rows: int
+    def __init__(self, head: Tensor, bias: Tensor | None, shared: Tensor, rows: int):
+        self.head = _of_length(head, rows)
+        self.bias = None if bias is None else _of_length(bias, rows)
+        self.shared, self.rows = shared, rows
+        is_shared = torch.zeros(rows, dtype=torch.bool, device=head.device)
+        is_shared[shared] = True
+        self.others = (~is_shared).nonzero()[:, 0]
 
-    @property
-    def same_rows(self) -> bool:
-        """Whether there is nothing to leave out or to fill up."""
-        return len(self.shared) == self.rows == len(self.head)
+
+def _of_length(tensor: Tensor, rows: int) -> Tensor:
+    """Its first rows; where there are fewer, rows of zeros behind them."""
+    missing = rows - len(tensor)
+    return tensor[:rows] if missing <= 0 else torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])])
 
 
 class HiddenRows:
@@ -34,13 +36,10 @@ class HiddenRows:
     def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
         """``(c, V)``: softmax over the shared tokens only; the others get -inf, never a zero logit."""
         own = self.own
-        logits = head_logits(self.hidden[rows], own.head, own.bias)  # (c, V_teacher)
-        if own.same_rows:
-            return log_softmax_(logits, temperature)
-        shared = log_softmax_(logits[:, own.shared], temperature)
-        out = shared.new_full((len(shared), own.rows), -torch.inf)
-        out[:, own.shared] = shared
-        return out
+        logits = head_logits(self.hidden[rows], own.head, own.bias)
+        if len(own.others):
+            logits.index_fill_(1, own.others, -torch.inf)
+        return log_softmax_(logits, temperature)
 
 
 class TopRows:

@@ -13,7 +13,7 @@ from llmfusion.data.samples import Sample
 from llmfusion.errors import UserError
 from llmfusion.fusion.dskd import DualSpace, OwnScores, Projectors, StudentTokens, TeacherSpace, TeacherTokens, dual_space, input_ids
 from llmfusion.fusion.losses import TeacherRows
-from llmfusion.fusion.products import held
+from llmfusion.fusion.products import chunk_for, held
 from llmfusion.fusion.rows import HiddenRows, TopRows, Vocabulary
 from llmfusion.models.loading import load_tokenizer, vocabulary_sha256
 from llmfusion.teachers.alignment import join, partners, responses, row_spans, spread, token_bytes
@@ -75,10 +75,11 @@ class CachedSource:
         bias = None if bias is None else bias.float().to(device)
         ours, theirs = tokenizer.get_vocab(), other.get_vocab()
         shared = sorted(i for token, i in theirs.items() if ours.get(token) == i and i < min(vocabulary, len(head)))
-        self.own = Vocabulary(held(head, device), bias, torch.tensor(shared, device=device), vocabulary)
+        head = held(head, device)
+        self.own = Vocabulary(head, bias, torch.tensor(shared, device=device), vocabulary)
         self.all_shared = len(shared) == self.cache.facts["rows_of_head"]
         self.end, self.other_end = tokenizer.eos_token_id, other.eos_token_id
-        self._compared = False
+        self._uncompared: tuple[Tensor, Tensor | None] | None = (head, bias)
 
     def projectors(self, width: int) -> None:
         """None: what it says is in the student's vocabulary already."""
@@ -100,9 +101,9 @@ class CachedSource:
         found = self.cache.batch(samples)
         mask = torch.cat([self._agree(s["id"], y, r["label_id"]) for s, y, r in zip(samples, labels, found, strict=True)]).to(self.device)
         together = {name: torch.cat([r[name] for r in found]).to(self.device) for name in found[0]}
-        if not self._compared:
-            require_recomputed(self.name, self.cache, together, self.own.head, self.own.bias)
-            self._compared = True
+        if self._uncompared:
+            require_recomputed(self.name, self.cache, together, *self._uncompared)
+            self._uncompared = None
         stats = together["entropy"], -together["label_logprob"], mask
         if self.cache.kind == "topk":  # its statistics cannot be taken again: they stay those over its own tokens
             return TopRows(together["top_id"], together["top_logprob"], self.own, *stats)
@@ -121,11 +122,15 @@ class CachedSource:
         return same.float()
 
     def _restate(self, rows: HiddenRows, labels: Tensor) -> None:
-        log_q = rows.log_probs(slice(0, len(labels)), 1.0)
-        rows.entropy = -(log_q.exp() * log_q.masked_fill(log_q.isinf(), 0)).sum(-1)
-        known = log_q.gather(1, labels[:, None])[:, 0]
-        rows.mask = rows.mask * known.isfinite()
-        rows.cross_entropy = -known.masked_fill(known.isinf(), 0)
+        entropies, known = [], []
+        for part in torch.arange(len(labels)).split(chunk_for(rows.own.head)):
+            some = slice(int(part[0]), int(part[-1]) + 1)
+            log_q = rows.log_probs(some, 1.0)
+            known.append(log_q.gather(1, labels[some, None])[:, 0])
+            entropies.append(-torch.linalg.vecdot(log_q.exp(), log_q.clamp_(min=torch.finfo(log_q.dtype).min)))  # not 0 x -inf
+        rows.entropy, label = torch.cat(entropies), torch.cat(known)
+        rows.mask = rows.mask * label.isfinite()
+        rows.cross_entropy = -label.masked_fill(label.isinf(), 0)
 
 
 class ProjectedSource:

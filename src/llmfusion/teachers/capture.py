@@ -37,6 +37,7 @@ def capture(teacher: Artifact, mix: Artifact, folder: Path, settings: dict[str, 
 
 def capture_pieces(teacher: Artifact, mix: Artifact, settings: dict[str, Any], chat_template: str | None, store: Store, shard: Shard) -> None:
     """Finish the shard's pieces in ``store``, and with piece 0 the head; what is there already is left as it is."""
+    store.tidy()
     kind, samples = settings.get("kind", "hidden"), mix.facts["samples"]
     numbers = shard.pieces(samples, kind)
     missing = {number for number in numbers if not store.has(piece_name(number))}
@@ -46,7 +47,7 @@ def capture_pieces(teacher: Artifact, mix: Artifact, settings: dict[str, Any], c
     if len(missing) < len(numbers):
         print(f"going on: {len(numbers) - len(missing)} of {len(numbers)} pieces are there", flush=True)
     tokenizer = load_tokenizer(teacher, chat_template)
-    reader = _Reader(teacher, settings, len(tokenizer))
+    reader = _Reader(teacher, settings, 1 + max(tokenizer.get_vocab().values()))
     if headless:
         store.put(HEAD, reader.tensors_of_head(), {"known": reader.known})
     for number, part in enumerate(_parts(mix, PIECE[kind])):

@@ -46,7 +46,7 @@ def count_of(samples: int, kind: str) -> int:
 
 
 class Store:
-    """Finished pieces in a folder, each with its note. What belongs to another spec or other inputs (``key``) is removed."""
+    """Finished pieces in a folder, each with its note; those of another spec or other inputs (``key``) do not count."""
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.key = folder, key
@@ -54,18 +54,27 @@ class Store:
         for left in folder.glob(".*.tmp"):  # of a job that was killed
             left.unlink()
 
+    def tidy(self) -> None:
+        """Remove what does not belong here, of any number: a capture of a longer mix, or in smaller pieces, left more of them."""
+        others = sorted(set(self.folder.iterdir()) - set(self._mine()))
+        if others:
+            told = ", ".join(path.name for path in others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+            print(f"{self.folder}: not finished, or of another spec or other inputs, and removed: {told}", flush=True)
+        for path in reversed(others):  # a piece, then its note
+            path.unlink()
+
+    def _mine(self) -> list[Path]:
+        return [path for path in sorted(self.folder.iterdir()) if _told(note_of(path)).get("key") == self.key]
+
     def has(self, name: str) -> bool:
         """Whether a piece was finished, and its bytes are still those that were written."""
         path, note = self.folder / name, note_of(self.folder / name)
-        try:
-            told = json.loads(note.read_bytes())
-            if told["key"] == self.key and (told["sha256"] is None or told["sha256"] == sha256_file(path)):
-                return True
-            why = "is damaged" if told["key"] == self.key else "belongs to another spec or other inputs"
-        except (OSError, ValueError, KeyError, TypeError):
-            why = "was not finished"
-        if path.exists() or note.exists():
-            print(f"{path} {why}; it is made again", flush=True)
+        told = _told(note)
+        if told.get("key") != self.key:
+            return False
+        if told["sha256"] is None or (path.exists() and sha256_file(path) == told["sha256"]):
+            return True
+        print(f"{path} is missing or damaged; it is made again", flush=True)
         for file in (note, path):
             file.unlink(missing_ok=True)
         return False
@@ -88,8 +97,17 @@ class Store:
         write_file(note_of(path), canonical({"key": self.key, "sha256": found, **note}).encode())
 
     def size(self) -> int:
-        """Bytes of what lies there."""
-        return sum(path.stat().st_size for path in self.folder.iterdir())
+        """Bytes of what lies there and counts."""
+        return sum(path.stat().st_size for path in self._mine())
+
+
+def _told(note: Path) -> dict[str, Any]:
+    """What a note says; nothing where there is none, or not a whole one."""
+    try:
+        told = json.loads(note.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def note_of(path: Path) -> Path:
@@ -108,7 +126,7 @@ def link(source: Path, target: Path) -> None:
 
 
 def hand_over(store: Path, folder: Path) -> list[dict[str, Any]]:
-    """Everything a shard made into its artifact's folder, notes included. Returns the notes of its pieces."""
+    """Everything a shard made into its artifact's folder, notes included; the store is tidy. Returns the notes of its pieces."""
     for path in sorted(store.iterdir()):
         link(path, folder / path.name)
     return [json.loads(path.read_bytes()) for path in sorted(store.glob("piece-*.json"))]

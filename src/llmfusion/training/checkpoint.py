@@ -4,6 +4,7 @@ One file and its hash, written by the first process; of a sharded model a file o
 when all parts are there, and all processes take the same one.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -13,17 +14,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from llmfusion.artifacts import sha256_file, sync, write_file
+from llmfusion.artifacts import sha256_file, write_file
 from llmfusion.errors import UserError
+from llmfusion.merging.tensors import layout_of
 from llmfusion.step import Job, amount
 from llmfusion.training.distributed import any_of, count, rank, wait
 from llmfusion.training.sharding import is_sharded, local
 
 KEPT = 2  # the last one, and the one before in case the last is damaged
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 
 
 def need(job: Job, parameters: int, dtype: str) -> None:
@@ -63,7 +65,7 @@ def restore(folder: Path, fingerprint: str, model: Any, optimizer: torch.optim.O
     """Load the newest state of this very training that is sound in all processes. Returns its step and notes. All processes call.
 
     States of another spec or other inputs (``fingerprint``) are removed, and what killed writers left half-done; without
-    a usable one the answer is None. Raises :class:`UserError` for parts of another number of processes.
+    a usable one the answer is None. Raises :class:`UserError` for parts of another number of processes, which are left.
     """
     parts = _parts(model)
     wait()  # a writer that shares the folder has ended
@@ -73,7 +75,7 @@ def restore(folder: Path, fingerprint: str, model: Any, optimizer: torch.optim.O
         for left in folder.glob(".*.tmp"):  # each can be as large as a state
             left.unlink()
     for step in reversed(steps):
-        _refuse_other_number(folder, step, parts, fingerprint)
+        _refuse_other_number(folder, step, parts)
         path = folder / _name(step, parts)
         wrong = _unusable(path, fingerprint)
         if wrong and (parts > 1 or rank() == 0):
@@ -116,13 +118,30 @@ def _tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _write(path: Path, tensors: dict[str, Tensor], note: dict[str, str]) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp")
     try:
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, temporary, metadata=note)
-        sync(temporary)
-        hashed = sha256_file(temporary)
+        hashed = write_tensors(tensors, temporary, note)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # half of a state on a full disk would keep it full
     write_file(_hash_of(path), hashed.encode())  # last: a state without its hash is not trusted
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path, note: dict[str, str]) -> str:
+    """Write a safetensors file, one tensor after the other: a copy of all would take as much host memory as a node's GPUs hold.
+
+    Returns the file's sha256; it is on the disk then.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that each begins at a multiple of its width
+    layout = layout_of(path, {name: (NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in names}, note)
+    hashed = hashlib.sha256(layout.head)
+    with open(path, "wb") as file:
+        file.write(layout.head)
+        for name in names:
+            content = tensors[name].contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+            file.write(content)
+            hashed.update(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashed.hexdigest()
 
 
 def _unusable(path: Path, fingerprint: str) -> str | None:
@@ -132,13 +151,13 @@ def _unusable(path: Path, fingerprint: str) -> str | None:
     return None if _note(path)["fingerprint"] == fingerprint else "belongs to another spec or other inputs; removed"
 
 
-def _refuse_other_number(folder: Path, step: int, parts: int, fingerprint: str) -> None:
+def _refuse_other_number(folder: Path, step: int, parts: int) -> None:
     for path in folder.glob(f"step-{step:08d}.*safetensors"):
         there = int(found[1]) if (found := re.search(r"-of-(\d+)\.", path.name)) else 1
-        if there != parts and _note(path).get("fingerprint") == fingerprint:
+        if there != parts:
             raise UserError(
                 f"{folder}: the state after step {step} is of {there} processes, this training has {parts}: parts are not cut anew. "
-                f"Go on with `processes: {there}`, or remove the folder to begin anew"
+                f"Go on with what the study said then (`processes: {there}`), or remove the folder to begin anew"
             )
 
 

@@ -25,7 +25,7 @@ class Corpus:
                 if isinstance(found, str):
                     self.rejected.add(found, sample["id"])
                     continue
-                self.drawn.append(Drawn(sample, found))
+                self.drawn.append(Drawn(sample, found.compact()))
 
     def __len__(self) -> int:
         return len(self.drawn)

@@ -1,7 +1,7 @@
 """C-AdamW (Liang et al. 2024, arXiv 2411.16085) and AdamW, and the learning rate."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -9,7 +9,10 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from llmfusion.errors import UserError
+from llmfusion.fusion.products import exact, full
 from llmfusion.training.sharding import is_part, local
+
+TOGETHER = 2**27  # values of parameters, over all processes, that are updated at once
 
 
 class CautiousAdamW(torch.optim.Optimizer):
@@ -19,7 +22,8 @@ class CautiousAdamW(torch.optim.Optimizer):
     (``mean_clamp``) or ``n / (sum(mask) + 1)`` (``numel_plus_1``, the first release's); then
     ``p -= lr sqrt(1 - b2^t) / (1 - b1^t) (m mask) / (sqrt(v) + eps)``. With ``cautious=False`` the mask is all ones: AdamW.
 
-    Of a sharded parameter each process updates its part; mean and sum of the mask are the whole parameter's.
+    Of a sharded parameter each process updates its part; mean and sum of the mask are the whole parameter's. Moments are float32 or
+    wider, and so is the arithmetic, which is rounded once to the parameter: in bfloat16 a second moment times 0.999 would stay as it is.
     """
 
     def __init__(
@@ -33,11 +37,12 @@ class CautiousAdamW(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._update(params, group)
+            for some in _together(params):
+                self._update(some, group)
 
     def _update(self, whole: list[Tensor], group: dict[str, Any]) -> None:
-        params, grads = [local(p) for p in whole], [local(p.grad) for p in whole if p.grad is not None]
+        stored = [local(p) for p in whole]
+        params, grads = [full(p) for p in stored], [full(local(p.grad)) for p in whole if p.grad is not None]
         states = [self._state(p) for p in whole]
         m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         for state in states:
@@ -52,12 +57,28 @@ class CautiousAdamW(torch.optim.Optimizer):
         torch._foreach_add_(roots, group["eps"])
         t = states[0]["step"]  # all parameters of a group have been through the same steps
         torch._foreach_addcdiv_(params, updates, roots, -group["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t))
+        for p, updated in zip(stored, params, strict=True):
+            if p is not updated:
+                p.copy_(updated)
 
     def _state(self, p: Tensor) -> dict[str, Any]:
         state = self.state[p]
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(local(p)), exp_avg_sq=torch.zeros_like(local(p)))
+            state.update(step=0, **{key: torch.zeros_like(local(p), dtype=exact(p)) for key in ("exp_avg", "exp_avg_sq")})
         return state
+
+
+def _together(params: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters to update at once, in order: few enough that what the update makes on the way takes little memory."""
+    found: list[Tensor] = []
+    size = 0
+    for p in params:
+        if found and size + p.numel() > TOGETHER:
+            yield found
+            found, size = [], 0
+        found, size = [*found, p], size + p.numel()
+    if found:
+        yield found
 
 
 def _masked(m: list[Tensor], gradients: list[Tensor], whole: list[Tensor], norm: str) -> list[Tensor]:

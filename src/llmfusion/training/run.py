@@ -94,6 +94,7 @@ class _Loop:
         self.timings: list[dict[str, Any]] = []
         self.asked = self.stop = False  # a signal asks this process; to stop is what all processes have agreed on
         self.saved = time.monotonic()
+        self.preparing = fusion.get("projector_steps", 0) if len(self.objective.projectors) else 0  # steps of the projectors alone
         parameters = sum(p.numel() for p in self.trained.parameters())
         self.reserve, self.watch = Reserve(parameters), Watch(steps, parameters)
 
@@ -102,12 +103,12 @@ class _Loop:
         self.job.begins()
         state = self.job.work / "state"
         found = checkpoint.restore(state, self.job.key, self.trained, self.optimizer)
-        first = 0 if found is None else found[0]
+        done = 0 if found is None else found[0]
         if found is not None:
             self.records, self.timings = found[1]["records"], found[1]["timings"]
-            _say(f"going on after step {first} of {self.steps}")
-        elif self._prepare_projectors():
-            self._save(state, -1)  # before the first step
+            _say(f"going on after step {done} of {self.preparing + self.steps}")
+        self._prepare_projectors(state, done)
+        first = max(0, done - self.preparing)
         self.watch.begin(first)
         batches = self.corpus.batches(self.spec, first, self.steps)
         for step, numbers in read_ahead(batches, self._own, self.objective.sources):
@@ -118,35 +119,34 @@ class _Loop:
         self.watch.close()
 
     def _save(self, state: Path, step: int) -> None:
-        """Save after ``step``, and end the process if it was asked to; the others wait, or torchrun would take the first for left behind."""
+        """Save after ``step`` (those of the projectors alone are the ones before 0), and end the process if it was asked to; the others wait,
+        or torchrun would take the first for left behind."""
+        done = self.preparing + step + 1
         with self.reserve.save():
             notes = {"records": self.records, "timings": self.timings}
-            checkpoint.save(state, step + 1, self.job.key, self.trained, self.optimizer, notes)
+            checkpoint.save(state, done, self.job.key, self.trained, self.optimizer, notes)
             [asked] = distributed.any_of(self.asked)  # also meanwhile
         self.saved = time.monotonic()
         if self.stop or asked:
             self.watch.close()
-            _say(f"stopped after step {step + 1} of {self.steps}; the state is saved in {state}")
+            _say(f"stopped after step {done} of {self.preparing + self.steps}; the state is saved in {state}")
             sys.exit(143)
 
-    def _prepare_projectors(self) -> int:
-        """Steps for the projectors alone, over batches of their own: projections of random states would wreck the student. Returns their number."""
-        steps = self.objective.fusion.get("projector_steps", 0) if len(self.objective.projectors) else 0
+    def _prepare_projectors(self, state: Path, done: int) -> None:
+        """Steps for the projectors alone, over batches of their own: projections of random states would wreck the student. ``done`` were made before."""
         self._set_rate(self.spec["lr"])
         seed = -1 - self.spec.get("seed", 42)
-        for step, numbers in self.corpus.batches({**self.spec, "seed": seed}, 0, steps):
-            distributed.seed_step(seed, step)
-            for drawn, totals in self._micro_batches(numbers):
-                with torch.no_grad():
-                    student = self._student(drawn)
-                self.objective.projection(student, drawn, totals).backward()
-            self._update(partial(self._check_finite, -1, numbers))  # told as step 0
-            [self.stop] = distributed.any_of(self.asked)
-            if self.stop:
-                _say("stopped while the projectors were prepared; they are begun again")
-                sys.exit(143)
-        sharding.rest(self.states)
-        return steps
+        for step, numbers in self.corpus.batches({**self.spec, "seed": seed}, done, self.preparing):
+            with self.reserve.step():
+                distributed.seed_step(seed, step)
+                for drawn, totals in self._micro_batches(numbers):
+                    with torch.no_grad():
+                        student = self._student(drawn)
+                    self.objective.projection(student, drawn, totals).backward()
+                self._update(partial(self._check_finite, -1, numbers))  # told as step 0
+            if self._must_save() or step + 1 == self.preparing:
+                sharding.rest(self.states)
+                self._save(state, step - self.preparing)
 
     def _ask_to_stop(self, *_: object) -> None:
         self.asked = True
