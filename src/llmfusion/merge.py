@@ -5,6 +5,7 @@ By hand: ``python -m llmfusion.merge --method sce --pivot DIR --models DIR DIR -
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -197,5 +198,16 @@ def _in_force(checked: Any) -> dict[str, Any]:
     return {key: value for key, value in checked.model_dump(mode="json", by_alias=True).items() if key not in ("method", "pivot", "parents")}
 
 
+def _as_a_process(arguments: list[str]) -> NoReturn:
+    """:func:`by_hand`, without half a second of searching for garbage in what numba loads and of taking it down at the end."""
+    gc.disable()
+    status = by_hand(arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(run("merge", build) if "--spec" in sys.argv else by_hand(sys.argv[1:]))
+    if "--spec" in sys.argv:
+        sys.exit(run("merge", build))
+    _as_a_process(sys.argv[1:])
