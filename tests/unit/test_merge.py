@@ -28,7 +28,8 @@ runpy.run_module("llmfusion.merge", run_name="__main__")
 """
 
 WITHOUT_KERNELS = """
-import runpy, sys
+import os, runpy, sys
+os._exit = sys.exit  # what the process took is told after it
 sys.modules["torch"] = sys.modules["transformers"] = sys.modules["llmfusion.config.models"] = sys.modules["numba"] = None
 sys.argv = ["merge", *sys.argv[1:]]
 try:
