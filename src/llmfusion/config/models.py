@@ -40,7 +40,7 @@ class Training(Section):
     clip_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the computation (autocast)")
     parameters: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of weights and moments; bfloat16 halves them and is refused at learning rates whose steps it would round away"
+        "float32", description="of the weights; bfloat16 halves them and their gradients and is refused at learning rates whose steps it would round away"
     )
     save_dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the saved weights; parents of merges need float32")
     seed: int = Field(42, description="seed of the data order (and of the weights, from scratch)")
