@@ -38,12 +38,13 @@ SIZES = {"count": 128, "words": 900, "max_length": 2048, "batch_size": 16, "micr
 
 @dataclass
 class Case:
-    """Inputs of the loss: student's and teacher's states and heads, and labels."""
+    """Inputs of the loss: student's and teacher's states and heads, the teacher's entropies as a cache tells them, and labels."""
 
     hidden: Tensor
     head: Tensor
     teacher: Tensor
     teacher_head: Tensor
+    entropy: Tensor
     labels: Tensor
 
 
@@ -53,7 +54,9 @@ def case(n: int, vocabulary: int, width: int, dtype: torch.dtype, device: str) -
     states = [torch.randn(n, width, device=device, dtype=dtype) for _ in range(2)]
     heads = [torch.randn(vocabulary, width, device=device, dtype=dtype) * 0.02 for _ in range(2)]
     labels = torch.randint(0, vocabulary, (n,), device=device)
-    return Case(states[0].requires_grad_(), heads[0].requires_grad_(), states[1], heads[1], labels)
+    said = ((part @ heads[1].T).float().log_softmax(-1) for part in states[1].split(256))
+    entropy = torch.cat([-torch.linalg.vecdot(log_q.exp(), log_q) for log_q in said])
+    return Case(states[0].requires_grad_(), heads[0].requires_grad_(), states[1], heads[1], entropy, labels)
 
 
 def ours(given: Case) -> Tensor:
@@ -61,7 +64,7 @@ def ours(given: Case) -> Tensor:
     one = given.labels.new_ones(len(given.labels), dtype=torch.float32)
     vocabulary = len(given.teacher_head)
     own = Vocabulary(given.teacher_head, None, torch.arange(vocabulary, device=one.device), vocabulary)
-    teacher = HiddenRows(given.teacher, own, one, one, one)
+    teacher = HiddenRows(given.teacher, own, given.entropy, one, one)
     return fused_loss(given.hidden, given.head, None, given.labels, [teacher], one[:, None], 0.5, products=given.hidden.dtype).loss
 
 

@@ -12,6 +12,8 @@ N, D, V = 11, 6, 13
 class Teacher:
     """A teacher that knows its logits; ``unknown`` tokens and ``absent`` rows have no probability."""
 
+    is_own_entropy = False
+
     def __init__(self, seed, unknown=(), absent=()):
         self.logits = np.random.default_rng(seed).normal(size=(N, V)) * 2
         self.logits[:, list(unknown)] = -np.inf
@@ -34,6 +36,17 @@ class Exact(Teacher):
     def log_probs(self, rows, temperature):
         with np.errstate(divide="ignore"):
             return torch.tensor(np.log(self.probabilities(temperature)))[rows]
+
+
+class Told(Exact):
+    """Its entropy at temperature 1 is known."""
+
+    is_own_entropy = True
+
+    def __init__(self, *given, **more):
+        super().__init__(*given, **more)
+        q = self.probabilities(1.0)
+        self.entropy = -torch.tensor((q * np.log(np.where(q > 0, q, 1))).sum(1))
 
 
 def problem(teachers, seed=0):
@@ -168,6 +181,21 @@ def test_a_count_divides_loss_and_gradients_and_nothing_else():
     weights.requires_grad_()
     by_weight = [torch.autograd.grad(fused_loss(hidden, head, bias, labels, [Exact(1)], weights, 0.4, count=c).loss, weights)[0] for c in (1, 8)]
     torch.testing.assert_close(by_weight[0], 8 * by_weight[1])
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_an_entropy_that_is_known_need_not_be_taken_again(divergence, temperature):
+    results = []
+    for kind in (Exact, Told):
+        hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(2))
+        labels[[2, 9]] = -100
+        weights[[0, 3], 1] = 0
+        leaves = [x.requires_grad_() for x in (hidden, head, bias, weights)]
+        teachers = [kind(0, unknown=(3,)), kind(1)]
+        found = fused_loss(*leaves[:3], labels, teachers, leaves[3], 0.4, temperature, DIVERGENCES[divergence], chunk=4)
+        results.append([found.loss, found.fusion, found.cross_entropy, *torch.autograd.grad(found.loss, leaves)])
+    torch.testing.assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

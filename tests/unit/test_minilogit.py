@@ -18,6 +18,8 @@ def minilogit_loss(hidden, head, bias, labels, teachers, lam=0.5, temperature=1.
 class Teacher:
     """Random logits; ``unknown`` tokens have no probability, ``masked`` rows are not usable."""
 
+    is_own_entropy = False
+
     def __init__(self, seed, unknown=(), masked=()):
         self.logits = torch.randn(N, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
         self.logits[:, list(unknown)] = -torch.inf

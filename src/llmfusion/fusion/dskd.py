@@ -120,6 +120,8 @@ class OwnScores:
 class ProjectedRows:
     """A projected teacher at the student's rows (:class:`~llmfusion.fusion.losses.TeacherRows`); no gradient passes."""
 
+    is_own_entropy = False  # it may be the teacher's before it was projected
+
     def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None, entropy: Tensor, cross_entropy: Tensor, mask: Tensor):
         self.hidden, self.head, self.bias = hidden, head, bias
         self.entropy, self.cross_entropy, self.mask = entropy, cross_entropy, mask

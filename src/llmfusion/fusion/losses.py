@@ -26,11 +26,13 @@ IGNORED = -100  # the label of a row that takes no part
 
 
 class TeacherRows(Protocol):
-    """One teacher's view of the N label tokens of a batch."""
+    """One teacher's view of the N label tokens of a batch. Where ``entropy`` is that of ``log_probs`` at temperature 1 (``is_own_entropy``), the
+    loss need not take it again."""
 
     entropy: Tensor  # (N,) nats
     cross_entropy: Tensor  # (N,) nats, of the label
     mask: Tensor  # (N,) 1 where the teacher can be used
+    is_own_entropy: bool
 
     def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
         """``(c, V)`` log-probabilities over the student's vocabulary, -inf for tokens the teacher does not know; nobody else's memory."""
@@ -202,12 +204,16 @@ class _Pass:
         number, weight = _numbers(rows, used), weight[used]
         if not len(weight):  # MinCE leaves a teacher without a row
             return weight.new_zeros(())
-        log_q = terms.teachers[k].log_probs(number, terms.temperature)
+        teacher = terms.teachers[k]
+        log_q = teacher.log_probs(number, terms.temperature)
+        told = teacher.entropy[number].to(log_q.dtype) if teacher.is_own_entropy and terms.temperature == 1 else None
         cross, apart = weight.new_empty(len(weight)), weight.new_empty(len(weight))
         for some, q in self._tiles(len(weight)):
             at = some if isinstance(used, slice) else used[some]
-            one = self._forward if terms.divergence is forward_kl else self._other
-            cross[some], apart[some] = one(log_q[some], log_p[at], q)
+            if terms.divergence is forward_kl:
+                cross[some], apart[some] = self._forward(log_q[some], log_p[at], q, None if told is None else told[some])
+            else:
+                cross[some], apart[some] = self._other(log_q[some], log_p[at], q)
             if self.wanted:
                 _subtract(pull, at, q, weight[some] * (terms.lam / terms.temperature))
         self.cross_entropy[number, k] = cross
@@ -215,10 +221,12 @@ class _Pass:
             by_weight[number, k] = (terms.lam / terms.count * apart).to(by_weight.dtype)
         return weight[:, 0] @ apart
 
-    def _forward(self, log_q: Tensor, log_p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, log_q: Tensor, log_p: Tensor, q: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor]:
         """``CE(Q, p)`` and ``KL(Q || p)`` of a tile's rows, (r,); leaves Q in ``q``, which is what the gradient lacks."""
-        torch.exp(log_q, out=q)
-        cross, own = -_dot(q, log_p), _dot(q, log_q)
+        cross = -_dot(torch.exp(log_q, out=q), log_p)
+        if entropy is not None:
+            return cross, cross - entropy
+        own = _dot(q, log_q)
         if bool(own.isnan().any()):  # an unknown token is 0 x -inf
             own = _dot(q, log_q.clamp(min=torch.finfo(log_q.dtype).min))
         return cross, cross + own

@@ -46,6 +46,8 @@ class MinilogitRows:
     SFT's alone. ``share (N, K)`` is the share of the tokens, the label aside, whose value each teacher gave.
     """
 
+    is_own_entropy = False  # where no teacher is usable it is 0
+
     def __init__(self, teachers: Sequence[TeacherRows], labels: Tensor, chunk: int = CHUNK):
         self.teachers, self.labels = teachers, labels
         self.masks = torch.stack([teacher.mask for teacher in teachers], 1)

@@ -27,7 +27,9 @@ def _of_length(tensor: Tensor, rows: int) -> Tensor:
 
 
 class HiddenRows:
-    """Hidden states times the teacher's head: exact distributions, recomputed when they are needed."""
+    """Hidden states times the teacher's head: exact distributions, recomputed when they are needed, of these entropies (N,)."""
+
+    is_own_entropy = True
 
     def __init__(self, hidden: Tensor, own: Vocabulary, entropy: Tensor, cross_entropy: Tensor, mask: Tensor):
         self.hidden, self.own = hidden, own
@@ -47,6 +49,8 @@ class TopRows:
 
     Tokens that the student lacks are left out of the k; a row without any other is masked.
     """
+
+    is_own_entropy = False  # it is the whole distribution's
 
     def __init__(self, ids: Tensor, log_probs: Tensor, own: Vocabulary, entropy: Tensor, cross_entropy: Tensor, mask: Tensor):
         known = torch.isin(ids, own.shared)  # (N, k)
