@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.losses`` measures every case in a process of its own, ours and the peers' in turn, and prints a table of ratios
 with the goal of each. A peer gets the same inputs and computes the same loss and gradients, which is checked. Memory is what a process
-grows by while it computes, gradients included. Liger is installed into a temporary folder. Takes about five minutes.
+grows by while it computes, gradients included. Liger is installed into a temporary folder. Takes about seven minutes.
 """
 
 import argparse

@@ -199,7 +199,7 @@ def _in_force(checked: Any) -> dict[str, Any]:
 
 
 def _as_a_process(arguments: list[str]) -> NoReturn:
-    """:func:`by_hand`, without half a second of searching for garbage in what numba loads and of taking it down at the end."""
+    """:func:`by_hand`, without searching for garbage in what numba loads and taking it down at the end: a quarter of the start-up."""
     gc.disable()
     status = by_hand(arguments)
     sys.stdout.flush()
