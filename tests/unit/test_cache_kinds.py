@@ -158,6 +158,21 @@ def test_an_online_teacher_says_what_its_cache_would(online, cache, teacher, mix
     torch.testing.assert_close(now.log_probs(slice(0, 99), 2.0), then.log_probs(slice(0, 99), 2.0), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["hidden", "online"])
+def test_the_divergence_is_that_of_the_rows_at_hand_in_bfloat16(tmp_path, kind, teacher, mix, tokenizer, pivot, chosen):
+    """A teacher that is run again has other states than those its stored entropies were taken from: a cached one has not."""
+    made = cached(tmp_path, teacher, mix, kind=kind, batch_size=2)
+    states = Online("t", teacher, made, mix, "cpu") if kind == "online" else None
+    rows, head = rows_of(CachedSource("t", made, tokenizer, 300, "cpu", states), chosen), load_model(pivot, "float32").lm_head.weight
+    labels = torch.tensor([y for d in chosen for y in d.encoded.label_ids])
+    if kind == "online":
+        rows.entropy = rows.entropy + 0.01  # as far away as rounding may bring it
+    student = torch.randn(len(labels), head.shape[1], generator=torch.Generator().manual_seed(0))
+    found = fused_loss(student, head, None, labels, [rows], torch.ones(len(labels), 1), 1.0)
+    log_q, log_p = rows.log_probs(slice(0, len(labels)), 1.0).double(), (student.double() @ head.detach().double().T).log_softmax(-1)
+    assert found.loss.item() == pytest.approx(float((log_q.exp() * (log_q - log_p)).sum()), rel=1e-5)
+
+
 def test_an_online_cache_holds_sixteen_bytes_a_row(online):
     [path] = online.folder.glob("piece-*.safetensors")
     assert set(load_file(path)) == {"label_id", "label_logprob", "entropy", "logsumexp"}

@@ -27,12 +27,13 @@ def _of_length(tensor: Tensor, rows: int) -> Tensor:
 
 
 class HiddenRows:
-    """Hidden states times the teacher's head: exact distributions, recomputed when they are needed, of these entropies (N,)."""
+    """Hidden states times the teacher's head: exact distributions, recomputed when they are needed.
 
-    is_own_entropy = True
+    ``is_own_entropy``: whether ``entropy (N,)`` was taken from these very states.
+    """
 
-    def __init__(self, hidden: Tensor, own: Vocabulary, entropy: Tensor, cross_entropy: Tensor, mask: Tensor):
-        self.hidden, self.own = hidden, own
+    def __init__(self, hidden: Tensor, own: Vocabulary, entropy: Tensor, cross_entropy: Tensor, mask: Tensor, is_own_entropy: bool = True):
+        self.hidden, self.own, self.is_own_entropy = hidden, own, is_own_entropy
         self.entropy, self.cross_entropy, self.mask = entropy, cross_entropy, mask
 
     def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:

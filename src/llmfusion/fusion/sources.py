@@ -107,7 +107,7 @@ class CachedSource:
         stats = together["entropy"], -together["label_logprob"], mask
         if self.cache.kind == "topk":  # its statistics cannot be taken again: they stay those over its own tokens
             return TopRows(together["top_id"], together["top_logprob"], self.own, *stats)
-        rows = HiddenRows(together["hidden"], self.own, *stats)
+        rows = HiddenRows(together["hidden"], self.own, *stats, is_own_entropy=self.cache.kind == "hidden")  # not those of a teacher that is run again
         if not self.all_shared:  # the cached statistics are over tokens the student lacks: take them over the shared ones
             self._restate(rows, torch.tensor([y for sample in labels for y in sample], device=self.device))
         return rows
@@ -128,7 +128,7 @@ class CachedSource:
             log_q = rows.log_probs(some, 1.0)
             known.append(log_q.gather(1, labels[some, None])[:, 0])
             entropies.append(-torch.linalg.vecdot(log_q.exp(), log_q.clamp_(min=torch.finfo(log_q.dtype).min)))  # not 0 x -inf
-        rows.entropy, label = torch.cat(entropies), torch.cat(known)
+        rows.entropy, label, rows.is_own_entropy = torch.cat(entropies), torch.cat(known), True
         rows.mask = rows.mask * label.isfinite()
         rows.cross_entropy = -label.masked_fill(label.isinf(), 0)
 
