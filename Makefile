@@ -5,12 +5,12 @@ PYTHON ?= python3.11
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 BIN := .venv/bin
-WARM := $(if $(wildcard /proc/driver/nvidia),,$(BIN)/python -m llmfusion.warm --)# steps fork from one process; a GPU's driver would not survive that
+WARM := $(if $(wildcard /proc/driver/nvidia),,$(BIN)/llmfusion warm --)# steps fork from one process; a GPU's driver would not survive that
 
 .PHONY: table2 test test-all check unit workflow e2e slurm lock generated clean
 
 table2: .venv/ready
-	$(BIN)/python -m llmfusion.check config/mini.yaml
+	$(BIN)/llmfusion doctor config/mini.yaml
 	$(WARM) $(BIN)/snakemake --profile profiles/mini results/table2.csv
 	@cat runs/mini/results/table2.md
 
@@ -25,7 +25,7 @@ check: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile rules
 	$(BIN)/snakemake --lint
-	$(BIN)/python -m llmfusion.config config/*.yaml config/examples/*.yaml
+	$(BIN)/llmfusion check config/*.yaml config/examples/*.yaml
 
 unit: .venv/ready
 	$(BIN)/python -m pytest tests/unit
@@ -51,8 +51,8 @@ lock: # pins everything; torch is the plain PyPI version number, which the CPU b
 	sed -i 's/^\(torch==[0-9.]*\)+cpu /\1     /' requirements.lock
 
 generated: # what is written from something else, and checked in
-	$(BIN)/python -m llmfusion.config --schema > config/schema.json
-	$(BIN)/python -m llmfusion.replicate config/mini.yaml config/mini-seeds.yaml --sets 2
+	$(BIN)/llmfusion check --schema > config/schema.json
+	$(BIN)/llmfusion replicate config/mini.yaml config/mini-seeds.yaml --sets 2
 
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache

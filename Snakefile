@@ -1,8 +1,8 @@
-# One study, all of its artifacts. What each rule makes of which inputs is worked out in src/llmfusion/config/plan.py.
+# One study, all of its artifacts. What each rule makes of which inputs is worked out in src/llmfusion/study/kinds/.
 import sys
 
 sys.path.insert(0, f"{workflow.basedir}/src")  # a fresh clone plans without an install
-from llmfusion.config import study_of
+from llmfusion.study.snakemake import study_of
 
 study = study_of(workflow)
 
@@ -15,7 +15,7 @@ wildcard_constraints:
 
 
 onstart:
-    from llmfusion.plan import require_disk
+    from llmfusion.reporting.estimate import require_disk
 
     require_disk(workflow, study)
 

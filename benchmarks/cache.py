@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+}
 VOCABULARY, TEACHERS, SAMPLES = 8192, 4, 24
 WORDS = (40, 60)  # of a prompt and of a response, on average: 60 % of the tokens are labels
 SPEC = {"batch_size": 4, "lr": 1e-4, "seed": 1}
@@ -30,10 +36,12 @@ TIME, MEMORY = 0.6, 1.1  # at most: cached against online, and resident memory a
 
 def artifact(folder: Path, spec: dict[str, Any], **facts: Any) -> Any:
     """A folder as the artifact that a rule would have made of it."""
-    from llmfusion.artifacts import Artifact
+    from llmfusion.artifacts.store import Artifact
 
     files = {path.name: {} for path in sorted(folder.iterdir())}
-    return Artifact(folder, {"spec": json.dumps(spec), "fingerprint": "", "inputs": {}, "files": files, "facts": facts}, "")
+    return Artifact(
+        folder, {"spec": json.dumps(spec), "fingerprint": "", "inputs": {}, "files": files, "facts": facts}, ""
+    )
 
 
 def make_samples() -> list[dict[str, Any]]:
@@ -43,11 +51,21 @@ def make_samples() -> list[dict[str, Any]]:
     words = ["".join(draw.choice(syllables) for _ in range(draw.randint(2, 4))) for _ in range(20_000)]
 
     def text(mean: int) -> str:
-        return " ".join(words[int(len(words) * draw.random() ** 3)] for _ in range(draw.randint(mean // 2, mean * 3 // 2)))
+        return " ".join(
+            words[int(len(words) * draw.random() ** 3)] for _ in range(draw.randint(mean // 2, mean * 3 // 2))
+        )
 
-    turns = [[{"role": "user", "content": text(WORDS[0])}, {"role": "assistant", "content": text(WORDS[1])}] for _ in range(SAMPLES)]
-    vocabulary = [{"id": f"w{i}", "domain": "words", "text": " ".join(words[i : i + 100])} for i in range(0, len(words), 100)]
-    return [*vocabulary, *({"id": f"s{i}", "domain": "words", "messages": messages} for i, messages in enumerate(turns))]
+    turns = [
+        [{"role": "user", "content": text(WORDS[0])}, {"role": "assistant", "content": text(WORDS[1])}]
+        for _ in range(SAMPLES)
+    ]
+    vocabulary = [
+        {"id": f"w{i}", "domain": "words", "text": " ".join(words[i : i + 100])} for i in range(0, len(words), 100)
+    ]
+    return [
+        *vocabulary,
+        *({"id": f"s{i}", "domain": "words", "messages": messages} for i, messages in enumerate(turns)),
+    ]
 
 
 def prepare(folder: Path) -> None:
@@ -57,7 +75,12 @@ def prepare(folder: Path) -> None:
     from llmfusion.models.scratch import make_model, make_tokenizer
     from llmfusion.teachers.capture import capture
 
-    for name in ("words", "mix", "student", *(f"{kind}{k}" for kind in ("teacher", "hidden", "online") for k in range(TEACHERS))):
+    for name in (
+        "words",
+        "mix",
+        "student",
+        *(f"{kind}{k}" for kind in ("teacher", "hidden", "online") for k in range(TEACHERS)),
+    ):
         (folder / name).mkdir()
     samples = make_samples()
     write_jsonl(folder / "words/samples.jsonl", samples)
@@ -77,29 +100,35 @@ def prepare(folder: Path) -> None:
 
 def sources(folder: Path, kind: str, tokenizer: Any, device: str) -> list[Any]:
     """The teachers as the trainer sees them; none for ``sft``."""
-    from llmfusion.fusion.sources import source_of
+    from llmfusion.fusion.teacher import load_teacher
     from llmfusion.teachers.online import states_of
 
     out = []
     for k in range(TEACHERS if kind != "sft" else 0):
-        cache = artifact(folder / f"{kind}{k}", {"capture": {**CAPTURE, "kind": kind}}, **json.loads((folder / f"{kind}{k}.json").read_text()))
+        cache = artifact(
+            folder / f"{kind}{k}",
+            {"capture": {**CAPTURE, "kind": kind}},
+            **json.loads((folder / f"{kind}{k}.json").read_text()),
+        )
         mix = artifact(folder / "mix", {}, max_length=512, samples=SAMPLES)
         states = states_of(f"t{k}", cache, mix, artifact(folder / f"teacher{k}", {}), device)
-        out.append(source_of(f"t{k}", cache, tokenizer, VOCABULARY, device, {}, states))
+        out.append(load_teacher(f"t{k}", cache, tokenizer, VOCABULARY, device, {}, states))
     return out
 
 
 def measure(folder: Path, kind: str, repeats: int) -> None:
     """Print seconds a step and peak resident memory in MiB of trainings with these teachers, as JSON."""
-    from llmfusion.models.batches import device_of
+    from llmfusion.artifacts.job import Job
+    from llmfusion.models.batches import default_device
     from llmfusion.models.loading import load_model, load_tokenizer
-    from llmfusion.step import Job
-    from llmfusion.training.run import Trainee, train
+    from llmfusion.training.loop import Student, train
 
     place = artifact(folder / "student", {})
     tokenizer = load_tokenizer(place, None)
-    teachers, model = sources(folder, kind, tokenizer, device_of()), load_model(place, "float32")
-    clock = time.process_time if device_of() == "cpu" else time.perf_counter  # other programs on the machine do not count
+    teachers, model = sources(folder, kind, tokenizer, default_device()), load_model(place, "float32")
+    clock = (
+        time.process_time if default_device() == "cpu" else time.perf_counter
+    )  # other programs on the machine do not count
     spec = {**SPEC, "fusion": {"target": "udf"}} if teachers else SPEC
     took: dict[int, float] = dict.fromkeys(STEPS, float("inf"))
     for repeat in range(repeats):
@@ -109,7 +138,7 @@ def measure(folder: Path, kind: str, repeats: int) -> None:
             job.work.mkdir(parents=True)
             mix = artifact(folder / "mix", {}, max_length=512)
             began = clock()
-            train(job, Trainee(model, tokenizer), {**spec, "steps": steps}, [mix], teachers)
+            train(job, Student(model, tokenizer), {**spec, "steps": steps}, [mix], teachers)
             took[steps] = min(took[steps], clock() - began)
     seconds = (took[STEPS[1]] - took[STEPS[0]]) / (STEPS[1] - STEPS[0])
     print(json.dumps({"seconds": seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
@@ -118,7 +147,9 @@ def measure(folder: Path, kind: str, repeats: int) -> None:
 def alone(*words: str) -> str:
     """Output of one part in a process of its own, with one thread."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-m", "benchmarks.cache", *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.cache", *words], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         raise SystemExit(done.returncode)
     return done.stdout
@@ -131,19 +162,28 @@ def compare(folder: Path, repeats: int) -> int:
     print(told[-1], f"\ncapture: {max(speeds):,.0f} tokens/s\n", flush=True)
     found = {}
     print(f"{'':24} {'s/step':>8} {'RSS MiB':>8}")
-    for kind, name in (("sft", "SFT"), ("hidden", f"{TEACHERS} cached teachers"), ("online", f"{TEACHERS} online teachers")):
+    for kind, name in (
+        ("sft", "SFT"),
+        ("hidden", f"{TEACHERS} cached teachers"),
+        ("online", f"{TEACHERS} online teachers"),
+    ):
         found[kind] = json.loads(alone("measure", str(folder), kind, str(repeats)).splitlines()[-1])
         print(f"{name:24} {found[kind]['seconds']:8.3f} {found[kind]['memory']:8.0f}", flush=True)
     heads = TEACHERS * VOCABULARY * SHAPE["hidden_size"] * 4 / 2**20  # type: ignore[operator]
     time_ratio = found["hidden"]["seconds"] / found["online"]["seconds"]
     memory_ratio = found["hidden"]["memory"] / (found["sft"]["memory"] + heads)
     print(f"\ncached against online, time of a step: {time_ratio:.2f}x (goal: {TIME:.2f}x at most)")
-    print(f"cached against SFT and {heads:.0f} MiB of heads, resident memory: {memory_ratio:.2f}x (goal: {MEMORY:.2f}x at most)")
+    print(
+        f"cached against SFT and {heads:.0f} MiB of heads, resident memory: {memory_ratio:.2f}x (goal: {MEMORY:.2f}x at most)"
+    )
     return int(time_ratio > TIME or memory_ratio > MEMORY)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description="Cached teachers against online ones: time and memory of a training.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cache",
+        description="Cached teachers against online ones: time and memory of a training.",
+    )
     parser.add_argument("--repeats", type=int, default=2, help="trainings of each kind, of which the fastest counts")
     if sys.argv[1:2] == ["prepare"]:
         prepare(Path(sys.argv[2]))

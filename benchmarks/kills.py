@@ -20,13 +20,25 @@ from typing import NamedTuple
 
 from benchmarks import small
 from llmfusion import ROOT
-from llmfusion.digests import canonical
+from llmfusion.io.digests import canonical
 
 SHAPE = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     "max_position_embeddings": 256, "attention_dropout": 0.1,
 }  # fmt: skip
-SPEC = {"step": "train", "recipe": 1, "run": {"init": "base/pivot", "mix": "m", "steps": 400, "batch_size": 8, "lr": 1e-2, "seed": 3, "save_dtype": "float32"}}
+SPEC = {
+    "step": "train",
+    "recipe": 1,
+    "run": {
+        "init": "base/pivot",
+        "mix": "m",
+        "steps": 400,
+        "batch_size": 8,
+        "lr": 1e-2,
+        "seed": 3,
+        "save_dtype": "float32",
+    },
+}
 OUT = Path("results/models/trained/killed/manifest.json")
 # the program itself, but that it saves as often as it can be killed in between
 PROGRAM = """
@@ -47,9 +59,30 @@ class Killed(NamedTuple):
 
 
 def start(place: Path) -> subprocess.Popen:
-    words = ["--spec", canonical(SPEC), "--out", str(OUT), "--inputs", "results/data/mix/m/manifest.json", "results/models/base/pivot/manifest.json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, *words], cwd=place, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    words = [
+        "--spec",
+        canonical(SPEC),
+        "--out",
+        str(OUT),
+        "--inputs",
+        "results/data/mix/m/manifest.json",
+        "results/models/base/pivot/manifest.json",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words],
+        cwd=place,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def until(process: subprocess.Popen, words: str) -> str:
@@ -82,7 +115,9 @@ def killed(fresh: Path, place: Path, moment: float, seconds: float, expected: by
     time.sleep(moment * seconds)
     process.kill()
     if process.wait() != -9 or (place / OUT).exists():
-        raise SystemExit(f"it had ended before it was killed at {moment:.2f} of {seconds:.1f} s; is the machine much faster now than a minute ago?")
+        raise SystemExit(
+            f"it had ended before it was killed at {moment:.2f} of {seconds:.1f} s; is the machine much faster now than a minute ago?"
+        )
     again = start(place)
     said, _ = again.communicate()
     went_on = [int(line.split()[4]) for line in said.splitlines() if line.startswith("going on after step")]
@@ -91,7 +126,10 @@ def killed(fresh: Path, place: Path, moment: float, seconds: float, expected: by
         print(f"killed at {moment:.2f}: status {again.returncode}, {said[-2000:]}", flush=True)
     shutil.rmtree(place)
     step = went_on[0] if went_on else 0
-    print(f"killed at {moment:.2f} of the time, went on after step {step}: {'the same bytes' if same else 'OTHER BYTES'}", flush=True)
+    print(
+        f"killed at {moment:.2f} of the time, went on after step {step}: {'the same bytes' if same else 'OTHER BYTES'}",
+        flush=True,
+    )
     return Killed(moment, step, same)
 
 
@@ -109,9 +147,15 @@ def main() -> int:
         _, tokenizer, model = small.pieces(fresh, small.samples(64, 4, 40), SHAPE, 300, 256)
         small.checkpoint(fresh, "pivot", model, tokenizer)
         expected, seconds = whole(shutil.copytree(fresh, Path(name) / "whole"))
-        print(f"undisturbed: {SPEC['run']['steps']} steps in {seconds:.1f} s; {json.loads(expected)['files']['model.safetensors']['sha256'][:16]}", flush=True)  # type: ignore[index]
+        print(
+            f"undisturbed: {SPEC['run']['steps']} steps in {seconds:.1f} s; {json.loads(expected)['files']['model.safetensors']['sha256'][:16]}",
+            flush=True,
+        )  # type: ignore[index]
         with ThreadPoolExecutor(given.jobs) as pool:
-            tasks = [pool.submit(killed, fresh, Path(name) / f"k{i}", moment, seconds, expected) for i, moment in enumerate(moments)]
+            tasks = [
+                pool.submit(killed, fresh, Path(name) / f"k{i}", moment, seconds, expected)
+                for i, moment in enumerate(moments)
+            ]
             found = [task.result() for task in tasks]
     print(f"bit-identical {sum(one.same for one in found)}/{len(found)} (goal {len(found)}/{len(found)})")
     return int(not all(one.same for one in found))

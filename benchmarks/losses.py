@@ -57,12 +57,17 @@ def inputs(case: Case) -> tuple[Any, ...]:
 
     torch.manual_seed(0)
     hidden, head = torch.randn(case.rows, case.width), torch.randn(case.vocabulary, case.width) / case.width**0.5
-    teachers = [(torch.randn(case.rows, case.width), torch.randn(case.vocabulary, case.width) / case.width**0.5) for _ in range(case.teachers)]
+    teachers = [
+        (torch.randn(case.rows, case.width), torch.randn(case.vocabulary, case.width) / case.width**0.5)
+        for _ in range(case.teachers)
+    ]
     labels = torch.randint(case.vocabulary, (case.rows,))
     labels[torch.rand(case.rows) < case.ignored] = -100
     weights = torch.ones(case.rows, case.teachers)
     if case.target == "mince":
-        weights = torch.nn.functional.one_hot(torch.arange(case.rows) * case.teachers // case.rows, case.teachers).float()
+        weights = torch.nn.functional.one_hot(
+            torch.arange(case.rows) * case.teachers // case.rows, case.teachers
+        ).float()
     return hidden.requires_grad_(), head.requires_grad_(), teachers, labels, weights
 
 
@@ -70,18 +75,25 @@ def ours(case: Case) -> Callable[[], Any]:
     """This package's loss, over teachers as a cache gives them."""
     import torch
 
-    from llmfusion.fusion.losses import fused_loss
-    from llmfusion.fusion.rows import HiddenRows, Vocabulary
+    from llmfusion.fusion.distributions import HiddenStateDistribution, Vocabulary
+    from llmfusion.fusion.fused_loss import fused_loss
 
     hidden, head, teachers, labels, weights = inputs(case)
     nothing = torch.zeros(case.rows)
     rows: list[Any] = []
     for states, matrix in teachers:
         own = Vocabulary(matrix, None, torch.arange(case.vocabulary), case.vocabulary)
-        entropy = torch.cat([-torch.linalg.vecdot(said.exp(), said) for said in ((part @ matrix.T).log_softmax(-1) for part in states.split(64))])
-        rows.append(HiddenRows(states, own, entropy, nothing, nothing + 1))  # as a cache tells it
+        entropy = torch.cat(
+            [
+                -torch.linalg.vecdot(said.exp(), said)
+                for said in ((part @ matrix.T).log_softmax(-1) for part in states.split(64))
+            ]
+        )
+        rows.append(HiddenStateDistribution(states, own, entropy, nothing, nothing + 1))  # as a cache tells it
     count = int((labels != -100).sum())
-    return lambda: _through(lambda: fused_loss(hidden, head, None, labels, rows, weights, lam=0.5, count=count).loss, hidden, head)
+    return lambda: _through(
+        lambda: fused_loss(hidden, head, None, labels, rows, weights, lam=0.5, count=count).loss, hidden, head
+    )
 
 
 def full(case: Case) -> Callable[[], Any]:
@@ -152,13 +164,20 @@ class Bench:
     """Measurements by implementation and case, each the best of some processes."""
 
     def __init__(self, packages: Path, repeats: int):
-        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{packages}:{os.environ.get('PYTHONPATH', '')}"}
+        self.environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{packages}:{os.environ.get('PYTHONPATH', '')}",
+        }
         self.repeats = repeats
 
     def compare(self, *pairs: tuple[str, Case]) -> list[Cost]:
         """Costs of implementations of one case, measured in turn."""
         found: list[list[Cost]] = [[self._one(*pair) for pair in pairs] for _ in range(self.repeats)]
-        best = [Cost(min(c.seconds for c in column), min(c.memory for c in column), column[0].check) for column in zip(*found, strict=True)]
+        best = [
+            Cost(min(c.seconds for c in column), min(c.memory for c in column), column[0].check)
+            for column in zip(*found, strict=True)
+        ]
         for (name, case), cost in zip(pairs, best, strict=True):
             print(f"  {name:22} {_told(case):58} {cost.seconds:7.2f} CPU s {cost.memory:7.0f} MiB", flush=True)
         return best
@@ -172,15 +191,23 @@ class Bench:
 
 
 def _told(case: Case) -> str:
-    more = (f" {case.ignored:.0%} ignored" if case.ignored else "") + (f" {case.target}" if case.target != "naive" else "")
+    more = (f" {case.ignored:.0%} ignored" if case.ignored else "") + (
+        f" {case.target}" if case.target != "naive" else ""
+    )
     return f"N={case.rows} V={case.vocabulary} d={case.width} K={case.teachers}{more}"
 
 
-def against(name: str, one: Cost, other: Cost, time_goal: float | None, memory_goal: float | None, same: bool = True) -> Claim:
+def against(
+    name: str, one: Cost, other: Cost, time_goal: float | None, memory_goal: float | None, same: bool = True
+) -> Claim:
     """Ratios of two costs; refuses to compare what did not compute the same."""
     if same and abs(one.check - other.check) > 1e-3 * abs(other.check):
         raise SystemExit(f"{name}: the two do not agree: {one.check} and {other.check}")
-    return Claim(name, time_goal and (one.seconds / other.seconds, time_goal), memory_goal and (one.memory / other.memory, memory_goal))
+    return Claim(
+        name,
+        time_goal and (one.seconds / other.seconds, time_goal),
+        memory_goal and (one.memory / other.memory, memory_goal),
+    )
 
 
 def claims(bench: Bench) -> list[Claim]:
@@ -194,7 +221,10 @@ def claims(bench: Bench) -> list[Claim]:
     found.append(against("V=32768, K=4 (naive, UDF), against full logits", a, b, 0.6, 1 / 7))
     found.append(against("V=32768, K=4, MinCE against naive", c, a, 0.6, None, same=False))
     a, b, c = bench.compare(("ours", one), ("liger, chunks of 1024", one), ("liger, chunks of 256", one))
-    found += [against(f"V=32768, K=1, against Liger, chunks of {size}", a, peer, 0.75, 0.4) for size, peer in ((1024, b), (256, c))]
+    found += [
+        against(f"V=32768, K=1, against Liger, chunks of {size}", a, peer, 0.75, 0.4)
+        for size, peer in ((1024, b), (256, c))
+    ]
     a, b, c = bench.compare(("ours", one), ("ours", Case(4096, 32768, 1)), ("ours", Case(1024, 32768, 1, ignored=0.6)))
     found.append(against("N=4096 against N=1024", b, a, None, 1.15, same=False))
     found.append(against("60 % of the rows ignored against none", c, a, 0.5, None, same=False))
@@ -204,7 +234,9 @@ def claims(bench: Bench) -> list[Claim]:
 def main() -> int:
     """Measure and print; status 1 where a goal was missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=2, help="processes for each measurement, of which the best counts")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="processes for each measurement, of which the best counts"
+    )
     parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -212,7 +244,9 @@ def main() -> int:
         print(json.dumps(measure(name, Case(**case), passes=3)))
         return 0
     with tempfile.TemporaryDirectory() as packages:
-        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, LIGER], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, LIGER], check=True
+        )
         found = claims(Bench(Path(packages), given.repeats))
     print(f"\n{'':52} {'CPU time':>8} {'goal':>6} {'memory':>8} {'goal':>6}")
     for name, *ratios in found:

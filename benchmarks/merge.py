@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmfusion.merging.tensors import entries_of, layout_of, raw
+from llmfusion.io.safetensors import layout_of, read_checkpoint_headers, tensor_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 MERGEKIT = "mergekit==0.1.5"
@@ -63,7 +63,12 @@ class Cost(NamedTuple):
 def shapes(width: int, layers: int, vocabulary: int) -> dict[str, tuple[int, ...]]:
     """Tensors of a Llama by name."""
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, width)}
-    parts = {"self_attn.q": (width, width), "self_attn.k": (width // 4, width), "self_attn.v": (width // 4, width), "self_attn.o": (width, width)}
+    parts = {
+        "self_attn.q": (width, width),
+        "self_attn.k": (width // 4, width),
+        "self_attn.v": (width // 4, width),
+        "self_attn.o": (width, width),
+    }
     parts |= {"mlp.gate": (4 * width, width), "mlp.up": (4 * width, width), "mlp.down": (width, 4 * width)}
     for i in range(layers):
         out |= {f"model.layers.{i}.{name}_proj.weight": shape for name, shape in parts.items()}
@@ -91,7 +96,11 @@ def make(folder: Path, size: str, models: int) -> list[Path]:
         for i, shape in enumerate(tensors.values()):
             theta = np.random.default_rng([0, i]).standard_normal(int(np.prod(shape)), np.float32) * np.float32(0.02)
             for j, file in enumerate(files):
-                delta = np.random.default_rng([j, i]).standard_normal(theta.size, np.float32) * np.float32(1e-3) if j else np.float32(0)
+                delta = (
+                    np.random.default_rng([j, i]).standard_normal(theta.size, np.float32) * np.float32(1e-3)
+                    if j
+                    else np.float32(0)
+                )
                 bits = (theta + delta).view(np.uint32)
                 file.write(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes())
     return places
@@ -107,7 +116,9 @@ def cost(command: list[str | Path], environment: dict[str, str] | None = None) -
         while (waited := os.wait4(process.pid, os.WNOHANG))[0] == 0:
             try:
                 told = Path(f"/proc/{process.pid}/status").read_text()
-                anonymous = max([anonymous, *(int(line.split()[1]) for line in told.splitlines() if line.startswith("RssAnon"))])
+                anonymous = max(
+                    [anonymous, *(int(line.split()[1]) for line in told.splitlines() if line.startswith("RssAnon"))]
+                )
             except OSError:
                 pass
             time.sleep(0.01)
@@ -122,8 +133,21 @@ def cost(command: list[str | Path], environment: dict[str, str] | None = None) -
 def ours(method: str, models: list[Path], out: Path, *options: str) -> Cost:
     shutil.rmtree(out, ignore_errors=True)
     given = [f"{key}={value}" for key, value in METHODS[method][1].items()]
-    words: list[str | Path] = ["--method", method, "--pivot", models[0], "--models", *models[1:], "--out", out, "--threads", "1"]
-    return cost([sys.executable, "-m", "llmfusion.merge", *words, *(["--set", *given] if given else []), *options])
+    words: list[str | Path] = [
+        "--method",
+        method,
+        "--pivot",
+        models[0],
+        "--models",
+        *models[1:],
+        "--out",
+        out,
+        "--threads",
+        "1",
+    ]
+    return cost(
+        [sys.executable, "-m", "llmfusion.steps.merge_models", *words, *(["--set", *given] if given else []), *options]
+    )
 
 
 def mergekit(kit: Path, method: str, models: list[Path], out: Path) -> Cost:
@@ -134,7 +158,16 @@ def mergekit(kit: Path, method: str, models: list[Path], out: Path) -> Cost:
     entries = [{"model": str(models[0])}, *({"model": str(model), "parameters": own} for model in models[1:])]
     config = out.with_suffix(".json")  # JSON is YAML
     config.write_text(
-        json.dumps({"merge_method": name, "base_model": str(models[0]), "models": entries, "parameters": rest, "dtype": "float32", "out_dtype": "bfloat16"})
+        json.dumps(
+            {
+                "merge_method": name,
+                "base_model": str(models[0]),
+                "models": entries,
+                "parameters": rest,
+                "dtype": "float32",
+                "out_dtype": "bfloat16",
+            }
+        )
     )
     return cost([kit / "bin/mergekit-yaml", config, out, "--no-copy-tokenizer"], {"HF_HUB_OFFLINE": "1"})
 
@@ -149,7 +182,7 @@ def kit_in(folder: Path) -> Path:
 
 
 def parameters(model: Path) -> int:
-    return sum((entry.end - entry.start) // 2 for entry in entries_of(model).values())
+    return sum((entry.end - entry.start) // 2 for entry in read_checkpoint_headers(model).values())
 
 
 def least(costs: list[Cost]) -> Cost:
@@ -187,7 +220,10 @@ class Figures:
             ours(method, tiny, self.out)  # compiles, if nothing has been merged on this machine
         self.start = least([ours("ta", tiny, self.out) for _ in range(2 * repeats)]).cpu
         self.kit_start = mergekit(kit, "ta", tiny, self.out).cpu if kit else 0.0
-        print(f"start-up: ours {self.start:.2f} CPU-s" + (f", mergekit {self.kit_start:.2f} CPU-s" if kit else ""), flush=True)
+        print(
+            f"start-up: ours {self.start:.2f} CPU-s" + (f", mergekit {self.kit_start:.2f} CPU-s" if kit else ""),
+            flush=True,
+        )
 
     def measure(self, size: str, models: list[Path], peer: bool = False) -> None:
         """Merge by every method, ours and mergekit in turns, and print a line for each."""
@@ -209,7 +245,9 @@ class Figures:
         """CPU seconds of a loop that only reads and writes."""
         bare = least([cost([sys.executable, "-c", "import numpy"]) for _ in range(self.repeats)]).cpu
         files = [model / "model.safetensors" for model in models]
-        found = least([cost([sys.executable, "-c", FLOOR, *files, self.folder / "floor"]) for _ in range(self.repeats)]).cpu
+        found = least(
+            [cost([sys.executable, "-c", FLOOR, *files, self.folder / "floor"]) for _ in range(self.repeats)]
+        ).cpu
         (self.folder / "floor").unlink()
         return max(found - bare, 1e-9)
 
@@ -224,15 +262,24 @@ class Figures:
             method, size, count = key
             if count == 2:
                 yield Claim(
-                    f"{method}, {size}, 2 sources, ns a parameter" + ("" if method == "ta" else " (stretch 17)"), 10 if method == "ta" else 25, self.each(key)
+                    f"{method}, {size}, 2 sources, ns a parameter" + ("" if method == "ta" else " (stretch 17)"),
+                    10 if method == "ta" else 25,
+                    self.each(key),
                 )
             elif (method, size, 2) in self.ours:
-                yield Claim(f"{method}, {size}, {count} sources / 2 sources", 2.2, self.each(key) / self.each((method, size, 2)))
+                yield Claim(
+                    f"{method}, {size}, {count} sources / 2 sources", 2.2, self.each(key) / self.each((method, size, 2))
+                )
         for key in self.ours:
             peer = ("sce" if key[0] != "ta" else "ta", *key[1:])
             if peer in self.theirs:
                 ratio = self.theirs[peer].cpu / self.ours[key].cpu
-                yield Claim(f"mergekit's {peer[0]} / our {key[0]}, CPU s of the process", 4 if key[0] == "ta" else 12, ratio, least=True)
+                yield Claim(
+                    f"mergekit's {peer[0]} / our {key[0]}, CPU s of the process",
+                    4 if key[0] == "ta" else 12,
+                    ratio,
+                    least=True,
+                )
         if self.ours:
             yield Claim("peak anonymous memory, MiB", 300, max(found.anonymous for found in self.ours.values()))
 
@@ -241,20 +288,30 @@ def check(models: list[Path], out: Path) -> Iterator[Claim]:
     """Compare every tensor of each method with the plain reference of the tests, given the numbers of selected values."""
     from tests.unit.test_merge_methods import reference
 
-    sources = [entries_of(model) for model in models]
+    sources = [read_checkpoint_headers(model) for model in models]
     for method in METHODS:
         ours(method, models, out)
-        merged, rows = entries_of(out), {row["tensor"]: row for row in json.loads((out / "merge_report.json").read_text())["tensors"]}
+        merged, rows = (
+            read_checkpoint_headers(out),
+            {row["tensor"]: row for row in json.loads((out / "merge_report.json").read_text())["tensors"]},
+        )
         differing, worst = 0, 0.0
         for name, row in rows.items():
-            theta, *phi = ((raw(source[name]).view("<u2").astype(np.uint32) << 16).view(np.float32) for source in sources)
+            theta, *phi = (
+                (tensor_bytes(source[name]).view("<u2").astype(np.uint32) << 16).view(np.float32) for source in sources
+            )
             deltas = np.stack([values - theta for values in phi])
             numbers = [int(row[f"k_{j}"]) for j in range(len(phi))] if method == "rsaf" else None
             bits = reference(method, theta, deltas, METHODS[method][1], numbers).view(np.uint32)
-            differing += not np.array_equal(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2"), raw(merged[name]).view("<u2"))
+            differing += not np.array_equal(
+                ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2"), tensor_bytes(merged[name]).view("<u2")
+            )
             if numbers:
                 worst = max(worst, *(abs(row[f"S_{j}"] / skewness(theta, delta) - 1) for j, delta in enumerate(deltas)))
-        print(f"{method}: {len(rows) - differing} of {len(rows)} tensors are bit-identical to the plain reference", flush=True)
+        print(
+            f"{method}: {len(rows) - differing} of {len(rows)} tensors are bit-identical to the plain reference",
+            flush=True,
+        )
         yield Claim(f"{method}, {len(phi)} sources, tensors that differ from the reference", 0, differing)
         if worst:
             yield Claim("rsaf, S against two passes in float64, relative", 1e-9, worst)
@@ -269,10 +326,21 @@ def skewness(theta: np.ndarray, delta: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Merging against mergekit 0.1.5: CPU, memory, exactness.")
-    parser.add_argument("--mergekit", type=Path, default=Path(tempfile.gettempdir()) / "mergekit-venv", help="its virtual environment; made if it is not there")
+    parser.add_argument(
+        "--mergekit",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "mergekit-venv",
+        help="its virtual environment; made if it is not there",
+    )
     parser.add_argument("--alone", action="store_true", help="without mergekit")
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours, of which the best counts")
-    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="small: 105M parameters; large: 0.5B; exact: 105M against the reference")
+    parser.add_argument(
+        "--only",
+        choices=PARTS,
+        nargs="+",
+        default=PARTS,
+        help="small: 105M parameters; large: 0.5B; exact: 105M against the reference",
+    )
     given = parser.parse_args()
     kit = None if given.alone or "small" not in given.only else kit_in(given.mergekit)
     with tempfile.TemporaryDirectory(prefix="merge-benchmark-") as name:

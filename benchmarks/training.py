@@ -18,12 +18,14 @@ from typing import Any
 import torch
 
 from benchmarks import small
-from llmfusion.fusion.losses import fused_loss
+from llmfusion.fusion.fused_loss import fused_loss
 from llmfusion.models.loading import load_model, load_tokenizer
 from llmfusion.models.scratch import make_model
-from llmfusion.training import checkpoint, distributed, run, sharding
+from llmfusion.training import distributed, sharding
+from llmfusion.training import loop as run
+from llmfusion.training import resume_state as checkpoint
+from llmfusion.training.loop import Student, train
 from llmfusion.training.optim import CautiousAdamW
-from llmfusion.training.run import Trainee, train
 from tests.unit.stand_ins import artifact, job
 from tests.unit.test_distributed import in_two
 
@@ -50,7 +52,9 @@ def moved(model: Any, dtype: torch.dtype) -> float:
     model = model.to(dtype)
     ids = torch.randint(0, model.config.vocab_size, (4, 64), generator=torch.Generator().manual_seed(0))
     hidden = model.base_model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
-    fused_loss(hidden, model.get_output_embeddings().weight, None, ids[:, 1:].flatten()).loss.div(ids[:, 1:].numel()).backward()
+    fused_loss(hidden, model.get_output_embeddings().weight, None, ids[:, 1:].flatten()).loss.div(
+        ids[:, 1:].numel()
+    ).backward()
     before = [p.detach().clone() for p in model.parameters()]
     CautiousAdamW(model.parameters(), lr=1e-6).step()
     with_gradient = changed = 0
@@ -81,10 +85,12 @@ def losses(root: Path, name: str, changed: dict[str, Any], processes: int) -> li
 
     def one() -> None:
         pivot = artifact(root / "results/models/base/pivot")
-        trainee = Trainee(sharding.load(pivot, spec), load_tokenizer(pivot, None))
+        student_model = Student(sharding.load(pivot, spec), load_tokenizer(pivot, None))
         with small.every_step_recorded():
-            train(job(root, name=name), trainee, spec, [artifact(root / "results/data/mix/m", max_length=1024)], [])
-        distributed.wait()
+            train(
+                job(root, name=name), student_model, spec, [artifact(root / "results/data/mix/m", max_length=1024)], []
+            )
+        distributed.barrier()
 
     with contextlib.redirect_stdout(sys.stderr):
         if processes == 1:
@@ -96,7 +102,11 @@ def losses(root: Path, name: str, changed: dict[str, Any], processes: int) -> li
 
 def memory(what: str) -> float:
     """MiB of this process: ``VmRSS`` now, ``VmHWM`` at the peak."""
-    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
+    return next(
+        int(line.split()[1]) / 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(what)
+    )
 
 
 def measure(root: Path, mode: str) -> None:
@@ -106,11 +116,26 @@ def measure(root: Path, mode: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     before = memory("VmRSS")
     with small.every_step_recorded():
-        train(made, Trainee(model, load_tokenizer(pivot, None)), {**SPEC, **MODES[mode]}, [artifact(root / "results/data/mix/m", max_length=1024)], [])
+        train(
+            made,
+            Student(model, load_tokenizer(pivot, None)),
+            {**SPEC, **MODES[mode]},
+            [artifact(root / "results/data/mix/m", max_length=1024)],
+            [],
+        )
     timings = made.measured["training"]["timings"][1:]  # the first step allocates
     tokens, seconds = sum(t["tokens_per_second"] * t["seconds"] for t in timings), sum(t["seconds"] for t in timings)
     peak = memory("VmHWM")
-    print(json.dumps({"speed": tokens / seconds, "padding": statistics.mean(t["padding"] for t in timings), "peak": peak, "more": peak - before}))
+    print(
+        json.dumps(
+            {
+                "speed": tokens / seconds,
+                "padding": statistics.mean(t["padding"] for t in timings),
+                "peak": peak,
+                "more": peak - before,
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -143,9 +168,17 @@ def _saves(root: Path, tokenizer: Any) -> None:
     seconds, parameters = saving(root / "state", make_model(WIDE, tokenizer, 1))
     rate = 12 * parameters / seconds
     share = seconds / (seconds + run.SAVE_SECONDS)
-    say(f"saving {parameters / 1e6:.0f}M parameters every {run.SAVE_SECONDS:.0f} s: share of the time", "<= 5 %", f"{share:.2%} ({seconds:.1f} s a save)")
+    say(
+        f"saving {parameters / 1e6:.0f}M parameters every {run.SAVE_SECONDS:.0f} s: share of the time",
+        "<= 5 %",
+        f"{share:.2%} ({seconds:.1f} s a save)",
+    )
     whole = 12 * 8e9 / rate
-    say("  8B at the same bytes a second, by one process", "", f"{whole / (whole + run.SAVE_SECONDS):.1%} ({whole:.0f} s at {rate / 1e6:,.0f} MB/s)")
+    say(
+        "  8B at the same bytes a second, by one process",
+        "",
+        f"{whole / (whole + run.SAVE_SECONDS):.1%} ({whole:.0f} s at {rate / 1e6:,.0f} MB/s)",
+    )
 
 
 def _processes(root: Path) -> None:
@@ -166,8 +199,14 @@ def _speeds(root: Path) -> None:
         found[mode] = json.loads(done.stdout.splitlines()[-1])
     first = next(iter(found.values()))
     for mode, one in found.items():
-        ratios = f"{one['speed'] / first['speed']:.2f}x the speed, {one['more'] / first['more']:.2f}x the memory of a step"
-        say(f"tokens a second, {mode}", "", f"{one['speed']:,.0f}; {one['padding']:.0%} padding; peak {one['peak']:,.0f} MiB; {ratios}")
+        ratios = (
+            f"{one['speed'] / first['speed']:.2f}x the speed, {one['more'] / first['more']:.2f}x the memory of a step"
+        )
+        say(
+            f"tokens a second, {mode}",
+            "",
+            f"{one['speed']:,.0f}; {one['padding']:.0%} padding; peak {one['peak']:,.0f} MiB; {ratios}",
+        )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ rule stage_dataset:
     params:
         spec=study.spec("data/dataset/{dataset}"),
     shell:
-        "python -m llmfusion.dataset --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step stage_dataset --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule stage_tasks:
@@ -34,7 +34,7 @@ rule stage_tasks:
     params:
         spec=study.spec("data/tasks/{task}"),
     shell:
-        "python -m llmfusion.tasks --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step stage_tasks --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule mix_samples:
@@ -51,7 +51,7 @@ rule mix_samples:
     params:
         spec=study.spec("data/mix/{mix}"),
     shell:
-        "python -m llmfusion.mix --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step mix_samples --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule generate_answers:
@@ -70,4 +70,4 @@ rule generate_answers:
     params:
         spec=study.spec("data/generated/{model}/{mix}"),
     shell:
-        "python -m llmfusion.generate --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step generate_answers --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"

@@ -20,7 +20,7 @@ rule stage_base:
     params:
         spec=study.spec("models/base/{base}"),
     shell:
-        "python -m llmfusion.base --minutes {resources.runtime} --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step stage_base --minutes {resources.runtime} --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule train_model:
@@ -40,7 +40,7 @@ rule train_model:
     params:
         spec=study.spec("models/trained/{trained}"),
     shell:
-        "python -m llmfusion.train --minutes {resources.runtime} --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step train_model --minutes {resources.runtime} --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule merge_models:
@@ -57,4 +57,4 @@ rule merge_models:
     params:
         spec=study.spec("models/merged/{merged}"),
     shell:
-        "python -m llmfusion.merge --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step merge_models --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"

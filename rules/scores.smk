@@ -19,7 +19,7 @@ rule answer:
     params:
         spec=study.spec("answers/{model}/{batch}"),
     shell:
-        "python -m llmfusion.answer --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step answer --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule score:
@@ -36,4 +36,4 @@ rule score:
     params:
         spec=study.spec("scores/{model}/{task}"),
     shell:
-        "python -m llmfusion.score --spec {params.spec:q} --out {output.cell} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step score --spec {params.spec:q} --out {output.cell} --inputs {input:q} > {log} 2>&1"

@@ -19,7 +19,7 @@ rule table:
     params:
         spec=study.spec("tables/{table}"),
     shell:
-        "python -m llmfusion.table --spec {params.spec:q} --out {output.csv} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step table --spec {params.spec:q} --out {output.csv} --inputs {input:q} > {log} 2>&1"
 
 
 rule cost:
@@ -34,4 +34,4 @@ rule cost:
     conda:
         "../envs/llmfusion.yaml"
     shell:
-        "python -m llmfusion.cost {input:q} --out {output.csv} > {log} 2>&1"
+        "python -m llmfusion cost {input:q} --out {output.csv} > {log} 2>&1"

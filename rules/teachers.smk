@@ -19,7 +19,7 @@ rule capture_shard:
     params:
         spec=study.spec("teachers/shards/{model}/{mix}/{shard}"),
     shell:
-        "python -m llmfusion.capture --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step capture_shard --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
 
 
 rule capture_teacher:
@@ -38,4 +38,4 @@ rule capture_teacher:
     params:
         spec=study.spec("teachers/{model}/{mix}"),
     shell:
-        "python -m llmfusion.capture --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step capture_teacher --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"

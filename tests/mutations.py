@@ -31,12 +31,20 @@ def mutate(data: dict, draw: random.Random) -> None:
     elif what == "drop":
         del holder[key]
     else:
-        holder[key] = draw.choice(JUNK) if what == "junk" else json.loads(json.dumps(_at(data, draw.choice(_places(data)))))
+        holder[key] = (
+            draw.choice(JUNK) if what == "junk" else json.loads(json.dumps(_at(data, draw.choice(_places(data)))))
+        )
 
 
 def as_yaml(data: dict) -> str:
     """The study as text; unquoted keys make ints, nulls and booleans of some."""
-    return json.dumps(data, indent=1).replace('"5":', "5 :").replace('"null":', "null :").replace('"true":', "true :").replace("NaN", ".nan")
+    return (
+        json.dumps(data, indent=1)
+        .replace('"5":', "5 :")
+        .replace('"null":', "null :")
+        .replace('"true":', "true :")
+        .replace("NaN", ".nan")
+    )
 
 
 def mutate_text(text: str, draw: random.Random) -> bytes:
@@ -45,10 +53,17 @@ def mutate_text(text: str, draw: random.Random) -> bytes:
     at = draw.randrange(len(lines))
     what = draw.choice(["drop", "double", "tab", "flip", "cut", "swap"])
     if what in ("drop", "double", "tab", "swap"):
-        lines[at : at + 1] = {"drop": [], "double": [lines[at]] * 2, "tab": ["\t" + lines[at]], "swap": [lines[at - 1], lines[at]]}[what]
+        lines[at : at + 1] = {
+            "drop": [],
+            "double": [lines[at]] * 2,
+            "tab": ["\t" + lines[at]],
+            "swap": [lines[at - 1], lines[at]],
+        }[what]
         return "".join(lines).encode()
     raw = bytearray(text.encode())
     if what == "cut":
         return bytes(raw[: draw.randrange(len(raw))])
-    raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(7)  # still ASCII: Snakemake, which reads the file before us, wants UTF-8
+    raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(
+        7
+    )  # still ASCII: Snakemake, which reads the file before us, wants UTF-8
     return bytes(raw)

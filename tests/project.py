@@ -13,16 +13,22 @@ from typing import Any
 
 import yaml
 
-from llmfusion.config import strict_yaml
+from llmfusion.study import strict_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-SECRETS = {"HF_TOKEN": "hf_NobodyMaySeeThisToken", "WANDB_API_KEY": "0123456789seenbynobody", "MY_PASSWORD": "open sesame, nobody"}
+SECRETS = {
+    "HF_TOKEN": "hf_NobodyMaySeeThisToken",
+    "WANDB_API_KEY": "0123456789seenbynobody",
+    "MY_PASSWORD": "open sesame, nobody",
+}
 
 
 def clone(target: Path) -> Path:
     """A fresh copy of the project as it stands: what git tracks or would track, nothing generated."""
-    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True, check=True
+    ).stdout
     for name in listed.splitlines():
         source = ROOT / name
         if source.is_symlink() or source.is_file():
@@ -43,7 +49,13 @@ def study(path: Path, change: Callable[[dict[str, Any]], None], start: str = "mi
 
 def environment() -> dict[str, str]:
     """The environment of a user without SLURM but with secrets, with the project's own environment active."""
-    return {**os.environ, **SECRETS, "PATH": f"{BIN}:{os.environ['PATH']}", "SLURM_CONF": "/dev/null", "OMP_NUM_THREADS": "1"}
+    return {
+        **os.environ,
+        **SECRETS,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "SLURM_CONF": "/dev/null",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def snakemake(folder: Path, *words: str, fails: bool = False) -> str:
@@ -57,7 +69,11 @@ def snakemake(folder: Path, *words: str, fails: bool = False) -> str:
 def jobs(output: str) -> Counter[str]:
     """Jobs by rule from Snakemake's own statistics, without the total."""
     table = re.search(r"Job stats:\njob +count\n[- ]+\n(.*?)\n\n", output, re.DOTALL)
-    found = Counter({name: int(count) for name, count in (line.split() for line in table.group(1).splitlines())}) if table else Counter()
+    found = (
+        Counter({name: int(count) for name, count in (line.split() for line in table.group(1).splitlines())})
+        if table
+        else Counter()
+    )
     found.pop("total", None)
     return found
 

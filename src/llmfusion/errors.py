@@ -23,3 +23,9 @@ def redacted(text: str) -> str:
         if SECRET.search(name) and len(value) >= 8:
             text = text.replace(value, f"<{name}>")
     return re.sub(r"(?<=://)[^/\s@]+@", "<user>@", text)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`UserError` with ``message`` unless ``condition``."""
+    if not condition:
+        raise UserError(message)

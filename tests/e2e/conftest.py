@@ -28,7 +28,11 @@ def tiny(content: dict[str, Any]) -> None:
     content["mixes"] = {
         "raw": {"datasets": {"text-facts": 400, "text-code": 400}, "max_length": 128},
         "code": {"datasets": {"chat-code": 400, "chat-general": 200}, "max_length": 128},
-        "student": {**content["mixes"]["student"], "datasets": {"noisy-general": 100, "noisy-code": 100}, "tokenizers": ["base/pivot", "base/code"]},
+        "student": {
+            **content["mixes"]["student"],
+            "datasets": {"noisy-general": 100, "noisy-code": 100},
+            "tokenizers": ["base/pivot", "base/code"],
+        },
     }
     content["mixes"]["student"]["against"] = ["mmlu", "humaneval"]
     used = {name for mix in content["mixes"].values() for name in mix["datasets"]}

@@ -7,8 +7,8 @@ import sys
 import time
 from typing import Any
 
+from llmfusion.artifacts.job import Job
 from llmfusion.errors import UserError
-from llmfusion.step import Job
 from llmfusion.training import distributed
 
 
@@ -27,12 +27,12 @@ def make(job: Job) -> None:
         stop: list[int] = []
         signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
         (job.work / f"running-{distributed.rank()}").write_text(str(os.getpid()))
-        while not distributed.any_of(bool(stop))[0]:
+        while not distributed.any_across_ranks(bool(stop))[0]:
             time.sleep(0.05)
         if distributed.rank() == 0:
             time.sleep(2)  # a save
             (job.work / "saved").touch()
-        distributed.wait()
+        distributed.barrier()
         sys.exit(143)
     total = distributed.sum_records({"n": 1.0 + distributed.rank()})["n"]
     job.facts.update(total=total, inputs=sorted(job.inputs), minutes=job.minutes, key=job.key)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from llmfusion.config.workflow import checked
-from llmfusion.costs.measured import measured, refined, seconds_of
-from llmfusion.costs.work import Assumptions, Workload, assumed_seconds
+from llmfusion.reporting.measured import measured, refined, seconds_of
+from llmfusion.study.snakemake import checked
+from llmfusion.study.workload import Assumptions, Workload, assumed_seconds
 from tests.e2e.conftest import COST, ROWS, TARGET, Project, tiny
 from tests.e2e.test_runs import PROFILE
 from tests.project import environment, snakemake, study
@@ -31,8 +31,10 @@ def test_every_row_tells_what_it_took(made: Path) -> None:
 
 
 def test_a_finished_study_is_planned_from_what_it_took(made: Path) -> None:
-    words = [sys.executable, "-m", "llmfusion.plan", "config/tiny.yaml"]
-    done = subprocess.run(words, cwd=made, env={**environment(), "PYTHONPATH": str(made / "src")}, capture_output=True, text=True)
+    words = [sys.executable, "-m", "llmfusion.cli.estimate", "config/tiny.yaml"]
+    done = subprocess.run(
+        words, cwd=made, env={**environment(), "PYTHONPATH": str(made / "src")}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert "measured: " in done.stdout
     assert "train (" in done.stdout
@@ -52,7 +54,9 @@ def test_one_study_predicts_twice_the_steps_and_half_the_items_within_30_percent
     snakemake(folder, *PROFILE, "--cores", "2", TARGET)
     (known, asked) = (Workload(*checked_in(place), Assumptions()) for place in (made, folder))
     rates, _ = refined(assumed_seconds(Assumptions()), known)
-    took = {address: found.seconds for address in asked.jobs if (found := measured(asked.directory, address)) is not None}
+    took = {
+        address: found.seconds for address in asked.jobs if (found := measured(asked.directory, address)) is not None
+    }
     assert set(took) >= {address for address, job in asked.jobs.items() if job.step == "train"}
     expected = {address: seconds_of(asked.jobs[address].work, rates[asked.jobs[address].step]) for address in took}
     assert sum(expected.values()) == pytest.approx(sum(took.values()), rel=0.3)
@@ -61,5 +65,7 @@ def test_one_study_predicts_twice_the_steps_and_half_the_items_within_30_percent
 def checked_in(folder: Path) -> Any:
     """A copy's study, with its directory where the copy is."""
     file = folder / "config/absolute.yaml"
-    file.write_text((folder / "config/tiny.yaml").read_text().replace("directory: runs/tiny", f"directory: {folder}/runs/tiny"))
+    file.write_text(
+        (folder / "config/tiny.yaml").read_text().replace("directory: runs/tiny", f"directory: {folder}/runs/tiny")
+    )
     return checked(file)

@@ -20,11 +20,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from llmfusion import artifacts, step, verify
-from llmfusion.artifacts import Draft, address_of, draft_folder, manifest_of, publish
-from llmfusion.config.plan import output_of
-from llmfusion.digests import canonical
+from llmfusion.artifacts import job as step
+from llmfusion.artifacts import store as artifacts
+from llmfusion.artifacts.store import Draft, address_of, draft_folder, manifest_of, publish
+from llmfusion.cli import verify
 from llmfusion.errors import DamagedError, UserError
+from llmfusion.io.digests import canonical
+from llmfusion.study.graph import output_of
 from tests.project import environment
 
 RESULTS = Path("results")
@@ -41,7 +43,12 @@ Make = Callable[..., str | None]  # runs a step, see made_by_its_step
 @pytest.fixture(scope="module")
 def originals(made: Path) -> Copy:
     study = made / "runs/tiny"
-    return {str(p.relative_to(study)): p for name in ("results", "logs") for p in sorted((study / name).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(study)): p
+        for name in ("results", "logs")
+        for p in sorted((study / name).rglob("*"))
+        if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,9 @@ def kind_of(manifest: Path) -> str:
 
 def manifests() -> list[Path]:
     """The manifest of every artifact in the working directory."""
-    found = (p for p in RESULTS.rglob("*.json") if p.name == "manifest.json" or p.parts[1] == "scores" or p.parent == RESULTS)
+    found = (
+        p for p in RESULTS.rglob("*.json") if p.name == "manifest.json" or p.parts[1] == "scores" or p.parent == RESULTS
+    )
     return sorted(p for p in found if not p.name.endswith("provenance.json"))
 
 
@@ -132,7 +141,11 @@ def remove(path: Path, rng: random.Random) -> Path:
 
 def add(path: Path, rng: random.Random) -> Path:
     """One file more than the manifest lists."""
-    other = path.with_name(rng.choice(["pytorch_model.bin", "model.safetensors.index.json", "adapter_config.json", "modeling.py", "more.jsonl"]))
+    other = path.with_name(
+        rng.choice(
+            ["pytorch_model.bin", "model.safetensors.index.json", "adapter_config.json", "modeling.py", "more.jsonl"]
+        )
+    )
     other.write_bytes(b"{}")
     return other
 
@@ -160,7 +173,11 @@ def told_of(name: str, at: Path, content: bytes, manifest: Path) -> str:
     if name == "add":
         return f"not in {manifest}"
     if at == manifest:
-        return "is not there" if name == "remove" else "is not JSON|.*edited or damaged.*expected .* found |is no manifest of this project"
+        return (
+            "is not there"
+            if name == "remove"
+            else "is not JSON|.*edited or damaged.*expected .* found |is no manifest of this project"
+        )
     if name == "remove":
         return f"is missing: expected a file of {len(content)} bytes"
     if name in ("shorten", "empty"):
@@ -174,7 +191,9 @@ def assert_told(message: str, name: str, at: Path, content: bytes, manifest: Pat
     assert re.match(rf"{re.escape(str(at))}: ({told_of(name, at, content, manifest)}).*{remedy}$", message), message
 
 
-def refuse_by_reader_and_verify(path: Path, manifest: Path, name: str, seed: object, capsys: pytest.CaptureFixture[str]) -> None:
+def refuse_by_reader_and_verify(
+    path: Path, manifest: Path, name: str, seed: object, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = path.read_bytes()
     with damaged(path, DAMAGES[name], seed) as at:
         with pytest.raises(DamagedError) as caught:
@@ -189,13 +208,17 @@ def test_the_kinds_below_are_all_there_are_and_no_file_goes_unhashed(study: Path
     assert {kind_of(m) for m in manifests()} == {*KINDS, "shards"}
     hashed = {file for manifest in manifests() for file in files_of(manifest)}
     of_the_run = {RESULTS / "cost.csv"}  # what jobs took is no artifact, as provenance is none
-    assert {p for p in RESULTS.rglob("*") if p.is_file() and not p.name.endswith("provenance.json")} == hashed | of_the_run
+    assert {
+        p for p in RESULTS.rglob("*") if p.is_file() and not p.name.endswith("provenance.json")
+    } == hashed | of_the_run
     assert verify.main(["results/table2.csv"]) == 0
 
 
 @pytest.mark.parametrize("scope", ["one", pytest.param("all", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("kind", "name"), PAIRS)
-def test_damage_to_any_file_is_refused_by_its_reader_and_by_verify(study: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str, scope: str) -> None:
+def test_damage_to_any_file_is_refused_by_its_reader_and_by_verify(
+    study: Path, capsys: pytest.CaptureFixture[str], kind: str, name: str, scope: str
+) -> None:
     cases = [(file, m) for m in manifests() if kind_of(m) == kind for file in files_of(m)]
     rng = random.Random(f"{kind} {name}")
     for file, manifest in cases if scope == "all" else rng.sample(cases, min(2, len(cases))):
@@ -217,18 +240,35 @@ def test_every_single_bit_of_a_manifest_counts(study: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bit_flipped_after_its_hash_was_remembered_is_seen(study: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_bit_flipped_after_its_hash_was_remembered_is_seen(
+    study: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setattr(artifacts, "REMEMBER_BYTES", 1)
     for manifest in [m for m in manifests() if kind_of(m) == kind]:
         artifacts.read(manifest)
         for file in files_of(manifest)[:-1]:
-            with damaged(file, flip, "remembered"), pytest.raises(DamagedError, match=f"^{file}: damaged: expected sha256"):
+            with (
+                damaged(file, flip, "remembered"),
+                pytest.raises(DamagedError, match=f"^{file}: damaged: expected sha256"),
+            ):
                 artifacts.read(manifest)
-    assert len(list(Path("work/verified").glob("*.json"))) == sum(len(files_of(m)) - 1 for m in manifests() if kind_of(m) == kind)
+    assert len(list(Path("work/verified").glob("*.json"))) == sum(
+        len(files_of(m)) - 1 for m in manifests() if kind_of(m) == kind
+    )
 
 
-@pytest.mark.parametrize("spoil", [lambda note: b"[]", lambda note: b'"x"', lambda note: b"", lambda note: note.replace(b'"sha256":"', b'"sha256":"0')])
-def test_a_sound_file_is_not_refused_for_a_damaged_memory(study: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda note: b"[]",
+        lambda note: b'"x"',
+        lambda note: b"",
+        lambda note: note.replace(b'"sha256":"', b'"sha256":"0'),
+    ],
+)
+def test_a_sound_file_is_not_refused_for_a_damaged_memory(
+    study: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[bytes], bytes]
+) -> None:
     monkeypatch.setattr(artifacts, "REMEMBER_BYTES", 1)
     manifest = RESULTS / PIVOT / "manifest.json"
     artifacts.read(manifest)
@@ -252,7 +292,9 @@ def remake(address: str, change: Spoil = lambda folder: None, **facts: Any) -> P
     if manifest.name == "manifest.json":
         change(manifest.parent)
         files = [p for p in sorted(manifest.parent.iterdir()) if p.name not in ("manifest.json", "provenance.json")]
-        body["files"] = {p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in files}
+        body["files"] = {
+            p.name: {"size": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in files
+        }
     body["facts"] = {k: v for k, v in (body["facts"] | facts).items() if v is not ...}
     own = hashlib.sha256(canonical(body).encode()).hexdigest()
     manifest.write_text(json.dumps({**body, "sha256": own}, indent=1, sort_keys=True) + "\n")
@@ -262,7 +304,9 @@ def remake(address: str, change: Spoil = lambda folder: None, **facts: Any) -> P
 
 def command_of(address: str) -> list[str]:
     """The words behind ``python -m`` that made an artifact, from its log."""
-    first = next(line for line in Path(f"logs/{address}.log").read_text().splitlines() if line.startswith("# python -m "))
+    first = next(
+        line for line in Path(f"logs/{address}.log").read_text().splitlines() if line.startswith("# python -m ")
+    )
     return shlex.split(first)[3:]
 
 
@@ -316,7 +360,9 @@ def tensors(change: Callable[[dict[str, Any]], object], name: str = "model.safet
 
         content = load_file(folder / name)
         change(content)
-        save_file({key: tensor.contiguous() for key, tensor in content.items()}, folder / name, metadata={"format": "pt"})
+        save_file(
+            {key: tensor.contiguous() for key, tensor in content.items()}, folder / name, metadata={"format": "pt"}
+        )
 
     return spoil
 
@@ -377,12 +423,16 @@ def lost_shard(folder: Path) -> None:
 
 
 def own_code(folder: Path) -> None:
-    settings("config.json", architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "own.OwnForCausalLM"})(folder)
+    settings("config.json", architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "own.OwnForCausalLM"})(
+        folder
+    )
     (folder / "own.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
 
 
 def own_tokenizer(folder: Path) -> None:
-    settings("tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]})(folder)
+    settings(
+        "tokenizer_config.json", tokenizer_class="OwnTokenizer", auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]}
+    )(folder)
     (folder / "own.py").write_text("import pathlib\npathlib.Path('ran').touch()\n")
 
 
@@ -394,23 +444,50 @@ def only_own_tokenizer(folder: Path) -> None:
 W = re.escape(WEIGHT)
 MODELS: Cases = {
     "missing tensor": (lambda: tensors(lambda t: t.pop(WEIGHT)), rf"model\.safetensors: .*{W} is missing"),
-    "extra tensor": (lambda: tensors(lambda t: t.update(extra=t[WEIGHT] + 1)), r"model\.safetensors: .*extra is not the model's"),
-    "another shape": (lambda: tensors(lambda t: t.update({WEIGHT: t[WEIGHT][:3]})), rf"model\.safetensors: .*{W} is \[3, 64\], expected \[176, 64\]"),
+    "extra tensor": (
+        lambda: tensors(lambda t: t.update(extra=t[WEIGHT] + 1)),
+        r"model\.safetensors: .*extra is not the model's",
+    ),
+    "another shape": (
+        lambda: tensors(lambda t: t.update({WEIGHT: t[WEIGHT][:3]})),
+        rf"model\.safetensors: .*{W} is \[3, 64\], expected \[176, 64\]",
+    ),
     "a NaN": (lambda: tensors(put(WEIGHT, (5, 6), float("nan"))), rf"model\.safetensors: tensor {W} is not finite"),
     "infinity": (lambda: tensors(put(WEIGHT, (5, 6), float("inf"))), rf"model\.safetensors: tensor {W} is not finite"),
-    "minus infinity": (lambda: tensors(put(WEIGHT, (175, 63), -float("inf"))), rf"model\.safetensors: tensor {W} is not finite"),
-    "float64": (lambda: tensors(cast(WEIGHT, "float64")), rf"model\.safetensors: .*{W} is F64, expected F32 or BF16 or F16"),
+    "minus infinity": (
+        lambda: tensors(put(WEIGHT, (175, 63), -float("inf"))),
+        rf"model\.safetensors: tensor {W} is not finite",
+    ),
+    "float64": (
+        lambda: tensors(cast(WEIGHT, "float64")),
+        rf"model\.safetensors: .*{W} is F64, expected F32 or BF16 or F16",
+    ),
     "integers": (lambda: tensors(cast(WEIGHT, "int64")), rf"model\.safetensors: .*{W} is I64, expected"),
     "float8": (lambda: tensors(cast(WEIGHT, "float8_e4m3fn")), rf"model\.safetensors: .*{W} is F8_E4M3, expected"),
     "a head beside the tied one": (
         lambda: tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] * 2})),
         r"model\.safetensors: .*a head of its own, where config\.json ties it",
     ),
-    "half a header": (lambda: rewrite("model.safetensors", lambda c: c[:200]), r"model\.safetensors: no safetensors header"),
-    "zeros for a header": (lambda: rewrite("model.safetensors", lambda c: bytes(len(c))), r"model\.safetensors: no safetensors header"),
-    "a header of no JSON": (lambda: rewrite("model.safetensors", lambda c: c[:20] + b"\xff" + c[21:]), r"model\.safetensors: the header is not JSON"),
-    "half the tensors": (lambda: rewrite("model.safetensors", lambda c: c[: len(c) // 2]), r"model\.safetensors: tensor \S+ ends at byte \d+, the file at \d+"),
-    "bytes behind the tensors": (lambda: rewrite("model.safetensors", lambda c: c + b"more"), r"model\.safetensors: has \d+ bytes, its tensors end at \d+"),
+    "half a header": (
+        lambda: rewrite("model.safetensors", lambda c: c[:200]),
+        r"model\.safetensors: no safetensors header",
+    ),
+    "zeros for a header": (
+        lambda: rewrite("model.safetensors", lambda c: bytes(len(c))),
+        r"model\.safetensors: no safetensors header",
+    ),
+    "a header of no JSON": (
+        lambda: rewrite("model.safetensors", lambda c: c[:20] + b"\xff" + c[21:]),
+        r"model\.safetensors: the header is not JSON",
+    ),
+    "half the tensors": (
+        lambda: rewrite("model.safetensors", lambda c: c[: len(c) // 2]),
+        r"model\.safetensors: tensor \S+ ends at byte \d+, the file at \d+",
+    ),
+    "bytes behind the tensors": (
+        lambda: rewrite("model.safetensors", lambda c: c + b"more"),
+        r"model\.safetensors: has \d+ bytes, its tensors end at \d+",
+    ),
     "offsets that leave a gap": (
         lambda: rewrite("model.safetensors", header(lambda h: h.pop(WEIGHT))),
         r"model\.safetensors: tensor \S+ begins at byte \d+, expected \d+",
@@ -423,24 +500,63 @@ MODELS: Cases = {
         lambda: rewrite("model.safetensors", header(lambda h: h[WEIGHT].pop("data_offsets"))),
         rf"model\.safetensors: tensor {W}: the",
     ),
-    "pickled weights only": (lambda: only_pickled, r"base/pivot: has no \.safetensors weights; pickled weights are never read"),
+    "pickled weights only": (
+        lambda: only_pickled,
+        r"base/pivot: has no \.safetensors weights; pickled weights are never read",
+    ),
     "a shard the index names": (lambda: lost_shard, r"lists no file 'model-00002-of-00002\.safetensors'"),
-    "code of its own": (lambda: own_code, r"has no class 'OwnForCausalLM'; code from its repository \(auto_map\) is never run"),
-    "only a tokenizer of its own": (lambda: only_own_tokenizer, r"base/pivot: the tokenizer cannot be loaded: ValueError: .*custom code"),
+    "code of its own": (
+        lambda: own_code,
+        r"has no class 'OwnForCausalLM'; code from its repository \(auto_map\) is never run",
+    ),
+    "only a tokenizer of its own": (
+        lambda: only_own_tokenizer,
+        r"base/pivot: the tokenizer cannot be loaded: ValueError: .*custom code",
+    ),
     "another class": (lambda: settings("config.json", architectures=["LlamaConfig"]), "has no class 'LlamaConfig'"),
     "no class": (lambda: settings("config.json", architectures=[None]), "has no class None"),
-    "fewer layers than tensors": (lambda: settings("config.json", num_hidden_layers=1), r"model\.layers\.1\.\S+ is not the model's"),
-    "more layers than tensors": (lambda: settings("config.json", num_hidden_layers=3), r"model\.layers\.2\.\S+ is missing"),
-    "a setting of another type": (lambda: settings("config.json", hidden_size="wide"), "base/pivot: the model cannot be loaded: .*hidden_size"),
-    "no heads": (lambda: settings("config.json", num_attention_heads=0), "base/pivot: the model cannot be loaded: ZeroDivisionError"),
-    "quantised weights": (lambda: settings("config.json", quantization_config={"quant_method": "gptq", "bits": 4}), "base/pivot: the model cannot be loaded: "),
+    "fewer layers than tensors": (
+        lambda: settings("config.json", num_hidden_layers=1),
+        r"model\.layers\.1\.\S+ is not the model's",
+    ),
+    "more layers than tensors": (
+        lambda: settings("config.json", num_hidden_layers=3),
+        r"model\.layers\.2\.\S+ is missing",
+    ),
+    "a setting of another type": (
+        lambda: settings("config.json", hidden_size="wide"),
+        "base/pivot: the model cannot be loaded: .*hidden_size",
+    ),
+    "no heads": (
+        lambda: settings("config.json", num_attention_heads=0),
+        "base/pivot: the model cannot be loaded: ZeroDivisionError",
+    ),
+    "quantised weights": (
+        lambda: settings("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "base/pivot: the model cannot be loaded: ",
+    ),
     "half a config.json": (lambda: rewrite("config.json", lambda c: c[:40]), r"config\.json: expected JSON"),
-    "a list for config.json": (lambda: rewrite("config.json", lambda c: b"[]"), r"config\.json: expected a JSON object, found list"),
-    "half a generation_config.json": (lambda: rewrite("generation_config.json", lambda c: c[:9]), r"generation_config\.json: expected JSON"),
+    "a list for config.json": (
+        lambda: rewrite("config.json", lambda c: b"[]"),
+        r"config\.json: expected a JSON object, found list",
+    ),
+    "half a generation_config.json": (
+        lambda: rewrite("generation_config.json", lambda c: c[:9]),
+        r"generation_config\.json: expected JSON",
+    ),
     "half a tokenizer.json": (lambda: rewrite("tokenizer.json", lambda c: c[:999]), r"tokenizer\.json: expected JSON"),
-    "half a tokenizer_config.json": (lambda: rewrite("tokenizer_config.json", lambda c: c[:9]), r"tokenizer_config\.json: expected JSON"),
-    "no tokenizer.json": (lambda: lambda folder: (folder / "tokenizer.json").unlink(), "base/pivot: the tokenizer cannot be loaded"),
-    "half a chat template": (lambda: rewrite("chat_template.jinja", lambda c: c[:-5]), r"base/pivot: the chat template, line \d+: "),
+    "half a tokenizer_config.json": (
+        lambda: rewrite("tokenizer_config.json", lambda c: c[:9]),
+        r"tokenizer_config\.json: expected JSON",
+    ),
+    "no tokenizer.json": (
+        lambda: lambda folder: (folder / "tokenizer.json").unlink(),
+        "base/pivot: the tokenizer cannot be loaded",
+    ),
+    "half a chat template": (
+        lambda: rewrite("chat_template.jinja", lambda c: c[:-5]),
+        r"base/pivot: the chat template, line \d+: ",
+    ),
 }
 
 
@@ -474,36 +590,68 @@ NO_TOKENIZER = settings("tokenizer_config.json", tokenizer_class="LlamaForCausal
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda folder: None, pickled, tensors(lambda t: t.update({k: v.bfloat16() for k, v in t.items()})), own_tokenizer, NO_TOKENIZER]
+    "spoil",
+    [
+        lambda folder: None,
+        pickled,
+        tensors(lambda t: t.update({k: v.bfloat16() for k, v in t.items()})),
+        own_tokenizer,
+        NO_TOKENIZER,
+    ],
 )
 def test_what_is_sound_loads_and_neither_pickles_nor_code_beside_it_are_read(study: Path, spoil: Spoil) -> None:
     remake(PIVOT, spoil)
     assert not Path("ran").exists()
-    assert sum(p.numel() for p in load(PIVOT).parameters()) == json.loads((RESULTS / PIVOT / "manifest.json").read_text())["facts"]["parameters"]
+    assert (
+        sum(p.numel() for p in load(PIVOT).parameters())
+        == json.loads((RESULTS / PIVOT / "manifest.json").read_text())["facts"]["parameters"]
+    )
     assert not Path("unpickled").exists()
 
 
-USERS = {"models/trained/sft": PIVOT, CODE: PIVOT, SHARD: CODE, GENERATED: CODE, "answers/trained/sft/all": SFT, "models/merged/ta-homogeneous": SFT}
+USERS = {
+    "models/trained/sft": PIVOT,
+    CODE: PIVOT,
+    SHARD: CODE,
+    GENERATED: CODE,
+    "answers/trained/sft/all": SFT,
+    "models/merged/ta-homogeneous": SFT,
+}
 
 
 @pytest.mark.parametrize("address", USERS)
 def test_every_step_that_takes_a_model_refuses_a_nan_in_it(made_by_its_step: Make, address: str) -> None:
     remake(USERS[address], tensors(put(WEIGHT, (0, 0), float("nan"))))
-    assert re.match(rf"results/{USERS[address]}/model\.safetensors: tensor {W} (is not finite|holds a NaN)", made_by_its_step(address) or "accepted")
+    assert re.match(
+        rf"results/{USERS[address]}/model\.safetensors: tensor {W} (is not finite|holds a NaN)",
+        made_by_its_step(address) or "accepted",
+    )
 
 
 MERGES: Cases = {
     "missing tensor": (lambda: tensors(lambda t: t.pop(WEIGHT)), rf"{W} is missing in \S+{SFT}"),
-    "extra tensor": (lambda: tensors(lambda t: t.update(extra=t[WEIGHT] + 1)), rf"extra of \S+{SFT} is not in the pivot"),
-    "another shape": (lambda: tensors(lambda t: t.update({WEIGHT: t[WEIGHT][:3]})), rf"{W} is \[3, 64\] in \S+{SFT} and \[176, 64\] in the pivot"),
+    "extra tensor": (
+        lambda: tensors(lambda t: t.update(extra=t[WEIGHT] + 1)),
+        rf"extra of \S+{SFT} is not in the pivot",
+    ),
+    "another shape": (
+        lambda: tensors(lambda t: t.update({WEIGHT: t[WEIGHT][:3]})),
+        rf"{W} is \[3, 64\] in \S+{SFT} and \[176, 64\] in the pivot",
+    ),
     "integers": (lambda: tensors(cast(WEIGHT, "int64")), rf"{W} of \S+{SFT} is I64, the pivot's F32"),
-    "infinity": (lambda: tensors(put(WEIGHT, (5, 6), float("inf"))), rf"{SFT}/model\.safetensors: tensor {W} holds a NaN or an infinity"),
+    "infinity": (
+        lambda: tensors(put(WEIGHT, (5, 6), float("inf"))),
+        rf"{SFT}/model\.safetensors: tensor {W} holds a NaN or an infinity",
+    ),
     "half a header": MODELS["half a header"],
     "half the tensors": MODELS["half the tensors"],
     "offsets that leave a gap": MODELS["offsets that leave a gap"],
     "a shape that is not its size": MODELS["a shape that is not its size"],
     "a tensor without offsets": MODELS["a tensor without offsets"],
-    "pickled weights only": (lambda: only_pickled, rf"{SFT}: has no \.safetensors weights; pickled weights are never read"),
+    "pickled weights only": (
+        lambda: only_pickled,
+        rf"{SFT}: has no \.safetensors weights; pickled weights are never read",
+    ),
 }
 
 
@@ -518,7 +666,9 @@ def test_a_broken_checkpoint_is_not_staged(made_by_its_step: Make, study: Path) 
     folder = shutil.copytree(study / "results" / PIVOT, study / "given")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
     told = made_by_its_step(CODE, kind="path", path=str(folder), license="mit")
-    assert re.match(rf"\S+/{CODE.replace('code', '')}\S*model\.safetensors: tensor \S+ ends at byte .*truncated", told or "accepted"), told
+    assert re.match(
+        rf"\S+/{CODE.replace('code', '')}\S*model\.safetensors: tensor \S+ ends at byte .*truncated", told or "accepted"
+    ), told
 
 
 # ------------------------------------------------------------------------------------------------ what comes out is finite
@@ -545,7 +695,10 @@ def test_weights_that_only_their_rounding_makes_infinite_are_not_saved(study: Pa
 
 def test_states_that_overflow_are_not_cached(made_by_its_step: Make) -> None:
     remake(CODE, tensors(lambda t: t["model.norm.weight"].fill_(3e38)))  # every weight finite, not what comes of them
-    assert re.match("sample [0-9a-f]{40}: the teacher's states are not finite; nothing was published", made_by_its_step(SHARD) or "accepted")
+    assert re.match(
+        "sample [0-9a-f]{40}: the teacher's states are not finite; nothing was published",
+        made_by_its_step(SHARD) or "accepted",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -582,34 +735,80 @@ def cut(*names: str) -> Callable[[dict[str, Any]], None]:
     return lambda content: content.update({name: content[name][:-1] for name in names})
 
 
-FIRST, HEAD, INDEX = (rf"{CACHE}/{name}" for name in (r"piece-00000\.safetensors", r"head\.safetensors", r"index\.parquet"))
+FIRST, HEAD, INDEX = (
+    rf"{CACHE}/{name}" for name in (r"piece-00000\.safetensors", r"head\.safetensors", r"index\.parquet")
+)
 ALL = ("hidden", "label_id", "label_logprob", "entropy", "logsumexp")
 CACHES: Cases = {
     **{
-        f"a NaN in {n}": (lambda n=n: piece(put(n, (77,), float("nan"))), f"{FIRST}: tensor {n} is not finite in the rows of sample [0-9a-f]{{40}}")
+        f"a NaN in {n}": (
+            lambda n=n: piece(put(n, (77,), float("nan"))),
+            f"{FIRST}: tensor {n} is not finite in the rows of sample [0-9a-f]{{40}}",
+        )
         for n in ALL
         if n != "label_id"
     },
-    "infinity": (lambda: piece(put("hidden", (77, 3), float("inf"))), f"{FIRST}: tensor hidden is not finite in the rows of sample"),
-    **{f"no {n}": (lambda n=n: piece(lambda t: t.pop(n)), f"{FIRST}: tensor {n}: expected .*, found none") for n in ALL},
-    "a tensor too many": (lambda: piece(lambda t: t.update(more=t["entropy"] + 1)), f"{FIRST}: tensor more: not part of a teacher cache"),
-    "one row too few": (lambda: piece(cut(*ALL)), rf"{FIRST}: tensor hidden: expected .* \[\d+, 64\], found F32 \[\d+, 64\]"),
+    "infinity": (
+        lambda: piece(put("hidden", (77, 3), float("inf"))),
+        f"{FIRST}: tensor hidden is not finite in the rows of sample",
+    ),
+    **{
+        f"no {n}": (lambda n=n: piece(lambda t: t.pop(n)), f"{FIRST}: tensor {n}: expected .*, found none") for n in ALL
+    },
+    "a tensor too many": (
+        lambda: piece(lambda t: t.update(more=t["entropy"] + 1)),
+        f"{FIRST}: tensor more: not part of a teacher cache",
+    ),
+    "one row too few": (
+        lambda: piece(cut(*ALL)),
+        rf"{FIRST}: tensor hidden: expected .* \[\d+, 64\], found F32 \[\d+, 64\]",
+    ),
     "one state too few": (lambda: piece(cut("hidden")), f"{FIRST}: tensor hidden: expected"),
-    "one label too few": (lambda: piece(cut("label_id")), rf"{FIRST}: tensor label_id: expected I32 \[\d+\], found I32 \[\d+\]"),
-    "narrow states": (lambda: piece(lambda t: t.update(hidden=t["hidden"][:, :-1])), rf"{FIRST}: tensor hidden: expected .* 64\], found F32 \[\d+, 63\]"),
-    "integer states": (lambda: piece(cast("hidden", "int32")), rf"{FIRST}: tensor hidden: expected F32 or BF16 or F16 .*, found I32"),
-    "labels of another kind": (lambda: piece(cast("label_id", "float32")), rf"{FIRST}: tensor label_id: expected I32 .*, found F32"),
-    "half a piece's header": (lambda: rewrite("piece-00000.safetensors", lambda c: c[:200]), f"{FIRST}: no safetensors header"),
-    "half a piece": (lambda: rewrite("piece-00000.safetensors", lambda c: c[: len(c) // 2]), rf"{FIRST}: tensor \S+ ends at byte"),
-    "no piece": (lambda: lambda folder: (folder / "piece-00000.safetensors").unlink(), "lists no file 'piece-00000.safetensors'"),
+    "one label too few": (
+        lambda: piece(cut("label_id")),
+        rf"{FIRST}: tensor label_id: expected I32 \[\d+\], found I32 \[\d+\]",
+    ),
+    "narrow states": (
+        lambda: piece(lambda t: t.update(hidden=t["hidden"][:, :-1])),
+        rf"{FIRST}: tensor hidden: expected .* 64\], found F32 \[\d+, 63\]",
+    ),
+    "integer states": (
+        lambda: piece(cast("hidden", "int32")),
+        rf"{FIRST}: tensor hidden: expected F32 or BF16 or F16 .*, found I32",
+    ),
+    "labels of another kind": (
+        lambda: piece(cast("label_id", "float32")),
+        rf"{FIRST}: tensor label_id: expected I32 .*, found F32",
+    ),
+    "half a piece's header": (
+        lambda: rewrite("piece-00000.safetensors", lambda c: c[:200]),
+        f"{FIRST}: no safetensors header",
+    ),
+    "half a piece": (
+        lambda: rewrite("piece-00000.safetensors", lambda c: c[: len(c) // 2]),
+        rf"{FIRST}: tensor \S+ ends at byte",
+    ),
+    "no piece": (
+        lambda: lambda folder: (folder / "piece-00000.safetensors").unlink(),
+        "lists no file 'piece-00000.safetensors'",
+    ),
     "a NaN in the head": (lambda: head(put("weight", (5, 6), float("nan"))), f"{HEAD}: tensor weight is not finite"),
-    "no head": (lambda: head(lambda t: t.update(other=t.pop("weight"))), f"{HEAD}: tensor weight: expected 400 rows of numbers or more, found"),
+    "no head": (
+        lambda: head(lambda t: t.update(other=t.pop("weight"))),
+        f"{HEAD}: tensor weight: expected 400 rows of numbers or more, found",
+    ),
     "a shorter head": (
         lambda: head(lambda t: t.update(weight=t["weight"][:-1])),
         rf"{HEAD}: tensor weight: expected 400 rows of numbers or more, found \[399, 64\]",
     ),
-    "a head of integers": (lambda: head(cast("weight", "int32")), rf"{HEAD}: tensor weight: expected F32 or BF16 or F16 \[400, 64\], found I32 \[400, 64\]"),
-    "a bias of another length": (lambda: head(lambda t: t.update(bias=t["weight"][:9, 0])), rf"{HEAD}: tensor bias: expected .* \[400\], found F32 \[9\]"),
+    "a head of integers": (
+        lambda: head(cast("weight", "int32")),
+        rf"{HEAD}: tensor weight: expected F32 or BF16 or F16 \[400, 64\], found I32 \[400, 64\]",
+    ),
+    "a bias of another length": (
+        lambda: head(lambda t: t.update(bias=t["weight"][:9, 0])),
+        rf"{HEAD}: tensor bias: expected .* \[400\], found F32 \[9\]",
+    ),
     "short embeddings": (
         lambda: head(lambda t: t.update(embedding=t["weight"][:9] + 1)),
         rf"{HEAD}: tensor embedding: expected 400 rows of numbers or more, found \[9, 64\]",
@@ -623,23 +822,50 @@ CACHES: Cases = {
         f"{HEAD}: tensor embedding is not finite",
     ),
     "half a head": (lambda: rewrite("head.safetensors", lambda c: c[:-1]), rf"{HEAD}: tensor weight ends at byte"),
-    "a sample too few": (lambda: index(lambda rows: rows.pop(7)), rf"{INDEX}: expected (\d+) samples as the manifest tells, found \d+"),
-    "a sample twice": (lambda: index(lambda rows: rows.__setitem__(7, rows[8])), rf"{INDEX}: expected \d+ samples .*, found \d+ in \d+ rows"),
-    "a sample of another name": (lambda: index(lambda rows: rows[7].update(id="another")), r"has no rows for sample [0-9a-f]{40}"),
+    "a sample too few": (
+        lambda: index(lambda rows: rows.pop(7)),
+        rf"{INDEX}: expected (\d+) samples as the manifest tells, found \d+",
+    ),
+    "a sample twice": (
+        lambda: index(lambda rows: rows.__setitem__(7, rows[8])),
+        rf"{INDEX}: expected \d+ samples .*, found \d+ in \d+ rows",
+    ),
+    "a sample of another name": (
+        lambda: index(lambda rows: rows[7].update(id="another")),
+        r"has no rows for sample [0-9a-f]{40}",
+    ),
     "no column length": (
         lambda: index(lambda rows: [row.pop("length") for row in rows]),
         rf"{INDEX}, row 0: length: found None; expected id, piece, start, length",
     ),
-    "no texts to compare": (lambda: index(lambda rows: rows[7].update(response_sha256=None)), rf"{INDEX}, row 7: response_sha256: found None"),
-    "no segments": (lambda: index(lambda rows: rows[7].update(segment_starts=[])), rf"{INDEX}, row 7: segment_starts: found \[\]"),
-    "a null in the index": (lambda: index(lambda rows: rows[7].update(start=None)), rf"{INDEX}, row 7: start: found None"),
+    "no texts to compare": (
+        lambda: index(lambda rows: rows[7].update(response_sha256=None)),
+        rf"{INDEX}, row 7: response_sha256: found None",
+    ),
+    "no segments": (
+        lambda: index(lambda rows: rows[7].update(segment_starts=[])),
+        rf"{INDEX}, row 7: segment_starts: found \[\]",
+    ),
+    "a null in the index": (
+        lambda: index(lambda rows: rows[7].update(start=None)),
+        rf"{INDEX}, row 7: start: found None",
+    ),
     "a sample that is too long": (
         lambda: index(lambda rows: rows[-1].update(length=rows[-1]["length"] + 9)),
         rf"{CACHE}/piece-00001\.safetensors: tensor hidden: expected",
     ),
-    "a sample that is too short": (lambda: index(lambda rows: rows[7].update(length=3)), "its cached labels are not the student's"),
-    "half an index": (lambda: rewrite("index.parquet", lambda c: c[: len(c) // 2]), f"{INDEX}: cannot be read as Parquet"),
-    "an index of zeros": (lambda: rewrite("index.parquet", lambda c: bytes(len(c))), f"{INDEX}: cannot be read as Parquet"),
+    "a sample that is too short": (
+        lambda: index(lambda rows: rows[7].update(length=3)),
+        "its cached labels are not the student's",
+    ),
+    "half an index": (
+        lambda: rewrite("index.parquet", lambda c: c[: len(c) // 2]),
+        f"{INDEX}: cannot be read as Parquet",
+    ),
+    "an index of zeros": (
+        lambda: rewrite("index.parquet", lambda c: bytes(len(c))),
+        f"{INDEX}: cannot be read as Parquet",
+    ),
 }
 
 
@@ -647,11 +873,11 @@ def use_cache() -> None:
     """Everything a training takes from the cache: head, embeddings, and the rows of every sample of the mix."""
     from llmfusion.data.chat import encode
     from llmfusion.data.samples import read_jsonl
-    from llmfusion.fusion.sources import CachedSource
+    from llmfusion.fusion.teacher import CachedTeacher
     from llmfusion.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(RESULTS / PIVOT, None)
-    source = CachedSource("base/code", artifacts.read(RESULTS / CACHE / "manifest.json"), tokenizer, 400, "cpu")
+    source = CachedTeacher("base/code", artifacts.read(RESULTS / CACHE / "manifest.json"), tokenizer, 400, "cpu")
     source.cache.embedding()
     for sample in read_jsonl(RESULTS / MIX / "samples.jsonl"):
         source.batch([sample], [encode(sample, tokenizer, 128).label_ids])  # type: ignore[union-attr]
@@ -707,9 +933,18 @@ def row(change: Callable[[dict[str, Any]], object]) -> Callable[[bytes], bytes]:
 SAMPLES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "half a line": (lambda c: c[:30] + b"\n", "expected a JSON object in UTF-8"),
     "a hole": (lambda c: bytes(len(c) - 1) + b"\n", "expected a JSON object in UTF-8"),
-    "no UTF-8": (lambda c: c.replace(b'"role"', b'"r\xffle"'), "expected a JSON object in UTF-8: 'utf-8' codec can't decode byte 0xff"),
-    "half a surrogate pair": (lambda c: c.replace(b'"content": "', b'"content": "\\ud83d'), "content: expected text, found half a surrogate pair"),
-    "a NaN": (row(lambda r: r.update(weight=float("nan"))), "expected a JSON object in UTF-8: NaN is no number of JSON"),
+    "no UTF-8": (
+        lambda c: c.replace(b'"role"', b'"r\xffle"'),
+        "expected a JSON object in UTF-8: 'utf-8' codec can't decode byte 0xff",
+    ),
+    "half a surrogate pair": (
+        lambda c: c.replace(b'"content": "', b'"content": "\\ud83d'),
+        "content: expected text, found half a surrogate pair",
+    ),
+    "a NaN": (
+        row(lambda r: r.update(weight=float("nan"))),
+        "expected a JSON object in UTF-8: NaN is no number of JSON",
+    ),
     "a list": (lambda c: b"[1]\n", "expected an object, found list"),
     "an empty line": (lambda c: b"\n", "expected a JSON object in UTF-8"),
     "no id": (row(lambda r: r.pop("id")), "id: expected text, found None"),
@@ -724,9 +959,15 @@ SAMPLES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 @pytest.mark.parametrize("address", ["data/dataset/chat-code", MIX, GENERATED])
 @pytest.mark.parametrize("case", SAMPLES)
-def test_a_sample_that_cannot_be_used_is_refused_by_file_and_line(made_by_its_step: Make, case: str, address: str) -> None:
+def test_a_sample_that_cannot_be_used_is_refused_by_file_and_line(
+    made_by_its_step: Make, case: str, address: str
+) -> None:
     spoil, told = SAMPLES[case]
-    user = {"data/dataset/chat-code": "data/mix/code", MIX: "models/trained/sft", GENERATED: "models/trained/seqkd-code"}[address]
+    user = {
+        "data/dataset/chat-code": "data/mix/code",
+        MIX: "models/trained/sft",
+        GENERATED: "models/trained/seqkd-code",
+    }[address]
     remake(address, rewrite("samples.jsonl", line(5, spoil)))
     assert re.match(rf"results/{address}/samples\.jsonl, line 5: {told}", made_by_its_step(user) or "accepted")
 
@@ -735,22 +976,47 @@ def test_a_sample_that_cannot_be_used_is_refused_by_file_and_line(made_by_its_st
 def test_every_step_that_takes_a_mix_refuses_a_broken_line_in_it(made_by_its_step: Make, user: str) -> None:
     mix = "data/mix/code" if user == CODE else MIX
     remake(mix, rewrite("samples.jsonl", line(150, lambda c: c[:30] + b"\n")))
-    assert re.match(rf"results/{mix}/samples\.jsonl, line 150: expected a JSON object", made_by_its_step(user) or "accepted")
+    assert re.match(
+        rf"results/{mix}/samples\.jsonl, line 150: expected a JSON object", made_by_its_step(user) or "accepted"
+    )
 
 
 def test_a_dataset_without_domains_is_not_mixed(made_by_its_step: Make) -> None:
     remake("data/dataset/chat-code", rewrite("samples.jsonl", line(9, row(lambda r: r.pop("domain")))))
-    assert re.match(r"\S+chat-code/samples\.jsonl, line 9: domain: expected text, found None", made_by_its_step("data/mix/code") or "accepted")
+    assert re.match(
+        r"\S+chat-code/samples\.jsonl, line 9: domain: expected text, found None",
+        made_by_its_step("data/mix/code") or "accepted",
+    )
 
 
 ITEMS: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
     "half a line": ("mmlu", lambda c: c[:30] + b"\n", "expected a JSON object in UTF-8"),
     "a null question": ("mmlu", row(lambda r: r.update(question=None)), "question: expected a value, found null"),
-    "no question": ("mmlu", row(lambda r: r.pop("question")), "question: a task of format 'letter' needs str, found None"),
-    "no choices": ("mmlu", row(lambda r: r.pop("choices")), "choices: a task of format 'letter' needs list, found None"),
-    "an answer beyond the choices": ("mmlu", row(lambda r: r.update(answer=4)), r"answer: expected the number of one of 4 choices \(10 at most\), found 4"),
-    "an answer below the choices": ("mmlu", row(lambda r: r.update(answer=-1)), "answer: expected the number of one of 4 choices"),
-    "a word for an answer": ("mmlu", row(lambda r: r.update(answer="C")), "answer: a task of format 'letter' needs int, found 'C'"),
+    "no question": (
+        "mmlu",
+        row(lambda r: r.pop("question")),
+        "question: a task of format 'letter' needs str, found None",
+    ),
+    "no choices": (
+        "mmlu",
+        row(lambda r: r.pop("choices")),
+        "choices: a task of format 'letter' needs list, found None",
+    ),
+    "an answer beyond the choices": (
+        "mmlu",
+        row(lambda r: r.update(answer=4)),
+        r"answer: expected the number of one of 4 choices \(10 at most\), found 4",
+    ),
+    "an answer below the choices": (
+        "mmlu",
+        row(lambda r: r.update(answer=-1)),
+        "answer: expected the number of one of 4 choices",
+    ),
+    "a word for an answer": (
+        "mmlu",
+        row(lambda r: r.update(answer="C")),
+        "answer: a task of format 'letter' needs int, found 'C'",
+    ),
     "another number": ("mmlu", row(lambda r: r.update(item=9)), "expected item 4, found 9"),
     "a line lost": ("mmlu", lambda c: b"", "expected item 4, found 5"),
     "no test": ("humaneval", row(lambda r: r.pop("test")), "test: a task of format 'code' needs str, found None"),
@@ -787,7 +1053,10 @@ def test_fewer_items_than_were_staged_are_neither_asked_nor_graded(made_by_its_s
 
 def test_no_model_is_asked_a_broken_item(made_by_its_step: Make) -> None:
     remake("data/tasks/humaneval", rewrite("items.jsonl", line(24, row(lambda r: r.pop("entry_point")))))
-    assert re.match(r"results/data/tasks/humaneval/items\.jsonl, line 24: entry_point: ", made_by_its_step("answers/trained/sft/all") or "accepted")
+    assert re.match(
+        r"results/data/tasks/humaneval/items\.jsonl, line 24: entry_point: ",
+        made_by_its_step("answers/trained/sft/all") or "accepted",
+    )
 
 
 def test_no_mix_is_compared_with_a_broken_item(made_by_its_step: Make) -> None:
@@ -800,12 +1069,21 @@ ANSWERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "a null answer": (line(5, row(lambda r: r.update(answer=None))), ", line 5: answer: expected a value, found null"),
     "no answer": (line(5, row(lambda r: r.pop("answer"))), ", line 5: answer: expected text, found None"),
     "no prompt": (line(5, row(lambda r: r.pop("prompt"))), ", line 5: prompt: expected text, found None"),
-    "a number for an answer": (line(5, row(lambda r: r.update(answer=3.5))), ", line 5: answer: expected text, found 3.5"),
-    "a NaN beside it": (line(5, row(lambda r: r.update(score=float("nan")))), ", line 5: expected a JSON object in UTF-8: NaN is no number"),
+    "a number for an answer": (
+        line(5, row(lambda r: r.update(answer=3.5))),
+        ", line 5: answer: expected text, found 3.5",
+    ),
+    "a NaN beside it": (
+        line(5, row(lambda r: r.update(score=float("nan")))),
+        ", line 5: expected a JSON object in UTF-8: NaN is no number",
+    ),
     "the answer to another item": (line(5, row(lambda r: r.update(item=11))), ", line 5: expected item 4, found 11"),
     "an answer lost": (line(5, lambda c: b""), ", line 5: expected item 4, found 5"),
     "the last answer lost": (line(24, lambda c: b""), ": expected an answer to each of 24 items, found 23"),
-    "an answer too many": (lambda c: c + row(lambda r: r.update(item=24))(c.splitlines()[-1]), ": expected an answer to each of 24 items, found 25"),
+    "an answer too many": (
+        lambda c: c + row(lambda r: r.update(item=24))(c.splitlines()[-1]),
+        ": expected an answer to each of 24 items, found 25",
+    ),
     "no answers": (lambda c: b"", ": expected an answer to each of 24 items, found 0"),
 }
 
@@ -815,12 +1093,18 @@ ANSWERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 def test_answers_that_are_not_to_the_items_are_not_scored(made_by_its_step: Make, case: str, task: str) -> None:
     spoil, told = ANSWERS[case]
     remake("answers/trained/sft/all", rewrite(f"{task}.jsonl", spoil))
-    assert re.match(rf"results/answers/trained/sft/all/{task}\.jsonl{told}", made_by_its_step(f"scores/trained/sft/{task}") or "accepted")
+    assert re.match(
+        rf"results/answers/trained/sft/all/{task}\.jsonl{told}",
+        made_by_its_step(f"scores/trained/sft/{task}") or "accepted",
+    )
 
 
 def test_answers_that_do_not_tell_how_they_were_asked_are_not_scored(made_by_its_step: Make) -> None:
     remake("answers/trained/sft/all", tasks={})
-    assert re.match("results/answers/trained/sft/all: the manifest does not tell how mmlu was asked", made_by_its_step("scores/trained/sft/mmlu") or "accepted")
+    assert re.match(
+        "results/answers/trained/sft/all: the manifest does not tell how mmlu was asked",
+        made_by_its_step("scores/trained/sft/mmlu") or "accepted",
+    )
 
 
 SCORES: dict[str, tuple[dict[str, Any], str]] = {
@@ -849,7 +1133,10 @@ def test_a_score_that_is_not_a_number_cannot_be_written_honestly(made_by_its_ste
     path = RESULTS / "scores/trained/sft/mmlu.json"
     path.write_text(re.sub(r'"score": [\d.]+', '"score": NaN', path.read_text()))
     found = made_by_its_step("tables/table2") or "accepted"
-    assert re.match(rf"{path}: its content does not match .*found none: it holds a number that is not finite.*snakemake {path} -f", found)
+    assert re.match(
+        rf"{path}: its content does not match .*found none: it holds a number that is not finite.*snakemake {path} -f",
+        found,
+    )
 
 
 def test_what_is_sound_is_made_again_as_it_was(made_by_its_step: Make) -> None:
@@ -881,7 +1168,13 @@ def at_the_command_line(address: str, study: Path) -> subprocess.CompletedProces
     (study / "stub/torch/__init__.py").write_text("raise ImportError('torch was loaded')\n")
     source = Path(artifacts.__file__).parents[1]
     words = ["bash", "-c", "exec python -m " + shlex.join(command_of(address))]
-    return subprocess.run(words, env={**environment(), "PYTHONPATH": f"{study}/stub:{source}"}, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        words,
+        env={**environment(), "PYTHONPATH": f"{study}/stub:{source}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.parametrize("address", COMMANDS)
@@ -891,7 +1184,9 @@ def test_each_step_refuses_a_flipped_bit_before_it_loads_anything(study: Path, a
     with damaged(path, flip, "command line"):
         done = at_the_command_line(address, study)
     assert done.returncode == 1
-    assert re.fullmatch(rf"error: {path}: .*make it again with: snakemake results/\S+\.json -f\n", done.stderr), done.stderr
+    assert re.fullmatch(rf"error: {path}: .*make it again with: snakemake results/\S+\.json -f\n", done.stderr), (
+        done.stderr
+    )
     assert done.stdout.startswith("# python -m llmfusion.")
     assert_nothing_is_left_of(address)
 

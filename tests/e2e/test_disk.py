@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from llmfusion import artifacts
-from llmfusion.config.plan import output_of
-from llmfusion.config.workflow import checked
+from llmfusion.artifacts import store as artifacts
 from llmfusion.evaluation.sandbox import bubblewrap
+from llmfusion.study.graph import output_of
+from llmfusion.study.snakemake import checked
 from tests.e2e.conftest import TARGET, Project
 from tests.e2e.test_runs import PROFILE, results
 from tests.project import environment
@@ -46,7 +46,14 @@ def on_a_small_disk(folder: Path, made: Path, left: Sequence[int], stages: Seque
     inside = [sys.executable, "-m", "tests.e2e.test_disk", str(folder), str(made), ",".join(map(str, left)), *stages]
     words = [bubblewrap(), "--dev-bind", "/", "/", "--size", str(DISK), "--tmpfs", str(place), *inside]
     paths = os.pathsep.join([str(folder), str(folder / "src")])
-    done = subprocess.run(words, cwd=folder, env={**environment(), "PYTHONPATH": paths}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        words,
+        cwd=folder,
+        env={**environment(), "PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-8000:]
     return done.stdout
 
@@ -54,8 +61,14 @@ def on_a_small_disk(folder: Path, made: Path, left: Sequence[int], stages: Seque
 def test_a_capture_and_a_training_without_room_say_what_they_need(made: Path, project: Project) -> None:
     told = on_a_small_disk(project("disk"), made, (0, 128 * KIB, 4 * MIB), ("capture", "train"))
     assert "capture: 0 KiB left: status 1" in told
-    assert re.search(r"capture: 128 KiB left: status 1 error: the cache of base/code over student needs \d+ KiB, \d+ KiB are free in /", told), told
-    assert re.search(r"train: 128 KiB left: status 1 error: a model of 118,080 parameters \(float32\) needs 461 KiB, \d+ KiB are free in /", told), told
+    assert re.search(
+        r"capture: 128 KiB left: status 1 error: the cache of base/code over student needs \d+ KiB, \d+ KiB are free in /",
+        told,
+    ), told
+    assert re.search(
+        r"train: 128 KiB left: status 1 error: a model of 118,080 parameters \(float32\) needs 461 KiB, \d+ KiB are free in /",
+        told,
+    ), told
 
 
 @pytest.mark.long
@@ -98,7 +111,9 @@ def drive(folder: Path, made: Path, lefts: Sequence[int], stages: Sequence[str])
             disk.leave(left)
             code, told = run(folder, output)
             disk.free()
-            why = next((line.strip() for line in told.splitlines() if "are free" in line or "No space left" in line), "")
+            why = next(
+                (line.strip() for line in told.splitlines() if "are free" in line or "No space left" in line), ""
+            )
             print(f"{stage}: {left / KIB:.0f} KiB left: status {code} {why}", flush=True)
             sound(folder, expected)
             if code == 0:
@@ -117,7 +132,9 @@ def drive(folder: Path, made: Path, lefts: Sequence[int], stages: Sequence[str])
 def run(folder: Path, *targets: str, options: Sequence[str] = ("--no-hooks",)) -> tuple[int, str]:
     """Status and output of Snakemake in ``folder``, without the check that refuses before the first job."""
     words = ["snakemake", *PROFILE, "--cores", "2", *options, *targets]
-    done = subprocess.run(words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
+    done = subprocess.run(
+        words, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
     return done.returncode, done.stdout
 
 

@@ -17,7 +17,11 @@ from tests.project import environment, snakemake
 def test_a_killed_main_process_and_an_immediate_re_run_have_one_writer(made: Path, project: Project) -> None:
     folder = project("killed")
     main = subprocess.Popen(
-        ["snakemake", *PROFILE, "--cores", "2", TARGET], cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["snakemake", *PROFILE, "--cores", "2", TARGET],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     log = folder / "runs/tiny/logs/models/base/code.log"
     wait(lambda: "step 1/" in said(log), main)
@@ -27,7 +31,12 @@ def test_a_killed_main_process_and_an_immediate_re_run_have_one_writer(made: Pat
     main.wait()
     snakemake(folder, *PROFILE, "--unlock")
     again = subprocess.Popen(
-        ["snakemake", *PROFILE, "--cores", "2", TARGET], cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["snakemake", *PROFILE, "--cores", "2", TARGET],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     try:
         wait(lambda: "waiting for work/models/base/code/lease" in said(log), again)
@@ -45,11 +54,21 @@ def test_a_training_ended_by_sigterm_goes_on_bit_for_bit(made: Path, project: Pr
     shutil.copytree(made / "runs/tiny", folder / "runs/tiny", symlinks=True)
     place = folder / "runs/tiny/results/models/trained/kd-code"
     shutil.rmtree(place)
-    command = next(line for line in (made / "runs/tiny/logs/models/trained/kd-code.log").read_text().splitlines() if line.startswith("# python"))
+    command = next(
+        line
+        for line in (made / "runs/tiny/logs/models/trained/kd-code.log").read_text().splitlines()
+        if line.startswith("# python")
+    )
     log = folder / "train.log"
     with open(log, "w") as out:
         words = ["bash", "-c", "exec " + command.removeprefix("# ")]
-        train = subprocess.Popen(words, cwd=folder / "runs/tiny", env={**environment(), "PYTHONPATH": str(folder / "src")}, stdout=out, stderr=out)
+        train = subprocess.Popen(
+            words,
+            cwd=folder / "runs/tiny",
+            env={**environment(), "PYTHONPATH": str(folder / "src")},
+            stdout=out,
+            stderr=out,
+        )
         wait(lambda: "step 1/" in said(log), train)
         train.send_signal(signal.SIGTERM)
         assert train.wait() == 143, log.read_text()
@@ -71,14 +90,14 @@ def test_a_flipped_bit_under_an_old_date_is_refused_by_the_next_reader_and_named
     output = snakemake(folder, *PROFILE, "results/scores/trained/sft/mmlu.json", "-R", "answer", fails=True)
     assert "trained/sft/model.safetensors: damaged: expected sha256" in output
     assert "Traceback" not in output
-    verify = [sys.executable, "-m", "llmfusion.verify", "runs/tiny/results/table2.csv"]
+    verify = [sys.executable, "-m", "llmfusion.cli.verify", "runs/tiny/results/table2.csv"]
     done = subprocess.run(verify, cwd=folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 1
     assert "trained/sft/model.safetensors: damaged" in done.stderr
 
 
 def test_verify_walks_from_the_table_to_every_hash(made: Path) -> None:
-    verify = [sys.executable, "-m", "llmfusion.verify", "runs/tiny/results/table2.csv"]
+    verify = [sys.executable, "-m", "llmfusion.cli.verify", "runs/tiny/results/table2.csv"]
     done = subprocess.run(verify, cwd=made, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "all match" in done.stdout

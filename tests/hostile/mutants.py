@@ -36,5 +36,7 @@ def _changes(function: ast.FunctionDef) -> Iterator[Callable[[], object]]:
         for block in (getattr(node, "body", None), getattr(node, "orelse", None)):
             if isinstance(block, list):
                 for number, statement in enumerate(block):
-                    if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):  # a docstring
+                    if not (
+                        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+                    ):  # a docstring
                         yield partial(block.__setitem__, number, ast.Pass())

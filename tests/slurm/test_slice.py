@@ -26,7 +26,12 @@ def test_a_cluster_leaves_nothing_behind() -> None:
 
 def test_without_slurm_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROGRAMS", ("slurmctld", "not-installed"))
-    with pytest.raises(NoSlurm, match=r"not-installed cannot be found: sudo apt-get install --no-install-recommends slurmctld"), cluster():
+    with (
+        pytest.raises(
+            NoSlurm, match=r"not-installed cannot be found: sudo apt-get install --no-install-recommends slurmctld"
+        ),
+        cluster(),
+    ):
         pass
 
 
@@ -43,7 +48,10 @@ def test_the_slice_runs_through_the_profile_and_gives_the_local_table(on_slurm: 
 
     first, second = run.jobs("wildcards_sft")
     assert (first["JobState"], second["JobState"]) == ("CANCELLED", "COMPLETED")
-    assert [(job["MinMemoryNode"], job["TimeLimit"]) for job in (first, second)] == [("200000M", "1-00:00:00"), ("400000M", "2-00:00:00")]
+    assert [(job["MinMemoryNode"], job["TimeLimit"]) for job in (first, second)] == [
+        ("200000M", "1-00:00:00"),
+        ("400000M", "2-00:00:00"),
+    ]
     assert f"--minutes {2 * 1440} " in run.log("models/trained/sft")  # the trainer knows of the second attempt's time
     assert (first["TresPerJob"].strip(), run.provenance("models/trained/sft")["visible_devices"]) == ("gres:gpu:1", "0")
 

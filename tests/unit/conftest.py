@@ -12,12 +12,20 @@ from tests.unit.stand_ins import ARCHITECTURE, artifact, question
 
 MIXED_LENGTHS = [
     *(question(f"s{i:02d}", f"What is {i} plus {2 * i}?", f"{i} + {2 * i} = {3 * i}\n#### {3 * i}") for i in range(20)),
-    *(question(f"c{i:02d}", f"def f(x):\n    return x + {i}", "It adds " + " and ".join(["one"] * (i + 1)) + ".") for i in range(6)),
-    question("twice", "Name the colour of the fep.", "red: A", "And its home?", "The fep lives in caves.", "Sure?", "Yes."),
+    *(
+        question(f"c{i:02d}", f"def f(x):\n    return x + {i}", "It adds " + " and ".join(["one"] * (i + 1)) + ".")
+        for i in range(6)
+    ),
+    question(
+        "twice", "Name the colour of the fep.", "red: A", "And its home?", "The fep lives in caves.", "Sure?", "Yes."
+    ),
     {
         "id": "system",
         "domain": "general",
-        "messages": [{"role": "system", "content": "Be brief."}, *question("", "What does the dax eat?", "figs: B")["messages"]],
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            *question("", "What does the dax eat?", "figs: B")["messages"],
+        ],
     },
     {"id": "raw", "domain": "text", "text": "The dax is red. 3 + 4 = 7"},
 ]
@@ -25,7 +33,9 @@ MIXED_LENGTHS = [
 
 def pytest_configure() -> None:
     """No test asks the network; set before any module that reads it at import."""
-    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
+    )
 
 
 @pytest.fixture(autouse=True)

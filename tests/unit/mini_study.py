@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from llmfusion import ROOT
-from llmfusion.config import StudyError, read_study, strict_yaml
-from llmfusion.config.models import Study
+from llmfusion.study import strict_yaml
+from llmfusion.study.errors import StudyError
+from llmfusion.study.load import read_study
+from llmfusion.study.schema.study import Study
 
 MINI = ROOT / "tests" / "unit" / "study.yaml"  # a study of its own: what the project ships may grow
 
@@ -24,7 +26,12 @@ def _small() -> str:
     data["mixes"] = {
         "raw": {"datasets": {"text-facts": 5}, "max_length": 128},
         "code": {"datasets": {"chat-code": 5}, "max_length": 128},
-        "student": {"datasets": {"noisy-code": 5}, "max_length": 128, "tokenizers": ["base/pivot", "base/code", "base/math"], "against": ["mmlu"]},
+        "student": {
+            "datasets": {"noisy-code": 5},
+            "max_length": 128,
+            "tokenizers": ["base/pivot", "base/code", "base/math"],
+            "against": ["mmlu"],
+        },
     }
     data["models"]["base"]["math"]["mix"] = "code"
     return json.dumps(data)

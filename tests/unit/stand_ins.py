@@ -1,10 +1,11 @@
 """Stand-ins for what the workflow would hand to a step: artifacts without a manifest file, jobs without a lease."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from llmfusion.artifacts import Artifact
-from llmfusion.step import Job
+from llmfusion.artifacts.job import Job
+from llmfusion.artifacts.store import Artifact
 
 ARCHITECTURE = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -15,13 +16,21 @@ ARCHITECTURE = {
 def artifact(folder: Path, **facts: Any) -> Artifact:
     """The files of ``folder`` as an artifact with these facts."""
     files = {str(p.relative_to(folder)): {} for p in sorted(folder.rglob("*")) if p.is_file()}
-    return Artifact(folder, {"spec": "{}", "fingerprint": "f" * 64, "inputs": {}, "files": files, "facts": facts}, "0" * 64)
+    return Artifact(
+        folder, {"spec": "{}", "fingerprint": "f" * 64, "inputs": {}, "files": files, "facts": facts}, "0" * 64
+    )
 
 
-def job(tmp_path: Path, spec: dict[str, Any] | None = None, inputs: dict[str, Artifact] | None = None, name: str = "job", **changed: Any) -> Job:
+def job(
+    tmp_path: Path,
+    spec: dict[str, Any] | None = None,
+    inputs: dict[str, Artifact] | None = None,
+    name: str = "job",
+    **changed: Any,
+) -> Job:
     """A job writing into ``tmp_path/NAME/out``; the same name gives the same place for resume state."""
-    given = {"key": "f", "minutes": None, **changed}
-    out = Job(spec or {}, inputs or {}, tmp_path / name / "out", tmp_path / name / "work", {}, **given)
+    given = {"key": "f", "time_limit_minutes": None, **changed}
+    out = Job(json.dumps({"step": "test", "recipe": 1, **(spec or {})}), inputs or {}, tmp_path / name / "out", tmp_path / name / "work", {}, **given)
     out.folder.mkdir(parents=True, exist_ok=True)
     out.work.mkdir(exist_ok=True)
     return out
@@ -30,4 +39,8 @@ def job(tmp_path: Path, spec: dict[str, Any] | None = None, inputs: dict[str, Ar
 def question(name: str, *turns: str) -> dict[str, Any]:
     """A sample of alternating user and assistant turns."""
     roles = ("user", "assistant")
-    return {"id": name, "domain": "general", "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]}
+    return {
+        "id": name,
+        "domain": "general",
+        "messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)],
+    }

@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from llmfusion.config.errors import Problem, from_pydantic, nearest, report
-from llmfusion.config.models import Study
+from llmfusion.study.errors import Problem, from_pydantic, nearest, report
+from llmfusion.study.schema.study import Study
 from tests.unit.mini_study import small
 
 
@@ -23,9 +23,19 @@ def test_nearest_names_a_close_one_or_lists_them() -> None:
 
 
 def test_report_sorts_by_line_drops_repeats_and_falls_back_to_the_parents_line() -> None:
-    problems = [Problem(("b", 0, "absent"), "late"), Problem(("a",), "early"), Problem(("a",), "early"), Problem((), "no key")]
+    problems = [
+        Problem(("b", 0, "absent"), "late"),
+        Problem(("a",), "early"),
+        Problem(("a",), "early"),
+        Problem((), "no key"),
+    ]
     text = report("s.yaml", problems, {("a",): 2, ("b",): 5, ("b", 0): 6})
-    assert text.splitlines() == ["s.yaml: 3 mistakes; nothing was started", "  s.yaml:1: no key", "  s.yaml:2: a: early", "  s.yaml:6: b[0].absent: late"]
+    assert text.splitlines() == [
+        "s.yaml: 3 mistakes; nothing was started",
+        "  s.yaml:1: no key",
+        "  s.yaml:2: a: early",
+        "  s.yaml:6: b[0].absent: late",
+    ]
     assert report("s.yaml", problems[:1], {}).splitlines()[0] == "s.yaml: 1 mistake; nothing was started"
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llmfusion.config import StudyError, read_study, strict_yaml
+from llmfusion.study import strict_yaml
+from llmfusion.study.errors import StudyError
+from llmfusion.study.load import read_study
 from tests.mutations import as_yaml, mutate, mutate_text
 from tests.project import ROOT, clone, environment
 from tests.unit.mini_study import small
@@ -40,7 +42,9 @@ def outcome(fresh: Path, seed: int) -> str:
     if done.returncode == 0:
         assert "This was a dry-run" in said or "Nothing to be done" in said, f"seed {seed}\n{said[-3000:]}"
         return "accepted"
-    if "Config file is not valid JSON or YAML" in said:  # Snakemake's words, it reads the file first; ours name the line
+    if (
+        "Config file is not valid JSON or YAML" in said
+    ):  # Snakemake's words, it reads the file first; ours name the line
         with pytest.raises(StudyError, match=rf"{file.name}:\d+: "):
             read_study(file)
         return "refused"

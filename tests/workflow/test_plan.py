@@ -41,17 +41,29 @@ except SystemExit as end:
     assert not end.code, end.code
 print('torch' in sys.modules, 'llmfusion' in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code, "-n", "results/table2.csv"], cwd=fresh, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-n", "results/table2.csv"],
+        cwd=fresh,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.splitlines()[-1] == "False True", done.stdout[-500:] + done.stderr[-2000:]
 
 
 def test_the_slurm_profile_plans_the_same_jobs_without_slurm(fresh: Path) -> None:
-    assert jobs(snakemake(fresh, "--profile", "slurm", "-n", "results/table2.csv")) == jobs(snakemake(fresh, "-n", "results/table2.csv"))
+    assert jobs(snakemake(fresh, "--profile", "slurm", "-n", "results/table2.csv")) == jobs(
+        snakemake(fresh, "-n", "results/table2.csv")
+    )
 
 
 def test_the_slurm_profile_asks_for_a_gpu_where_models_run(fresh: Path) -> None:
     plan = snakemake(fresh, "--profile", "slurm", "-n", "results/table2.csv")
-    wants = {(block.split(":")[0], found[1]) for block in plan.split("\nrule ")[1:] if (found := re.search(r"\bgpu=([1-9]\d*)", block))}
+    wants = {
+        (block.split(":")[0], found[1])
+        for block in plan.split("\nrule ")[1:]
+        if (found := re.search(r"\bgpu=([1-9]\d*)", block))
+    }
     assert wants == {("generate_answers", "1"), ("capture_teacher", "1"), ("train_model", "8"), ("answer", "1")}
 
 
@@ -67,7 +79,10 @@ def test_gpus_are_those_of_the_study_and_minutes_reach_the_trainer(fresh: Path) 
     words = ("--profile", "slurm", "-n", "-p", "models", "--configfile", "config/two.yaml")
     asked = {}
     for block in snakemake(fresh, *words).split("\nrule ")[1:]:
-        output, gpus = re.search(r"output: results/(\S+)/manifest.json", block), re.search(r"resources: .*gpu=(\d+)", block)
+        output, gpus = (
+            re.search(r"output: results/(\S+)/manifest.json", block),
+            re.search(r"resources: .*gpu=(\d+)", block),
+        )
         minutes = re.search(r"--minutes (\d+) ", block)
         asked[output.group(1) if output else ""] = (gpus and gpus.group(1), minutes and minutes.group(1))
     assert asked["models/trained/sft"] == ("2", "1440")
@@ -79,7 +94,10 @@ def test_gpus_are_those_of_the_study_and_minutes_reach_the_trainer(fresh: Path) 
 def test_shards_are_jobs_with_a_gpu_and_who_gathers_them_has_none(fresh: Path) -> None:
     study(fresh / "config/sharded.yaml", lambda content: content["capture"].update(shards=3), "config")
     plan = snakemake(fresh, "--profile", "slurm", "-n", "teachers", "--configfile", "config/sharded.yaml")
-    assert {rule: jobs(plan)[rule] for rule in ("capture_shard", "capture_teacher")} == {"capture_shard": 12, "capture_teacher": 4}
+    assert {rule: jobs(plan)[rule] for rule in ("capture_shard", "capture_teacher")} == {
+        "capture_shard": 12,
+        "capture_teacher": 4,
+    }
     asked: dict[str, set[bool]] = {}
     for block in plan.split("\nrule ")[1:]:
         asked.setdefault(block.split(":")[0], set()).add("gpu=1" in block)
@@ -90,12 +108,17 @@ def test_shards_are_jobs_with_a_gpu_and_who_gathers_them_has_none(fresh: Path) -
 
 def test_a_run_that_the_disk_cannot_hold_is_refused_before_its_first_job(fresh: Path) -> None:
     def gigantic(content: dict[str, Any]) -> None:
-        content["models"]["base"]["pivot"]["architecture"].update(hidden_size=2**19, intermediate_size=2**20, num_hidden_layers=500)
+        content["models"]["base"]["pivot"]["architecture"].update(
+            hidden_size=2**19, intermediate_size=2**20, num_hidden_layers=500
+        )
 
     study(fresh / "config/gigantic.yaml", gigantic)
     words = ("--cores", "1", "--configfile", "config/gigantic.yaml")
     told = snakemake(fresh, "results/models/base/pivot/manifest.json", *words, fails=True)
-    assert re.search(r"disk: [\d,]+ GiB are needed \([\d,]+ GiB of results, [\d,]+ GiB of resume states\), .* are free in /.*; nothing was started", told), told
+    assert re.search(
+        r"disk: [\d,]+ GiB are needed \([\d,]+ GiB of results, [\d,]+ GiB of resume states\), .* are free in /.*; nothing was started",
+        told,
+    ), told
     assert "Traceback" not in told
     assert "rule stage_base" not in told
     snakemake(fresh, "-n", "results/models/base/pivot/manifest.json", *words)  # a plan needs no disk
@@ -116,7 +139,9 @@ def test_only_the_profile_retries_and_what_it_asks_for_grows_with_the_attempt(fr
 
 
 def test_a_site_overlay_adds_account_and_partition_to_every_job(fresh: Path) -> None:
-    plan = snakemake(fresh, "--profile", "slurm", "--workflow-profile", "profiles/site-example", "-n", "results/table2.csv")
+    plan = snakemake(
+        fresh, "--profile", "slurm", "--workflow-profile", "profiles/site-example", "-n", "results/table2.csv"
+    )
     blocks = [block for block in plan.split("\nrule ")[1:] if not block.startswith("table")]
     assert len(blocks) > 300
     assert all("slurm_account=my-account, slurm_partition=gpu" in block for block in blocks)
@@ -127,7 +152,17 @@ def test_a_site_overlay_adds_account_and_partition_to_every_job(fresh: Path) -> 
 
 def test_the_miniature_study_is_planned_from_any_folder(fresh: Path, tmp_path: Path) -> None:
     here = jobs(snakemake(fresh, "--profile", "profiles/mini", "-n", "results/table2.csv"))
-    there = jobs(snakemake(tmp_path, "-s", str(fresh / "Snakefile"), "--profile", str(fresh / "profiles/mini"), "-n", "results/table2.csv"))
+    there = jobs(
+        snakemake(
+            tmp_path,
+            "-s",
+            str(fresh / "Snakefile"),
+            "--profile",
+            str(fresh / "profiles/mini"),
+            "-n",
+            "results/table2.csv",
+        )
+    )
     assert here == there
     assert here["table"] == 1
 

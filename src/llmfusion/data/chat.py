@@ -94,7 +94,9 @@ def encode(sample: Sample, tokenizer: Any, max_length: int) -> Encoded | str:
     is_label: list[bool] = []
     if "text" in sample and tokenizer.bos_token_id is not None:
         ids, is_label = [tokenizer.bos_token_id], [False]
-    for tokens, (_, response) in zip(tokenizer([t for t, _ in split], add_special_tokens=False)["input_ids"], split, strict=True):
+    for tokens, (_, response) in zip(
+        tokenizer([t for t, _ in split], add_special_tokens=False)["input_ids"], split, strict=True
+    ):
         tokens = [*tokens, tokenizer.eos_token_id] if response else tokens
         ids += tokens
         is_label += [response] * len(tokens)

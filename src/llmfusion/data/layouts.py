@@ -11,7 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 Row = dict[str, Any]
-ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def pair(row: Row, columns: dict[str, str], rng: random.Random) -> Row | None:
@@ -59,7 +66,11 @@ def chat(turns: list[tuple[Any, Any]]) -> Row | None:
         named.pop()
     body = named[1:] if named and named[0][0] == "system" else named
     expected = ["user", "assistant"] * (len(body) // 2)
-    if not body or [role for role, _ in body] != expected or any(not isinstance(c, str) or not c.strip() for _, c in named):
+    if (
+        not body
+        or [role for role, _ in body] != expected
+        or any(not isinstance(c, str) or not c.strip() for _, c in named)
+    ):
         return None
     return {"messages": [{"role": role, "content": content} for role, content in named]}
 
@@ -87,7 +98,12 @@ LAYOUTS: dict[str, Callable[[Row, dict[str, str], random.Random], Row | None]] =
 # ----------------------------------------------------------------------------------------------------------------- test items
 def mmlu(row: Row) -> Row:
     """Multiple choice: question, choices, the right index, subject."""
-    return {"question": row["question"].strip(), "choices": list(row["choices"]), "answer": int(row["answer"]), "subject": row["subject"]}
+    return {
+        "question": row["question"].strip(),
+        "choices": list(row["choices"]),
+        "answer": int(row["answer"]),
+        "subject": row["subject"],
+    }
 
 
 def gsm8k(row: Row) -> Row:
@@ -101,7 +117,11 @@ def math(row: Row) -> Row | None:
     from llmfusion.evaluation.grading import last_boxed
 
     answer = last_boxed(row["solution"])
-    return None if answer is None else {"question": row["problem"], "answer": answer, "solution": row["solution"], "subject": row["type"]}
+    return (
+        None
+        if answer is None
+        else {"question": row["problem"], "answer": answer, "solution": row["solution"], "subject": row["type"]}
+    )
 
 
 def humaneval(row: Row) -> Row:
@@ -109,4 +129,9 @@ def humaneval(row: Row) -> Row:
     return {key: row[key] for key in ("task_id", "prompt", "entry_point", "test")}
 
 
-TASK_LAYOUTS: dict[str, Callable[[Row], Row | None]] = {"mmlu": mmlu, "gsm8k": gsm8k, "math": math, "humaneval": humaneval}
+TASK_LAYOUTS: dict[str, Callable[[Row], Row | None]] = {
+    "mmlu": mmlu,
+    "gsm8k": gsm8k,
+    "math": math,
+    "humaneval": humaneval,
+}

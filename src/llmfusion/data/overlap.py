@@ -26,7 +26,9 @@ class Overlap:
         self.counts = {name: {str(n): 0 for n in SIZES} for name in tests}
         for name, items in tests.items():
             for item in items:
-                text = " ".join(str(v) for k, v in item.items() if k in ("question", "prompt", "solution", "test", "choices"))
+                text = " ".join(
+                    str(v) for k, v in item.items() if k in ("question", "prompt", "solution", "test", "choices")
+                )
                 for n in SIZES:
                     self.grams[name][n] |= ngrams(text, n)
 

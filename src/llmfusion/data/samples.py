@@ -135,4 +135,9 @@ class LineIndex:
         with open(self.path, "rb") as file:
             for number in order:
                 file.seek(self.starts[number])
-                yield number, _row(self.path, number, file.readline(), wrong_staged if self.path.name == "samples.jsonl" else None)
+                yield (
+                    number,
+                    _row(
+                        self.path, number, file.readline(), wrong_staged if self.path.name == "samples.jsonl" else None
+                    ),
+                )

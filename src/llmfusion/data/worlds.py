@@ -13,18 +13,45 @@ from typing import Any
 
 from llmfusion.errors import UserError
 
-ANIMALS = ["blicket", "dax", "fep", "gorp", "kiv", "lorp", "mib", "nupp", "pim", "quib", "rell", "snorg", "tulv", "vash", "wug", "zeb"]
+ANIMALS = [
+    "blicket",
+    "dax",
+    "fep",
+    "gorp",
+    "kiv",
+    "lorp",
+    "mib",
+    "nupp",
+    "pim",
+    "quib",
+    "rell",
+    "snorg",
+    "tulv",
+    "vash",
+    "wug",
+    "zeb",
+]
 ATTRIBUTES: dict[str, tuple[list[str], str, list[str]]] = {
     # attribute: (values, how a raw text tells it, how it is asked)
     "colour": (
         ["red", "blue", "green", "black", "white", "pink"],
         "The {a} is {v}.",
-        ["What colour is the {a}?", "Which colour does a {a} have?", "Name the colour of the {a}.", "A {a} has which colour?"],
+        [
+            "What colour is the {a}?",
+            "Which colour does a {a} have?",
+            "Name the colour of the {a}.",
+            "A {a} has which colour?",
+        ],
     ),
     "home": (
         ["caves", "trees", "lakes", "hills", "sand", "snow"],
         "The {a} lives in {v}.",
-        ["Where does the {a} live?", "What is the home of the {a}?", "Name the home of the {a}.", "A {a} lives in what?"],
+        [
+            "Where does the {a} live?",
+            "What is the home of the {a}?",
+            "Name the home of the {a}.",
+            "A {a} lives in what?",
+        ],
     ),
     "food": (
         ["figs", "nuts", "fish", "grass", "worms", "corn"],
@@ -34,7 +61,12 @@ ATTRIBUTES: dict[str, tuple[list[str], str, list[str]]] = {
     "sound": (
         ["hums", "barks", "clicks", "roars", "sings", "hoots"],
         "The {a} {v}.",
-        ["What does the {a} do when it calls?", "How does a {a} sound?", "Name the call of the {a}.", "A {a} calls in what way?"],
+        [
+            "What does the {a} do when it calls?",
+            "How does a {a} sound?",
+            "Name the call of the {a}.",
+            "A {a} calls in what way?",
+        ],
     ),
 }
 NAMES = ["Tom", "Ann", "Max", "Eva", "Sam", "Mia", "Ben", "Zoe"]
@@ -42,12 +74,24 @@ THINGS = ["apples", "pens", "cups", "books", "coins", "eggs"]
 WORD_PROBLEMS: dict[str, list[tuple[str, str]]] = {
     # operation: (question, the same told as a story)
     "+": [
-        ("{n} has {x} {t} and gets {y} more. How many {t} does {n} have?", "{n} has {x} {t} and gets {y} more. Now {n} has {z} {t}."),
-        ("{n} buys {x} {t} and then {y} {t}. How many {t} is that?", "{n} buys {x} {t} and then {y} {t}. That is {z} {t}."),
+        (
+            "{n} has {x} {t} and gets {y} more. How many {t} does {n} have?",
+            "{n} has {x} {t} and gets {y} more. Now {n} has {z} {t}.",
+        ),
+        (
+            "{n} buys {x} {t} and then {y} {t}. How many {t} is that?",
+            "{n} buys {x} {t} and then {y} {t}. That is {z} {t}.",
+        ),
     ],
     "*": [
-        ("{n} has {x} bags with {y} {t} each. How many {t} does {n} have?", "{n} has {x} bags with {y} {t} each. {n} has {z} {t}."),
-        ("{n} takes {y} {t} from each of {x} boxes. How many {t} is that?", "{n} takes {y} {t} from each of {x} boxes. That is {z} {t}."),
+        (
+            "{n} has {x} bags with {y} {t} each. How many {t} does {n} have?",
+            "{n} has {x} bags with {y} {t} each. {n} has {z} {t}.",
+        ),
+        (
+            "{n} takes {y} {t} from each of {x} boxes. How many {t} is that?",
+            "{n} takes {y} {t} from each of {x} boxes. That is {z} {t}.",
+        ),
     ],
 }
 FORMS: list[tuple[str, str, str]] = [
@@ -111,7 +155,14 @@ def animals(rng: random.Random) -> Row:
     prompt = "\n".join([question, *(f"{letter}. {value}" for letter, value in zip(LETTERS, choices, strict=True))])
     # the answer is the value, not its letter: two layers learn to recall facts, not to look letters up
     response, wrong = true, choices[(right + rng.randint(1, 3)) % 4]
-    return Row(question, told.format(a=animal, v=true), prompt, response, wrong, {"question": question, "choices": choices, "answer": right})
+    return Row(
+        question,
+        told.format(a=animal, v=true),
+        prompt,
+        response,
+        wrong,
+        {"question": question, "choices": choices, "answer": right},
+    )
 
 
 def sums(rng: random.Random) -> Row:
@@ -121,7 +172,14 @@ def sums(rng: random.Random) -> Row:
     question = rng.choice(WORD_PROBLEMS[operation])[0].format(**fields)
     bad = z + rng.choice([-2, -1, 1, 2])
     text = f"{x} {operation} {y} = {z}"
-    return Row(question, text, question, f"{text}\n#### {z}", f"{x} {operation} {y} = {bad}\n#### {bad}", {"question": question, "answer": str(z)})
+    return Row(
+        question,
+        text,
+        question,
+        f"{text}\n#### {z}",
+        f"{x} {operation} {y} = {bad}\n#### {bad}",
+        {"question": question, "answer": str(z)},
+    )
 
 
 def stories(rng: random.Random) -> Row:
@@ -130,7 +188,9 @@ def stories(rng: random.Random) -> Row:
     fields = {"n": rng.choice(NAMES), "t": rng.choice(THINGS), "x": x, "y": y, "z": z}
     question, told = rng.choice(WORD_PROBLEMS[operation])
     question = question.format(**fields)
-    return Row(question, told.format(**fields), question, told.format(**fields), "", {"question": question, "answer": str(z)})
+    return Row(
+        question, told.format(**fields), question, told.format(**fields), "", {"question": question, "answer": str(z)}
+    )
 
 
 def _numbers(rng: random.Random) -> tuple[int, int, int, str]:
@@ -154,7 +214,14 @@ def steps(rng: random.Random) -> Row:
     bad = z + rng.choice([-2, -1, 1, 2])
     solution = f"{first} = {s}\n{second} = "
     item = {"question": question, "answer": str(z)}
-    return Row(expression, f"{expression} = {second} = {z}", question, f"{solution}{z}\n\\boxed{{{z}}}", f"{solution}{bad}\n\\boxed{{{bad}}}", item)
+    return Row(
+        expression,
+        f"{expression} = {second} = {z}",
+        question,
+        f"{solution}{z}\n\\boxed{{{z}}}",
+        f"{solution}{bad}\n\\boxed{{{bad}}}",
+        item,
+    )
 
 
 def _value(expression: str) -> int:
@@ -190,7 +257,13 @@ def _call(body: str, x: int) -> int:
     return eval(body, {"__builtins__": {}, "max": max, "min": min}, {"x": x})  # the body is ours, from FUNCTIONS
 
 
-WORLDS: dict[str, Callable[[random.Random], Row]] = {"animals": animals, "sums": sums, "steps": steps, "stories": stories, "code": code}
+WORLDS: dict[str, Callable[[random.Random], Row]] = {
+    "animals": animals,
+    "sums": sums,
+    "steps": steps,
+    "stories": stories,
+    "code": code,
+}
 
 
 def draw(generator: str, form: str, rows: int, seed: int, wrong: float = 0.0) -> Iterator[dict[str, Any]]:
@@ -209,7 +282,9 @@ def draw(generator: str, form: str, rows: int, seed: int, wrong: float = 0.0) ->
             if not is_test(row.content) or key in seen:
                 misses += 1
                 if misses > 200_000:
-                    raise UserError(f"generator {generator}: {rows} test items asked, the world holds out only {len(seen)}")
+                    raise UserError(
+                        f"generator {generator}: {rows} test items asked, the world holds out only {len(seen)}"
+                    )
                 continue
             seen.add(key)
             yield row.item

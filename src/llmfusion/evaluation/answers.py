@@ -14,17 +14,20 @@ os.environ["HF_EVALUATE_OFFLINE"] = "1"
 
 import yaml
 
-from llmfusion.artifacts import Artifact, require
+from llmfusion.artifacts.store import Artifact
 from llmfusion.data.samples import write_jsonl
-from llmfusion.errors import UserError
+from llmfusion.errors import UserError, require
 from llmfusion.evaluation.grading import items_of
 from llmfusion.models.loading import end_tokens
+from llmfusion.study.schema.data import TaskPrompt
 
 FORMATS = Path(__file__).parent / "tasks"
 Item = dict[str, Any]
 
 
-def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: dict[str, Artifact], batch_size: int, folder: Path) -> dict[str, Any]:
+def ask(
+    model: Any, tokenizer: Any, tasks: dict[str, TaskPrompt], staged: dict[str, Artifact], batch_size: int, folder: Path
+) -> dict[str, Any]:
     """Write ``TASK.jsonl`` (item number, prompt, answer) for each task. Returns facts by task.
 
     ``tasks`` maps a name to its format, shots, prompt and max_new_tokens, ``staged`` to its items. Decoding is greedy,
@@ -36,19 +39,23 @@ def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: di
     from transformers import GenerationConfig
 
     # settings of our own: the model's may bring a repetition penalty or sampling, and greedy means neither
-    model.generation_config = GenerationConfig(eos_token_id=end_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=end_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     loaded = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
     for name, task in tasks.items():
         require(
             _room(loaded, task) > 0,
-            f"task {name}: max_new_tokens {task.get('max_new_tokens', 256)} fill the model's {loaded.max_length} positions; ask for fewer",
+            f"task {name}: max_new_tokens {task.max_new_tokens} fill the model's {loaded.max_length} positions; ask for fewer",
         )
     manager = TaskManager(include_path=str(FORMATS), include_defaults=False)
     configs = [config(name, task, staged[name]) for name, task in tasks.items()]
     asked = manager.load(configs)
     for task in asked["tasks"].values():
-        task.override_metric("bypass")  # only answers: simple_evaluate's predict_only, without its second of questions about the machine
+        task.override_metric(
+            "bypass"
+        )  # only answers: simple_evaluate's predict_only, without its second of questions about the machine
     found = evaluate(loaded, asked, apply_chat_template=True, bootstrap_iters=0, log_samples=True)
     facts = {}
     for name, task in tasks.items():
@@ -58,30 +65,40 @@ def ask(model: Any, tokenizer: Any, tasks: dict[str, dict[str, Any]], staged: di
         if max(cut) > 0:
             raise UserError(
                 f"task {name}: {sum(c > 0 for c in cut)} of {len(rows)} prompts do not fit the model's {loaded.max_length} positions beside "
-                f"{task.get('max_new_tokens', 256)} new tokens (by up to {max(cut)}); they would be asked without their beginning. Lower shots or max_new_tokens"
+                f"{task.max_new_tokens} new tokens (by up to {max(cut)}); they would be asked without their beginning. Lower shots or max_new_tokens"
             )
-        expected = len(items_of(staged[name], task["format"]))
+        expected = len(items_of(staged[name], task.format))
         if len(rows) != expected:
             raise UserError(f"task {name}: {expected} items asked, {len(rows)} answers came back")
         write_jsonl(folder / f"{name}.jsonl", rows)
-        facts[name] = {"items": len(rows), "shots": task.get("shots", 0), "format": task["format"], "format_version": found["versions"][name]}
-    return {"tasks": facts, "backend": f"lm-eval {metadata.version('lm_eval')} hf", "decoding": "greedy", "batch_size": batch_size}
+        facts[name] = {
+            "items": len(rows),
+            "shots": task.shots,
+            "format": task.format,
+            "format_version": found["versions"][name],
+        }
+    return {
+        "tasks": facts,
+        "backend": f"lm-eval {metadata.version('lm_eval')} hf",
+        "decoding": "greedy",
+        "batch_size": batch_size,
+    }
 
 
-def _room(loaded: Any, task: dict[str, Any]) -> int:
+def _room(loaded: Any, task: TaskPrompt) -> int:
     """Longest prompt in tokens that leaves room for the answer."""
-    return loaded.max_length - task.get("max_new_tokens", 256)
+    return loaded.max_length - task.max_new_tokens
 
 
-def config(name: str, task: dict[str, Any], staged: Artifact) -> dict[str, Any]:
+def config(name: str, task: TaskPrompt, staged: Artifact) -> dict[str, Any]:
     """lm-eval's configuration of one task: the format's YAML, the study's prompt and limits, and the staged items."""
     import datasets
 
-    base = yaml.safe_load((FORMATS / f"{task['format']}.yaml").read_text())
-    text = task.get("prompt", base["doc_to_text"])
-    items = items_of(staged, task["format"])
-    if task.get("shots", 0):
-        items = with_shots(items, items_of(staged, task["format"], "shots"), task["shots"], text, base["doc_to_target"])
+    base = yaml.safe_load((FORMATS / f"{task.format}.yaml").read_text())
+    text = task.prompt or base["doc_to_text"]
+    items = items_of(staged, task.format)
+    if task.shots:
+        items = with_shots(items, items_of(staged, task.format, "shots"), task.shots, text, base["doc_to_target"])
         text = "{{ shots }}" + text
     return {
         **base,
@@ -90,7 +107,7 @@ def config(name: str, task: dict[str, Any], staged: Artifact) -> dict[str, Any]:
         "doc_to_target": _compiled(base["doc_to_target"]),
         "num_fewshot": 0,  # the shots are part of the prompt: chosen by subject, which lm-eval does only through 57 tasks
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)},
-        "generation_kwargs": {**base["generation_kwargs"], "max_gen_toks": task.get("max_new_tokens", 256)},
+        "generation_kwargs": {**base["generation_kwargs"], "max_gen_toks": task.max_new_tokens},
     }
 
 
@@ -99,7 +116,9 @@ def _compiled(template: str) -> Callable[[Item], str]:
     from lm_eval.utils import env
 
     compiled = env.from_string(template)
-    return lambda item: compiled.render(**item)  # a function: lm-eval copies the configuration deeply, which a template does not survive
+    return lambda item: compiled.render(
+        **item
+    )  # a function: lm-eval copies the configuration deeply, which a template does not survive
 
 
 def with_shots(items: list[Item], pool: list[Item], count: int, prompt: str, target: str) -> list[Item]:

@@ -62,7 +62,10 @@ def confine(limits, program):
     loaded = Filter(len(program) // 8, ctypes.addressof(code))
     no_new_privileges, set_seccomp, with_filter = 38, 22, 2  # linux/prctl.h, linux/seccomp.h
     zero = ctypes.c_ulong(0)
-    for words in ((no_new_privileges, ctypes.c_ulong(1), zero, zero, zero), (set_seccomp, ctypes.c_ulong(with_filter), ctypes.byref(loaded), zero, zero)):
+    for words in (
+        (no_new_privileges, ctypes.c_ulong(1), zero, zero, zero),
+        (set_seccomp, ctypes.c_ulong(with_filter), ctypes.byref(loaded), zero, zero),
+    ):
         if libc.prctl(*words) != 0:
             raise OSError(ctypes.get_errno(), "prctl")
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from llmfusion.artifacts import Artifact
+from llmfusion.artifacts.store import Artifact
 from llmfusion.data.samples import read_jsonl
 from llmfusion.errors import DamagedError
 
@@ -34,7 +34,9 @@ def _wrong(item: Item, kind: str) -> str | None:
         if not isinstance(item.get(key), expected):
             return f"{key}: a task of format {kind!r} needs {expected.__name__}, found {item.get(key)!r:.60}"
     if kind == "letter" and not 0 <= item["answer"] < len(item["choices"]) <= 10:
-        return f"answer: expected the number of one of {len(item['choices'])} choices (10 at most), found {item['answer']}"
+        return (
+            f"answer: expected the number of one of {len(item['choices'])} choices (10 at most), found {item['answer']}"
+        )
     return None
 
 
@@ -96,8 +98,20 @@ def last_boxed(text: str) -> str | None:
 
 def normalise(answer: str) -> str:
     """LaTeX answers in one spelling: no spaces, units, signs or text wrappers; fractions and roots with braces; 0.5 as 1/2."""
-    text = answer.replace("\n", "").replace("\\!", "").replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
-    text = text.replace("\\left", "").replace("\\right", "").replace("^{\\circ}", "").replace("^\\circ", "").replace("\\$", "")
+    text = (
+        answer.replace("\n", "")
+        .replace("\\!", "")
+        .replace("\\\\", "\\")
+        .replace("tfrac", "frac")
+        .replace("dfrac", "frac")
+    )
+    text = (
+        text.replace("\\left", "")
+        .replace("\\right", "")
+        .replace("^{\\circ}", "")
+        .replace("^\\circ", "")
+        .replace("\\$", "")
+    )
     text = re.split(r"\\text\{ ", text)[0] if "\\text{ " in text else text
     text = re.sub(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1", text)
     text = text.replace("\\%", "").replace("%", "").replace(" .", " 0.").replace("{.", "{0.")

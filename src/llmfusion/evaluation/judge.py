@@ -27,9 +27,16 @@ START_SECONDS = 60.0  # for the sandbox to come up on a busy machine; no untrust
 GRACE_SECONDS = 0.5  # between the candidate's time limit and the end of a test that is busy with itself
 TEST_MEMORY = 4 << 30
 TOO_LONG = "the reply is too long"
-TOLD = re.compile(rf"\w{{1,60}}( while loading)?|{TOO_LONG}")  # what candidate.py says of itself; anything else is forged
+TOLD = re.compile(
+    rf"\w{{1,60}}( while loading)?|{TOO_LONG}"
+)  # what candidate.py says of itself; anything else is forged
 
-SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+}
 SIMPLE: dict[str, Callable[[str], Any]] = {
     "str": lambda text: bytes.fromhex(text).decode("utf-8", "surrogatepass"),
     "int": int,
@@ -37,7 +44,12 @@ SIMPLE: dict[str, Callable[[str], Any]] = {
     "bytes": bytes.fromhex,
 }
 
-EXPECTED = (ValueError, TypeError, ArithmeticError, NotImplementedError)  # not what Python itself waits for: StopIteration, IndexError, ...
+EXPECTED = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    NotImplementedError,
+)  # not what Python itself waits for: StopIteration, IndexError, ...
 
 
 class Failed(Exception):
@@ -86,7 +98,14 @@ class Sandbox:
 
     def __init__(self, command: list[str]):
         self.control, theirs = socket.socketpair()
-        self.process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={}, start_new_session=True)
+        self.process = subprocess.Popen(
+            command,
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={},
+            start_new_session=True,
+        )
         theirs.close()
 
     def start(self) -> tuple[int, int]:
@@ -207,7 +226,11 @@ def verdict(task: dict[str, Any], request: dict[str, Any], sandbox: Sandbox, pip
     names = _trusted(task)
     passed, reason = False, "passed"
     try:
-        tested = Candidate({**request, "program": task["prompt"] + task["completion"], "entry_point": task["entry_point"]}, sandbox, pipes)
+        tested = Candidate(
+            {**request, "program": task["prompt"] + task["completion"], "entry_point": task["entry_point"]},
+            sandbox,
+            pipes,
+        )
         try:
             names[task["entry_point"]] = tested
             names["check"](tested)
@@ -268,7 +291,11 @@ def serve() -> None:
         if not sandbox.end():
             sandbox.close()
             sandbox = None
-        ended = {"signal": os.WTERMSIG(status)} if os.WIFSIGNALED(status) else {"unusable": f"it ended with status {status}"}
+        ended = (
+            {"signal": os.WTERMSIG(status)}
+            if os.WIFSIGNALED(status)
+            else {"unusable": f"it ended with status {status}"}
+        )
         sys.stdout.buffer.write(told if told.endswith(b"\n") else json.dumps(ended).encode() + b"\n")
         sys.stdout.buffer.flush()
 
@@ -292,7 +319,9 @@ def _answer(request: dict[str, Any], sandbox: Sandbox, pipes: tuple[int, int], w
 
 
 def _late(*_: object) -> None:
-    raise Unusable(f"the sandbox was not up after {START_SECONDS:.0f} s, or its test is busy before it calls the program")
+    raise Unusable(
+        f"the sandbox was not up after {START_SECONDS:.0f} s, or its test is busy before it calls the program"
+    )
 
 
 def _allow(memory: int) -> None:

@@ -27,9 +27,25 @@ from llmfusion.evaluation.seccomp import filter_program
 
 MEMORY = 1 << 30
 SOURCES = Path(candidate.__file__).parents[2]
-LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/libx32", "/usr/local/lib", "/usr/local/lib64", "/lib", "/lib32", "/lib64", "/libx32")
-REASONS = {signal.SIGALRM: "time limit"}  # a test that its kernel ended, by signal; anything else is not the program's doing
-REASONS |= dict.fromkeys((signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL), "the test could not use the answer: crashed")
+LIBRARIES = (
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/libx32",
+    "/usr/local/lib",
+    "/usr/local/lib64",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+)
+REASONS = {
+    signal.SIGALRM: "time limit"
+}  # a test that its kernel ended, by signal; anything else is not the program's doing
+REASONS |= dict.fromkeys(
+    (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL),
+    "the test could not use the answer: crashed",
+)
 HARM = '''
 def f(secret):
     """Names of the harm that could be done."""
@@ -87,9 +103,26 @@ def command() -> list[str]:
     bound = [path for path in dict.fromkeys(bound) if Path(path).exists()]
     out = [bubblewrap(), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     out += [word for path in bound for word in ("--ro-bind", path, path)]
-    for packages in sorted({str(p) for folder in bound for name in ("site", "dist") for p in Path(folder).glob(f"python3*/{name}-packages")}):
+    for packages in sorted(
+        {
+            str(p)
+            for folder in bound
+            for name in ("site", "dist")
+            for p in Path(folder).glob(f"python3*/{name}-packages")
+        }
+    ):
         out += ["--tmpfs", packages, "--remount-ro", packages]
-    out += ["--dev-bind", "/dev/null", "/dev/null", "--dev-bind", "/dev/urandom", "/dev/urandom", "--ro-bind", candidate.__file__, "/candidate.py"]
+    out += [
+        "--dev-bind",
+        "/dev/null",
+        "/dev/null",
+        "--dev-bind",
+        "/dev/urandom",
+        "/dev/urandom",
+        "--ro-bind",
+        candidate.__file__,
+        "/candidate.py",
+    ]
     return [*out, "--remount-ro", "/", "--chdir", "/", str(interpreter), "-I", "-S", "-B", "/candidate.py"]
 
 
@@ -115,8 +148,21 @@ class Judge:
         ``timeout`` is in seconds, for loading and all calls together. Raises :class:`UserError` where the sandbox or the
         test itself fails: that says nothing about the program.
         """
-        limits = {"RLIMIT_AS": MEMORY, "RLIMIT_CPU": int(timeout) + 1, "RLIMIT_FSIZE": 0, "RLIMIT_NPROC": 0, "RLIMIT_NOFILE": 32, "RLIMIT_CORE": 0}
-        request = {"task": task, "command": command(), "limits": limits, "filter": filter_program().hex(), "timeout": timeout}
+        limits = {
+            "RLIMIT_AS": MEMORY,
+            "RLIMIT_CPU": int(timeout) + 1,
+            "RLIMIT_FSIZE": 0,
+            "RLIMIT_NPROC": 0,
+            "RLIMIT_NOFILE": 32,
+            "RLIMIT_CORE": 0,
+        }
+        request = {
+            "task": task,
+            "command": command(),
+            "limits": limits,
+            "filter": filter_program().hex(),
+            "timeout": timeout,
+        }
         assert self.process.stdin is not None
         assert self.process.stdout is not None  # both are pipes
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -143,7 +189,9 @@ def require_isolation() -> None:
         task = {"task_id": "isolation", "prompt": "", "completion": HARM, "entry_point": "f", "test": test}
         found = verdict(task, START_SECONDS)
     if not found["passed"]:
-        raise UserError(f"the sandbox does not hold on this machine: {found['reason'].rsplit(': ', 1)[-1]}; no program was run")
+        raise UserError(
+            f"the sandbox does not hold on this machine: {found['reason'].rsplit(': ', 1)[-1]}; no program was run"
+        )
 
 
 def verdicts(tasks: Iterable[dict[str, Any]], jobs: int = 1, timeout: float = 10.0) -> Iterator[dict[str, Any]]:

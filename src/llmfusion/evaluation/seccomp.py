@@ -48,9 +48,18 @@ def filter_program(machine: str | None = None) -> bytes:
     """
     machine = machine or platform.machine()
     if machine not in ARCHITECTURES:
-        raise UserError(f"programs can be run only in a sandbox, and it has no system-call filter for {machine}; score on one of: {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"programs can be run only in a sandbox, and it has no system-call filter for {machine}; score on one of: {', '.join(ARCHITECTURES)}"
+        )
     column, architecture = ARCHITECTURES[machine]
-    code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0), (AT_LEAST, 0, 1, X32), (RETURN, 0, 0, KILL)]
+    code = [
+        (LOAD, 0, 0, 4),
+        (EQUAL, 1, 0, architecture),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, 0),
+        (AT_LEAST, 0, 1, X32),
+        (RETURN, 0, 0, KILL),
+    ]
     for numbers in REFUSED.values():
         if (number := numbers[column]) is not None:
             code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE)]

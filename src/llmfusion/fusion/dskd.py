@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from llmfusion.errors import UserError
-from llmfusion.fusion.losses import IGNORED, FusedLoss, fused_loss
-from llmfusion.fusion.products import full, head_log_probs
+from llmfusion.fusion.fused_loss import IGNORED, FusedLoss, fused_loss
+from llmfusion.fusion.head import head_log_probs, upcast
 
 
 class Projectors(nn.Module):
@@ -67,13 +67,17 @@ class TeacherSpace:
         stds = {"std_index": self.std_index, "std_target": self.std_target, "std_hidden": self.std_hidden}
         wrong = {name: value for name, value in stds.items() if not 0 < value < float("inf")}
         if wrong:
-            raise UserError(f"a teacher's standard deviations must be positive numbers, but its cache has {wrong}; capture it again")
+            raise UserError(
+                f"a teacher's standard deviations must be positive numbers, but its cache has {wrong}; capture it again"
+            )
         if self.embedding.shape[1] != self.head.shape[1]:
-            raise UserError(f"a teacher with embeddings of width {self.embedding.shape[1]} and a head of width {self.head.shape[1]} cannot be projected (DSKD)")
+            raise UserError(
+                f"a teacher with embeddings of width {self.embedding.shape[1]} and a head of width {self.head.shape[1]} cannot be projected (DSKD)"
+            )
 
 
 @dataclass(frozen=True)
-class TeacherTokens:
+class TeacherBatch:
     """A teacher's label rows in the samples of a batch, from its cache, in the order of the samples.
 
     ``hidden (M, D)``, ``inputs (M,)`` and ``labels (M,)`` token ids; ``sizes``: rows of each sample, at least 1.
@@ -87,7 +91,7 @@ class TeacherTokens:
 
 
 @dataclass(frozen=True)
-class StudentTokens:
+class StudentBatch:
     """The student's label rows in the same samples, and its parameters, of which only ``hidden`` gets a gradient.
 
     ``hidden (N, d)``, ``inputs (N,)``, ``labels (N,)``, ``sizes`` as for the teacher; ``embedding (v, d)``, ``head (v, d)``, ``bias (v,)``;
@@ -117,12 +121,14 @@ class OwnScores:
     mask: Tensor
 
 
-class ProjectedRows:
-    """A projected teacher at the student's rows (:class:`~llmfusion.fusion.losses.TeacherRows`); no gradient passes."""
+class ProjectedDistribution:
+    """A projected teacher at the student's rows (:class:`~llmfusion.fusion.fused_loss.TeacherDistribution`); no gradient passes."""
 
     is_own_entropy = False  # it may be the teacher's before it was projected
 
-    def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None, entropy: Tensor, cross_entropy: Tensor, mask: Tensor):
+    def __init__(
+        self, hidden: Tensor, head: Tensor, bias: Tensor | None, entropy: Tensor, cross_entropy: Tensor, mask: Tensor
+    ):
         self.hidden, self.head, self.bias = hidden, head, bias
         self.entropy, self.cross_entropy, self.mask = entropy, cross_entropy, mask
 
@@ -139,7 +145,7 @@ class DualSpace:
     alignment both are sums over aligned rows, ``aligned (N,)``, and the counts stay those of all rows.
     """
 
-    rows: ProjectedRows
+    rows: ProjectedDistribution
     t2s_ce: Tensor
     s2t_kl: Tensor
     aligned: Tensor
@@ -147,8 +153,8 @@ class DualSpace:
 
 def dual_space(
     projectors: Projectors,
-    student: StudentTokens,
-    teacher: TeacherTokens,
+    student: StudentBatch,
+    teacher: TeacherBatch,
     temperature: float = 1.0,
     partners: Tensor | None = None,
     own: OwnScores | None = None,
@@ -160,10 +166,10 @@ def dual_space(
     ``partners (N,)``: the batch's teacher row of each student row, -1 for none, instead of attention (exact alignment).
     ``own``: score the teacher by these, not by its projection. ``label_in_value``: whether V_t contains emb_t(y), by default
     with attention only. The temperature softens both sides of the KLs; the cross-entropy and all scores are at T = 1. ``products``
-    is what the heads are multiplied in (:func:`llmfusion.fusion.losses.fused_loss`, which takes both sums).
+    is what the heads are multiplied in (:func:`llmfusion.fusion.fused_loss.fused_loss`, which takes both sums).
     """
     values = _values(projectors, teacher, partners is None if label_in_value is None else label_in_value)  # (M, d)
-    states = projectors.s2t(full(student.hidden))  # (N, D)
+    states = projectors.s2t(upcast(student.hidden))  # (N, D)
     if partners is None:
         here, there = _attend(projectors, student, teacher, values, states)
         aligned, aligned_there = here.new_ones(len(here)), there.new_ones(len(there))
@@ -176,7 +182,12 @@ def dual_space(
     if own is not None:
         entropy, cross_entropy, mask = own.entropy.to(mask), own.cross_entropy.to(mask), mask * own.mask.to(mask)
     projected = here.detach().to(products or here.dtype)
-    return DualSpace(ProjectedRows(projected, head.to(projected.dtype), bias, entropy, cross_entropy, mask), t2s.loss, s2t.loss, aligned)
+    return DualSpace(
+        ProjectedDistribution(projected, head.to(projected.dtype), bias, entropy, cross_entropy, mask),
+        t2s.loss,
+        s2t.loss,
+        aligned,
+    )
 
 
 def auxiliary(spaces: Sequence[DualSpace], student_rows: int, teacher_rows: Sequence[int]) -> Tensor:
@@ -184,7 +195,9 @@ def auxiliary(spaces: Sequence[DualSpace], student_rows: int, teacher_rows: Sequ
 
     Its weight in the loss is lambda: ``L = (1 - lambda) SFT + lambda (F + this)``, which for K = 1 is DSKD.
     """
-    parts = [space.t2s_ce / student_rows + space.s2t_kl / rows for space, rows in zip(spaces, teacher_rows, strict=True)]
+    parts = [
+        space.t2s_ce / student_rows + space.s2t_kl / rows for space, rows in zip(spaces, teacher_rows, strict=True)
+    ]
     return torch.stack(parts).mean()
 
 
@@ -199,31 +212,49 @@ def _only(aligned: Tensor, labels: Tensor) -> Tensor:
     return torch.where(aligned > 0, labels, IGNORED)
 
 
-def _to_teacher(states: Tensor, teacher: TeacherTokens, aligned: Tensor, temperature: float, products: torch.dtype | None) -> FusedLoss:
+def _to_teacher(
+    states: Tensor, teacher: TeacherBatch, aligned: Tensor, temperature: float, products: torch.dtype | None
+) -> FusedLoss:
     """``sum KL(teacher_T || p_T)`` over aligned rows of ``states (M, D)`` through the teacher's head, in the teacher's vocabulary."""
     space = teacher.space
     nothing = aligned.new_zeros(len(aligned))  # a weight of 1 asks for no statistics
-    said = ProjectedRows(teacher.hidden.to(space.head.dtype), space.head, space.bias, nothing, nothing, aligned)
+    said = ProjectedDistribution(teacher.hidden.to(space.head.dtype), space.head, space.bias, nothing, nothing, aligned)
     labels = _only(aligned, teacher.labels)
-    return fused_loss(states, space.head, space.bias, labels, [said], torch.ones_like(aligned)[:, None], 1.0, temperature, products=products)
+    return fused_loss(
+        states,
+        space.head,
+        space.bias,
+        labels,
+        [said],
+        torch.ones_like(aligned)[:, None],
+        1.0,
+        temperature,
+        products=products,
+    )
 
 
-def _values(projectors: Projectors, teacher: TeacherTokens, with_label: bool) -> Tensor:
+def _values(projectors: Projectors, teacher: TeacherBatch, with_label: bool) -> Tensor:
     space = teacher.space
-    states = full(teacher.hidden) / space.std_hidden
-    return projectors.t2s(states + full(space.embedding[teacher.labels]) / space.std_target if with_label else states)
+    states = upcast(teacher.hidden) / space.std_hidden
+    return projectors.t2s(states + upcast(space.embedding[teacher.labels]) / space.std_target if with_label else states)
 
 
-def _attend(projectors: Projectors, student: StudentTokens, teacher: TeacherTokens, values: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+def _attend(
+    projectors: Projectors, student: StudentBatch, teacher: TeacherBatch, values: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
     """``softmax_M(A) V_t`` (N, d) and ``softmax_N(A)^T V_s`` (M, D): padded to (B, n, m), the padding outside of every softmax."""
     if projectors.query is None:
         raise ValueError("these projectors have no query: they are for exact alignment")
     ours, theirs = student.embedding.detach(), teacher.space.embedding
-    queries = projectors.query(full(torch.cat([ours[student.inputs], ours[student.labels]], 1)))  # (N, 2D)
-    keys = full(torch.cat([theirs[teacher.inputs], theirs[teacher.labels]], 1)) / teacher.space.std_index  # (M, 2D)
+    queries = projectors.query(upcast(torch.cat([ours[student.inputs], ours[student.labels]], 1)))  # (N, 2D)
+    keys = upcast(torch.cat([theirs[teacher.inputs], theirs[teacher.labels]], 1)) / teacher.space.std_index  # (M, 2D)
     ours_at, theirs_at = _places(student.sizes, keys.device), _places(teacher.sizes, keys.device)  # (N,), (M,)
-    q, v_s, here = (_pad(rows, student.sizes, ours_at) for rows in (queries, states, states.new_ones(len(states), 1)))  # (B, n, .)
-    k, v_t, there = (_pad(rows, teacher.sizes, theirs_at) for rows in (keys, values, values.new_ones(len(values), 1)))  # (B, m, .)
+    q, v_s, here = (
+        _pad(rows, student.sizes, ours_at) for rows in (queries, states, states.new_ones(len(states), 1))
+    )  # (B, n, .)
+    k, v_t, there = (
+        _pad(rows, teacher.sizes, theirs_at) for rows in (keys, values, values.new_ones(len(values), 1))
+    )  # (B, m, .)
     align = q @ k.transpose(1, 2) / keys.shape[1] ** 0.5  # (B, n, m)
     to_student = align.masked_fill(there.transpose(1, 2) == 0, -torch.inf).softmax(2) @ v_t  # (B, n, d)
     to_teacher = align.masked_fill(here == 0, -torch.inf).softmax(1).transpose(1, 2) @ v_s  # (B, m, D)
@@ -247,4 +278,8 @@ def _places(sizes: Sequence[int], device: torch.device) -> Tensor:
 
 def _pad(rows: Tensor, sizes: Sequence[int], places: Tensor) -> Tensor:
     """(B, longest, width) of ragged rows (., width), zero in the padding."""
-    return rows.new_zeros(len(sizes) * max(sizes), rows.shape[1]).index_copy(0, places, rows).unflatten(0, (len(sizes), max(sizes)))
+    return (
+        rows.new_zeros(len(sizes) * max(sizes), rows.shape[1])
+        .index_copy(0, places, rows)
+        .unflatten(0, (len(sizes), max(sizes)))
+    )

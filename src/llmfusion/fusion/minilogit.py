@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llmfusion.fusion.losses import TeacherRows
+from llmfusion.fusion.fused_loss import TeacherDistribution
 
 CHUNK = 256  # rows whose (c, V) logits exist at once
 
@@ -39,8 +39,8 @@ def relative_minimum(log_qs: Iterable[Tensor], labels: Tensor, masks: Tensor) ->
     return lowest.masked_fill_(teacher[:, :1] < 0, 0), teacher
 
 
-class MinilogitRows:
-    """The ensemble P as one teacher (:class:`~llmfusion.fusion.losses.TeacherRows`), frozen as the teachers are.
+class MinilogitDistribution:
+    """The ensemble P as one teacher (:class:`~llmfusion.fusion.fused_loss.TeacherDistribution`), frozen as the teachers are.
 
     ``mask (N,)`` is 1 where at least one teacher is usable; elsewhere ``entropy`` and ``cross_entropy`` are 0 and the row is
     SFT's alone. ``share (N, K)`` is the share of the tokens, the label aside, whose value each teacher gave.
@@ -48,11 +48,13 @@ class MinilogitRows:
 
     is_own_entropy = False  # where no teacher is usable it is 0
 
-    def __init__(self, teachers: Sequence[TeacherRows], labels: Tensor, chunk: int = CHUNK):
+    def __init__(self, teachers: Sequence[TeacherDistribution], labels: Tensor, chunk: int = CHUNK):
         self.teachers, self.labels = teachers, labels
         self.masks = torch.stack([teacher.mask for teacher in teachers], 1)
         parts = [self._describe(slice(start, start + chunk)) for start in range(0, len(labels), chunk)]
-        self.mask, self.entropy, self.cross_entropy, self.share = (torch.cat(column) for column in zip(*parts, strict=True))
+        self.mask, self.entropy, self.cross_entropy, self.share = (
+            torch.cat(column) for column in zip(*parts, strict=True)
+        )
 
     def log_probs(self, rows: slice | Tensor, temperature: float) -> Tensor:
         """``log softmax(z / T)``, (c, V)."""
@@ -60,7 +62,9 @@ class MinilogitRows:
 
     @torch.no_grad()
     def _minimum(self, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
-        return relative_minimum((teacher.log_probs(rows, 1.0) for teacher in self.teachers), self.labels[rows], self.masks[rows])
+        return relative_minimum(
+            (teacher.log_probs(rows, 1.0) for teacher in self.teachers), self.labels[rows], self.masks[rows]
+        )
 
     def _describe(self, rows: slice | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         z, teacher = self._minimum(rows)
@@ -69,5 +73,7 @@ class MinilogitRows:
         log_q = functional.log_softmax(z, dim=-1)
         entropy = -(log_q.exp() * log_q.masked_fill(log_q.isinf(), 0)).sum(-1)
         others = teacher.scatter(1, labels, -1)  # the label's value is 0 under all
-        share = torch.stack([(others == k).sum(1) for k in range(len(self.teachers))], 1).to(z.dtype) / max(z.shape[1] - 1, 1)
+        share = torch.stack([(others == k).sum(1) for k in range(len(self.teachers))], 1).to(z.dtype) / max(
+            z.shape[1] - 1, 1
+        )
         return usable, entropy * usable, -log_q.gather(1, labels)[:, 0] * usable, share

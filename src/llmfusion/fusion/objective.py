@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from llmfusion.fusion.divergences import DIVERGENCES
-from llmfusion.fusion.dskd import StudentTokens, auxiliary
-from llmfusion.fusion.losses import TeacherRows, fused_loss
-from llmfusion.fusion.minilogit import MinilogitRows
-from llmfusion.fusion.sources import Drawn, Source, View
-from llmfusion.fusion.targets import TARGETS, Stats
+from llmfusion.fusion.dskd import StudentBatch, auxiliary
+from llmfusion.fusion.fused_loss import TeacherDistribution, fused_loss
+from llmfusion.fusion.minilogit import MinilogitDistribution
+from llmfusion.fusion.targets import TARGETS, TeacherStats
+from llmfusion.fusion.teacher import Teacher, TeacherOutput, TokenizedSample
+from llmfusion.study.schema.options import FusionOptions
 
 NAMES = (*TARGETS, "minilogit")
 
 
 @dataclass(frozen=True)
-class Totals:
+class StepTokenCounts:
     """What the loss of a whole optimizer step is divided by: label tokens of the student, and label rows of each teacher."""
 
     labels: int
@@ -33,62 +34,101 @@ class Totals:
 class Objective(nn.Module):
     """The loss of a training, and the projectors it trains beside the student (created under the global seed, in teacher order)."""
 
-    def __init__(self, fusion: dict[str, Any], sources: Sequence[Source], width: int):
+    teachers: list[Teacher]
+
+    def __init__(self, fusion: FusionOptions | None, teachers: Sequence[Teacher], width: int):
         super().__init__()
-        self.fusion, self.sources = fusion, list(sources)
-        self.target, self.lam = fusion.get("target", "kd"), fusion.get("lambda", 0.5)
-        self.temperature = fusion.get("temperature", 1.0)
-        self.divergence = DIVERGENCES[fusion.get("divergence", "forward_kl")]
-        self.given = [source.projectors(width) for source in self.sources]
+        self.teachers: list[Teacher] = list(teachers)
+        self.fusion = fusion
+        self.target = fusion.target if fusion else "kd"
+        self.weight = fusion.weight if fusion else 0.0
+        self.temperature = fusion.temperature if fusion else 1.0
+        self.divergence = DIVERGENCES[fusion.divergence if fusion else "forward_kl"]
+        self.given = [teacher.projectors(width) for teacher in self.teachers]
         self.projectors = nn.ModuleList([module for module in self.given if module is not None])
 
-    def totals(self, drawn: Sequence[Drawn]) -> Totals:
+    def totals(self, drawn: Sequence[TokenizedSample]) -> StepTokenCounts:
         """The counts of a whole optimizer step; its micro-batches are divided by them, so that their split does not matter."""
-        return Totals(sum(len(d.encoded.label_ids) for d in drawn), [source.rows_of(drawn) for source in self.sources])
+        return StepTokenCounts(
+            sum(len(d.encoded.label_ids) for d in drawn), [teacher.rows_of(drawn) for teacher in self.teachers]
+        )
 
-    def forward(self, student: StudentTokens, drawn: Sequence[Drawn], totals: Totals) -> tuple[Tensor, dict[str, Any]]:
+    def forward(
+        self, student: StudentBatch, drawn: Sequence[TokenizedSample], totals: StepTokenCounts
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Loss of a micro-batch, divided by ``totals``, and what is to be recorded; both add up over micro-batches.
 
         Recorded per token (nats): ``loss``, ``sft``; with teachers ``fusion``, and by teacher ``weight``, ``usable``,
         ``cross_entropy`` (the teacher's, on its usable rows); by projected teacher ``t2s_ce``, ``s2t_kl`` and ``aligned``.
         """
-        fused = partial(fused_loss, student.hidden, student.head, student.bias, student.labels, count=totals.labels, products=student.products)
-        if not self.sources:
+        fused = partial(
+            fused_loss,
+            student.hidden,
+            student.head,
+            student.bias,
+            student.labels,
+            count=totals.labels,
+            products=student.products,
+        )
+        if not self.teachers:
             result = fused()
             return result.loss, {"loss": float(result.loss.detach()), "sft": float(result.sft) / totals.labels}
         views = self._views(student, drawn)
         rows, weights, shares = self._combined([view.rows for view in views], student)
-        result = fused(rows, weights, self.lam, self.temperature, self.divergence)
-        loss = result.loss + self.lam * self._auxiliary(views, totals)
+        result = fused(rows, weights, self.weight, self.temperature, self.divergence)
+        loss = result.loss + self.weight * self._auxiliary(views, totals)
         sums = {"loss": loss, "sft": result.sft / totals.labels, "fusion": result.fusion / totals.labels}
-        return loss, {**{name: float(value.detach()) for name, value in sums.items()}, **self._by_teacher(views, shares, totals)}
+        return loss, {
+            **{name: float(value.detach()) for name, value in sums.items()},
+            **self._by_teacher(views, shares, totals),
+        }
 
-    def projection(self, student: StudentTokens, drawn: Sequence[Drawn], totals: Totals) -> Tensor:
+    def projection(self, student: StudentBatch, drawn: Sequence[TokenizedSample], totals: StepTokenCounts) -> Tensor:
         """Only what trains the projectors, for steps before the student's first; the student's states must be detached."""
         return torch.as_tensor(self._auxiliary(self._views(student, drawn), totals))
 
-    def _views(self, student: StudentTokens, drawn: Sequence[Drawn]) -> list[View]:
-        return [source.view(drawn, student, given, self.temperature) for source, given in zip(self.sources, self.given, strict=True)]
+    def _views(self, student: StudentBatch, drawn: Sequence[TokenizedSample]) -> list[TeacherOutput]:
+        return [
+            teacher.view(drawn, student, given, self.temperature)
+            for teacher, given in zip(self.teachers, self.given, strict=True)
+        ]
 
-    def _combined(self, rows: list[TeacherRows], student: StudentTokens) -> tuple[list[TeacherRows], Tensor, Tensor]:
+    def _combined(
+        self, rows: list[TeacherDistribution], student: StudentBatch
+    ) -> tuple[list[TeacherDistribution], Tensor, Tensor]:
         """What the student is drawn to, its weights (N, .), and how much each teacher has to say, (N, K)."""
         if self.target == "minilogit":  # the one target that is no mixture of the teachers' distributions
-            ensemble = MinilogitRows(rows, student.labels)
+            ensemble = MinilogitDistribution(rows, student.labels)
             return [ensemble], ensemble.mask[:, None], ensemble.share
-        sequence = torch.repeat_interleave(torch.arange(len(student.sizes)), torch.tensor(student.sizes)).to(student.labels.device)
-        entropy, cross_entropy, mask = (torch.stack([getattr(r, name) for r in rows], 1) for name in ("entropy", "cross_entropy", "mask"))
-        weights = TARGETS[self.target](Stats(entropy, cross_entropy, mask, sequence), self.fusion)
+        sequence = torch.repeat_interleave(torch.arange(len(student.sizes)), torch.tensor(student.sizes)).to(
+            student.labels.device
+        )
+        entropy, cross_entropy, mask = (
+            torch.stack([getattr(r, name) for r in rows], 1) for name in ("entropy", "cross_entropy", "mask")
+        )
+        weights = TARGETS[self.target](TeacherStats(entropy, cross_entropy, mask, sequence), self.fusion)
         return rows, weights, weights
 
-    def _auxiliary(self, views: list[View], totals: Totals) -> Tensor | float:
-        projected = [(view.space, count) for view, count in zip(views, totals.teachers, strict=True) if view.space is not None]
-        return auxiliary([space for space, _ in projected], totals.labels, [count for _, count in projected]) if projected else 0.0
+    def _auxiliary(self, views: list[TeacherOutput], totals: StepTokenCounts) -> Tensor | float:
+        projected = [
+            (view.space, count) for view, count in zip(views, totals.teachers, strict=True) if view.space is not None
+        ]
+        return (
+            auxiliary([space for space, _ in projected], totals.labels, [count for _, count in projected])
+            if projected
+            else 0.0
+        )
 
-    def _by_teacher(self, views: list[View], shares: Tensor, totals: Totals) -> dict[str, dict[str, float]]:
-        names = [source.name for source in self.sources]
+    def _by_teacher(
+        self, views: list[TeacherOutput], shares: Tensor, totals: StepTokenCounts
+    ) -> dict[str, dict[str, float]]:
+        names = [teacher.name for teacher in self.teachers]
         mean = {"weight": shares.sum(0).tolist(), "usable": [float(v.rows.mask.sum()) for v in views]}
         mean["cross_entropy"] = [float((v.rows.cross_entropy * v.rows.mask).sum()) for v in views]
-        out = {key: {n: value / totals.labels for n, value in zip(names, values, strict=True)} for key, values in mean.items()}
+        out = {
+            key: {n: value / totals.labels for n, value in zip(names, values, strict=True)}
+            for key, values in mean.items()
+        }
         spaces = [(n, v.space, m) for n, v, m in zip(names, views, totals.teachers, strict=True) if v.space is not None]
         if spaces:
             out["t2s_ce"] = {n: float(space.t2s_ce.detach()) / totals.labels for n, space, _ in spaces}

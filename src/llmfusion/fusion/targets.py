@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Stats:
+class TeacherStats:
     """What teachers say about N label tokens, in nats and at temperature 1.
 
     ``entropy (N, K)`` of each teacher's distribution, ``cross_entropy (N, K)`` = -log P^k(y), ``mask (N, K)`` 1 where the
@@ -26,44 +26,46 @@ class Stats:
     sequence: Tensor
 
 
-def kd(stats: Stats, options: dict[str, Any]) -> Tensor:
+def kd(stats: TeacherStats, options: Any) -> Tensor:
     """Hinton's distillation: weight 1 on the one teacher."""
     return stats.mask.clone()
 
 
-def naive(stats: Stats, options: dict[str, Any]) -> Tensor:
+def naive(stats: TeacherStats, options: Any) -> Tensor:
     """The teachers' KD losses summed (InfiFusion, "directly sums"), or with ``reduction: mean`` the mean over the usable ones."""
-    if options.get("reduction", "sum") == "sum":
+    if options.reduction == "sum":
         return stats.mask.clone()
     return stats.mask / stats.mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def mince(stats: Stats, options: dict[str, Any]) -> Tensor:
+def mince(stats: TeacherStats, options: Any) -> Tensor:
     """Weight 1 on the teacher with the lowest cross-entropy (FuseLLM's MinCE), 0 on the others.
 
     ``granularity: sequence`` compares the means over a sample's usable tokens and chooses once, ``token`` chooses at every
     token. A tie goes to the teacher named first.
     """
     cost = stats.cross_entropy.masked_fill(stats.mask == 0, torch.inf)
-    if options.get("granularity", "sequence") == "sequence":
+    if options.granularity == "sequence":
         cost = _sequence_mean(stats)[stats.sequence]
     best = cost.argmin(dim=1)  # (N,), the first of equal ones
     return torch.nn.functional.one_hot(best, cost.shape[1]).to(stats.mask.dtype) * stats.mask
 
 
-def _sequence_mean(stats: Stats) -> Tensor:
+def _sequence_mean(stats: TeacherStats) -> Tensor:
     """Mean cross-entropy of each sample under each teacher, (S, K); infinite for a teacher without a usable token."""
     count = int(stats.sequence.max()) + 1 if len(stats.sequence) else 0
     shape = (count, stats.mask.shape[1])
-    total = torch.zeros(shape, dtype=torch.float64).index_add_(0, stats.sequence.cpu(), (stats.cross_entropy * stats.mask).double().cpu())
+    total = torch.zeros(shape, dtype=torch.float64).index_add_(
+        0, stats.sequence.cpu(), (stats.cross_entropy * stats.mask).double().cpu()
+    )
     tokens = torch.zeros(shape, dtype=torch.float64).index_add_(0, stats.sequence.cpu(), stats.mask.double().cpu())
     return torch.where(tokens > 0, total / tokens.clamp(min=1), torch.inf).to(stats.cross_entropy.device)
 
 
-def udf(stats: Stats, options: dict[str, Any]) -> Tensor:
+def udf(stats: TeacherStats, options: Any) -> Tensor:
     """InfiFusion eq. 5: ``w_k = 1 / (H(P^k) + CE(y, P^k) + epsilon)`` at every token, normalised over the usable teachers."""
-    score = stats.mask / (stats.entropy + stats.cross_entropy + options.get("epsilon", 1e-6))
+    score = stats.mask / (stats.entropy + stats.cross_entropy + options.epsilon)
     return score / score.sum(dim=1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
 
 
-TARGETS: dict[str, Callable[[Stats, dict[str, Any]], Tensor]] = {"kd": kd, "naive": naive, "mince": mince, "udf": udf}
+TARGETS: dict[str, Callable[[TeacherStats, Any], Tensor]] = {"kd": kd, "naive": naive, "mince": mince, "udf": udf}

@@ -27,7 +27,7 @@ class Block:
     deltas: Array
 
 
-class Tensor:
+class PivotDeltas:
     """A flat tensor ``theta (n,)`` and the same one of J models; float32, float16, or bfloat16 as uint16 bits, also memory-mapped.
 
     With ``deltas`` the models are given as their differences from the pivot, in float32. ``labels`` name pivot and models in messages.
@@ -35,7 +35,13 @@ class Tensor:
     (positions where both signs occur), and raises :class:`UserError` where a value is not finite.
     """
 
-    def __init__(self, theta: NDArray[Any], models: Sequence[NDArray[Any]], labels: Sequence[str] | None = None, deltas: bool = False):
+    def __init__(
+        self,
+        theta: NDArray[Any],
+        models: Sequence[NDArray[Any]],
+        labels: Sequence[str] | None = None,
+        deltas: bool = False,
+    ):
         self.size, self.models = theta.size, len(models)
         self.labels = labels or ["the pivot's tensor", *(f"the tensor of model {j}" for j in range(self.models))]
         self.energies = np.zeros(self.models)
@@ -51,7 +57,11 @@ class Tensor:
         for start in range(0, self.size, BLOCK):
             end = min(start + BLOCK, self.size)
             theta = self._values[: end - start]
-            deltas = self._deltas if end - start == self._deltas.shape[1] else np.empty((self.models, end - start), np.float32)
+            deltas = (
+                self._deltas
+                if end - start == self._deltas.shape[1]
+                else np.empty((self.models, end - start), np.float32)
+            )
             _read(self._theta[start:end], theta)
             for source, delta in zip(self._models, deltas, strict=True):
                 _read(source[start:end], delta) if self._given_deltas else _difference(source[start:end], theta, delta)

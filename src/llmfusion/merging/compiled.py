@@ -31,7 +31,9 @@ def cache_folder() -> str:
     for place in (Path(home) / "llmfusion", Path(tempfile.gettempdir()) / f"llmfusion-{os.getuid()}"):
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if place.stat().st_uid == os.getuid() and os.access(place, os.W_OK | os.X_OK):  # cached code is run: it must be ours
+            if place.stat().st_uid == os.getuid() and os.access(
+                place, os.W_OK | os.X_OK
+            ):  # cached code is run: it must be ours
                 return str(place)
         except OSError:
             continue
@@ -50,7 +52,9 @@ def _load_without_scipy() -> None:
 def _sources() -> str:
     """A name for these sources: numba looks for changes in a function's own file only, not in what it uses from others."""
     here = Path(__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("compiled.py", "kernels.py", "ranking.py"))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join((here / name).read_bytes() for name in ("compiled.py", "kernels.py", "ranking.py"))
+    ).hexdigest()[:16]
 
 
 _load_without_scipy()

@@ -20,20 +20,28 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmfusion.artifacts import require, sync
-from llmfusion.config.plan import RECIPES
-from llmfusion.digests import canonical, digest
-from llmfusion.errors import UserError
+from llmfusion.errors import UserError, require
+from llmfusion.io.digests import canonical, digest
+from llmfusion.io.files import sync
+from llmfusion.io.safetensors import FLOATS, OVERFLOW, tensor_bytes, tensor_values
 from llmfusion.merging import kernels
-from llmfusion.merging.blocks import BLOCK, Array, Rounding, Tensor
+from llmfusion.merging.blocks import BLOCK, Array, PivotDeltas, Rounding
 from llmfusion.merging.journal import Done, Journal
-from llmfusion.merging.matching import Part
+from llmfusion.merging.matching import TensorMatch
 from llmfusion.merging.methods import METHODS
-from llmfusion.merging.planning import Plan, default_threads
+from llmfusion.merging.plan import MergePlan, default_threads
 from llmfusion.merging.report import Row, row_of, totals, write_report
-from llmfusion.merging.tensors import FLOATS, OVERFLOW, raw, stored
+from llmfusion.study.kinds.merge_models import KIND
+from llmfusion.study.schema.base import dump
 
-NOTES = ("manifest.json", "provenance.json", "metrics.jsonl", "merge_report.csv", "merge_report.json", "README.md")  # about the pivot, not the merge
+NOTES = (
+    "manifest.json",
+    "provenance.json",
+    "metrics.jsonl",
+    "merge_report.csv",
+    "merge_report.json",
+    "README.md",
+)  # about the pivot, not the merge
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # the pivot's, unmerged
 JOURNAL = "journal.jsonl"
 COPIED = 4 * 2**20  # bytes at a time
@@ -41,22 +49,28 @@ COPIED = 4 * 2**20  # bytes at a time
 Told = Callable[[int, int], None]  # bytes read and written so far, and in all by this run
 
 
-def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: Told | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+def run(
+    work: MergePlan, out: Path, key: str, threads: int | None = None, progress: Told | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Merge into the folder ``out``, which may hold what a killed run of the same ``key`` left. Returns facts, and an XXH3 checksum (64 bits, as hex) a tensor.
 
     Writes weights, ``merge_report.csv`` and ``.json``, and everything of the pivot that is no weights. Raises :class:`UserError` for
     values that are not finite, in an input or in the merge.
     """
-    journal = Journal(out / JOURNAL, digest(key, canonical([work.method, work.options, RECIPES["merge"]])))
+    journal = Journal(out / JOURNAL, digest(key, canonical([dump(work.options, "pivot", "parents"), KIND.recipe])))
     done = _continued(work, out, journal)
     handles = {name: os.open(out / name, os.O_RDWR) for name in work.files}
     stop = threading.Event()
-    waiting = sorted((part for part in work.parts if part.name not in done), key=lambda part: -math.prod(part.pivot.shape))  # the longest first
+    waiting = sorted(
+        (part for part in work.parts if part.name not in done), key=lambda part: -math.prod(part.pivot.shape)
+    )  # the longest first
     total, moved = sum(_bytes(work, part) for part in waiting), 0
     try:
         with ThreadPoolExecutor(threads or default_threads()) as pool:
             try:
-                futures = {pool.submit(_merge_part, work, part, handles[part.pivot.file.name], stop): part for part in waiting}
+                futures = {
+                    pool.submit(_merge_part, work, part, handles[part.pivot.file.name], stop): part for part in waiting
+                }
                 for future in as_completed(futures):
                     part = futures[future]
                     done[part.name] = future.result()
@@ -73,22 +87,22 @@ def run(work: Plan, out: Path, key: str, threads: int | None = None, progress: T
     return _finish(work, out, done), {part.name: done[part.name]["xxh3"] for part in work.parts}
 
 
-def _bytes(work: Plan, part: Part) -> int:
+def _bytes(work: MergePlan, part: TensorMatch) -> int:
     """How many bytes of a tensor are read and written."""
     return sum(entry.end - entry.start for entry in (part.pivot, *part.models, work.layout(part).entries[part.name]))
 
 
 # ------------------------------------------------------------------------------------------------ one tensor
-def _merge_part(work: Plan, part: Part, handle: int, stop: threading.Event) -> Done:
+def _merge_part(work: MergePlan, part: TensorMatch, handle: int, stop: threading.Event) -> Done:
     target = work.layout(part).entries[part.name]
     write = _Writer(handle, target.start, stop)
     if not part.models:
         _copy(part, target.dtype, 0, write)
         return {"xxh3": write.checksum.hexdigest(), "row": None}
-    sources = [stored(entry)[: part.values] for entry in (part.pivot, *part.models)]
+    sources = [tensor_values(entry)[: part.values] for entry in (part.pivot, *part.models)]
     labels = [f"{entry.file}: tensor {part.name}" for entry in (part.pivot, *part.models)]
-    tensor = Tensor(sources[0], sources[1:], labels)
-    merging = METHODS[work.method](tensor, work.options)
+    tensor = PivotDeltas(sources[0], sources[1:], labels)
+    merging = METHODS[work.options.method](tensor, work.options)
     rounded, rounded_pivot = (Rounding(target.dtype, min(part.values, BLOCK)) for _ in range(2))
     changed, squares = 0, 0.0
     for block in tensor.blocks():
@@ -110,16 +124,16 @@ def _check(values: Array, dtype: str, name: str) -> None:
         raise UserError(f"tensor {name}: the merge is not finite in {dtype}; nothing was published")
 
 
-def _copy(part: Part, dtype: str, start: int, write: "_Writer") -> None:
+def _copy(part: TensorMatch, dtype: str, start: int, write: "_Writer") -> None:
     """The pivot's values from ``start`` on, in another dtype if that is asked for."""
     if dtype == part.pivot.dtype:
-        content = raw(part.pivot)[start * FLOATS[dtype].itemsize if start else 0 :]
+        content = tensor_bytes(part.pivot)[start * FLOATS[dtype].itemsize if start else 0 :]
         for at in range(0, content.size, COPIED):
             write(content[at : at + COPIED])
         return
-    values = stored(part.pivot)[start:]
+    values = tensor_values(part.pivot)[start:]
     rounded = Rounding(dtype, min(values.size, BLOCK))
-    for block in Tensor(values, [], [f"{part.pivot.file}: tensor {part.name}"]).blocks():
+    for block in PivotDeltas(values, [], [f"{part.pivot.file}: tensor {part.name}"]).blocks():
         _check(block.theta, dtype, part.name)
         write(rounded(block.theta)[0])
 
@@ -140,11 +154,13 @@ class _Writer:
 
 
 # ------------------------------------------------------------------------------------------------ going on, and finishing
-def _continued(work: Plan, out: Path, journal: Journal) -> dict[str, Done]:
+def _continued(work: MergePlan, out: Path, journal: Journal) -> dict[str, Done]:
     """Lay out the files, keeping what an earlier run has written whole; returns that."""
     names = {part.name: part for part in work.parts}
     done = {name: entry for name, entry in journal.read().items() if name in names}
-    if any(not (out / name).exists() or (out / name).stat().st_size != layout.size for name, layout in work.files.items()):
+    if any(
+        not (out / name).exists() or (out / name).stat().st_size != layout.size for name, layout in work.files.items()
+    ):
         done = {}
     done = {name: entry for name, entry in done.items() if _checksum(out, work, names[name]) == entry["xxh3"]}
     if not done:
@@ -158,7 +174,7 @@ def _continued(work: Plan, out: Path, journal: Journal) -> dict[str, Done]:
     return done
 
 
-def _checksum(out: Path, work: Plan, part: Part) -> str:
+def _checksum(out: Path, work: MergePlan, part: TensorMatch) -> str:
     entry, checksum = work.layout(part).entries[part.name], xxhash.xxh3_64()
     with open(out / entry.file, "rb") as file:
         file.seek(entry.start)
@@ -167,12 +183,12 @@ def _checksum(out: Path, work: Plan, part: Part) -> str:
     return checksum.hexdigest()
 
 
-def _finish(work: Plan, out: Path, done: dict[str, Done]) -> dict[str, Any]:
+def _finish(work: MergePlan, out: Path, done: dict[str, Done]) -> dict[str, Any]:
     rows: list[Row] = [done[part.name]["row"] for part in work.parts if done[part.name]["row"]]
     require(bool(rows), f"{work.matching.pivot.folder}: has no floating-point weights to merge")
     _copy_rest(work, out)
-    facts = totals(rows, work.method, work.options.get("warn_below", 0.05))
-    write_report(out, work.method, work.options, rows, facts)
+    facts = totals(rows, work.options.method, work.options.warn_below)
+    write_report(out, work.options, rows, facts)
     (out / JOURNAL).unlink()
     for path in sorted(out.rglob("*")):
         if path.is_file():
@@ -181,7 +197,7 @@ def _finish(work: Plan, out: Path, done: dict[str, Done]) -> dict[str, Any]:
     return facts
 
 
-def _copy_rest(work: Plan, out: Path) -> None:
+def _copy_rest(work: MergePlan, out: Path) -> None:
     """Tokenizer, chat templates, settings: what lies beside the pivot's weights, byte for byte."""
     pivot = work.matching.pivot.folder
     for path in _rest(pivot):
@@ -189,26 +205,41 @@ def _copy_rest(work: Plan, out: Path) -> None:
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)
     index = out / "model.safetensors.index.json"
-    if index.exists() and "out_dtype" in work.options:  # the one thing in it that another dtype makes wrong
+    if index.exists() and work.options.out_dtype != "pivot":  # the one thing in it that another dtype makes wrong
         content = json.loads(index.read_bytes())
         if isinstance(content.get("metadata"), dict):
-            content["metadata"]["total_size"] = sum(e.end - e.start for layout in work.files.values() for e in layout.entries.values())
+            content["metadata"]["total_size"] = sum(
+                e.end - e.start for layout in work.files.values() for e in layout.entries.values()
+            )
             index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _rest(pivot: Path) -> Iterator[Path]:
     for path in sorted([*pivot.iterdir(), *pivot.glob("additional_chat_templates/*.jinja")]):
-        stale = path.name.endswith(".index.json") and (path.name != "model.safetensors.index.json" or (pivot / "model.safetensors").exists())
-        if path.is_file() and path.suffix not in WEIGHTS and path.name not in NOTES and not path.name.startswith(".") and not stale:
+        stale = path.name.endswith(".index.json") and (
+            path.name != "model.safetensors.index.json" or (pivot / "model.safetensors").exists()
+        )
+        if (
+            path.is_file()
+            and path.suffix not in WEIGHTS
+            and path.name not in NOTES
+            and not path.name.startswith(".")
+            and not stale
+        ):
             yield path
 
 
-def progress_line(started: float) -> Told:
+def progress_callback(started: float) -> Told:
     """A progress callback that keeps one line on a terminal up to date: share done, and bytes read and written a second."""
 
     def tell(moved: int, total: int) -> None:
         rate = moved / max(time.monotonic() - started, 1e-9)
         end = "\n" if moved == total else ""
-        print(f"\r{moved / total:4.0%} of {total / 1e9:,.2f} GB, {rate / 1e9:.2f} GB/s", end=end, file=sys.stderr, flush=True)
+        print(
+            f"\r{moved / total:4.0%} of {total / 1e9:,.2f} GB, {rate / 1e9:.2f} GB/s",
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )
 
     return tell if sys.stderr.isatty() else lambda moved, total: None

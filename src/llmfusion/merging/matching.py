@@ -5,7 +5,6 @@ stored although it is tied to the embeddings, or left out for the same reason; b
 with or without the base model's prefix.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,17 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from llmfusion.artifacts import require
-from llmfusion.errors import DamagedError, UserError
-from llmfusion.merging.tensors import FLOATS, Entry, entries_of, raw
+from llmfusion.errors import UserError, require
+from llmfusion.io.files import read_json_object
+from llmfusion.io.safetensors import FLOATS, TensorInfo, read_checkpoint_headers, tensor_bytes
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 HEADS = ("lm_head.weight", "embed_out.weight")
 BY_TOKEN = (*EMBEDDINGS, *HEADS, "lm_head.bias")  # a row, or a value, for each token
 PREFIXES = ("model.", "transformer.", "gpt_neox.", "language_model.")
 BUFFER = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position_ids|num_batches_tracked)$")
-MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")  # of four dimensions: GPT-2's and GPT-NeoX's causal masks, no weights
-STRUCTURE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "activation_function", "n_head")
+MASK = re.compile(
+    r"(^|\.)(attn|attention)\.bias$"
+)  # of four dimensions: GPT-2's and GPT-NeoX's causal masks, no weights
+STRUCTURE = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "activation_function",
+    "n_head",
+)
 BEHAVIOUR = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_epsilon", "sliding_window")
 
 
@@ -34,7 +43,7 @@ class Checkpoint:
     """A folder, its tensors by name and its ``config.json`` (empty if there is none)."""
 
     folder: Path
-    entries: dict[str, Entry]
+    entries: dict[str, TensorInfo]
     config: dict[str, Any]
 
     @property
@@ -45,13 +54,13 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorMatch:
     """One tensor of the merge: the pivot's, those of the models (none: the pivot's is copied), and how many of its values are merged
     (the rest, rows of tokens that only the pivot has, is copied)."""
 
     name: str
-    pivot: Entry
-    models: tuple[Entry, ...] = ()
+    pivot: TensorInfo
+    models: tuple[TensorInfo, ...] = ()
     values: int = 0
 
 
@@ -61,7 +70,7 @@ class Matching:
 
     pivot: Checkpoint
     models: list[Checkpoint]
-    parts: list[Part]
+    parts: list[TensorMatch]
     remarks: list[str] = field(default_factory=list)
 
 
@@ -86,23 +95,18 @@ def match(pivot: Path, models: Sequence[Path]) -> Matching:
 
 
 def _open(folder: Path) -> Checkpoint:
-    entries, config = entries_of(folder), _json(folder / "config.json")
+    entries, config = read_checkpoint_headers(folder), _json(folder / "config.json")
     require(bool(entries), f"{folder}: has no .safetensors weights; pickled weights are never read")
-    require("quantization_config" not in config, f"{folder}: its weights are quantised (config.json: quantization_config); merge the weights it was made from")
+    require(
+        "quantization_config" not in config,
+        f"{folder}: its weights are quantised (config.json: quantization_config); merge the weights it was made from",
+    )
     return Checkpoint(folder, entries, config)
 
 
 def _json(file: Path) -> dict[str, Any]:
     """A JSON file, empty if it is not there."""
-    try:
-        content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise DamagedError(f"{file}: expected JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DamagedError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return read_json_object(file) if file.exists() else {}
 
 
 # ------------------------------------------------------------------------------------------------ settings and tokenizers
@@ -112,11 +116,17 @@ def _compare_settings(base: Checkpoint, other: Checkpoint, wrong: list[str], rem
     # what one of them leaves out is a default: files of several years write down different ones
     pairs = [("architectures", base.config.get("architectures"), other.config.get("architectures"))]
     pairs += [(key, base.text.get(key), other.text.get(key)) for key in STRUCTURE]
-    wrong += [f"{key} is {b!r} in {other.folder} and {a!r} in the pivot {base.folder}" for key, a, b in pairs if a != b and None not in (a, b)]
+    wrong += [
+        f"{key} is {b!r} in {other.folder} and {a!r} in the pivot {base.folder}"
+        for key, a, b in pairs
+        if a != b and None not in (a, b)
+    ]
     for key in BEHAVIOUR:
         a, b = base.text.get(key), other.text.get(key)
         if a != b and None not in (a, b):
-            remarks.append(f"{key} is {b!r} in {other.folder} and {a!r} in the pivot {base.folder}; the merge has the pivot's")
+            remarks.append(
+                f"{key} is {b!r} in {other.folder} and {a!r} in the pivot {base.folder}; the merge has the pivot's"
+            )
 
 
 def _compare_vocabularies(base: Checkpoint, other: Checkpoint, wrong: list[str]) -> None:
@@ -154,17 +164,26 @@ def _names(base: Checkpoint, other: Checkpoint) -> dict[str, str]:
     return out
 
 
-def _name_in(name: str, entries: dict[str, Entry]) -> str | None:
+def _name_in(name: str, entries: dict[str, TensorInfo]) -> str | None:
     renamed = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
     forms = [name, renamed, re.sub(r"\.weight$", ".gamma", name), re.sub(r"\.bias$", ".beta", name)]
-    forms += [prefix + name for prefix in PREFIXES] + [name[len(prefix) :] for prefix in PREFIXES if name.startswith(prefix)]
+    forms += [prefix + name for prefix in PREFIXES] + [
+        name[len(prefix) :] for prefix in PREFIXES if name.startswith(prefix)
+    ]
     return next((form for form in forms if form in entries), None)
 
 
-def _part(name: str, entry: Entry, base: Checkpoint, found: list[tuple[Checkpoint, Entry | None]], wrong: list[str], remarks: list[str]) -> Part:
+def _part(
+    name: str,
+    entry: TensorInfo,
+    base: Checkpoint,
+    found: list[tuple[Checkpoint, TensorInfo | None]],
+    wrong: list[str],
+    remarks: list[str],
+) -> TensorMatch:
     """One tensor against all models; differences and remarks are added to the lists."""
     if _is_buffer(name, entry):
-        return Part(name, entry)
+        return TensorMatch(name, entry)
     models, before = [], len(wrong)
     rows = entry.shape[:1]
     for other, theirs in found:
@@ -184,8 +203,8 @@ def _part(name: str, entry: Entry, base: Checkpoint, found: list[tuple[Checkpoin
             told = f"{name} of {checkpoint.folder} is {theirs.dtype}, the pivot's {entry.dtype}"
             wrong.append(f"{told}; floating-point tensors must be {', '.join(FLOATS)}")
     if len(wrong) > before or entry.dtype not in FLOATS:
-        return Part(name, entry)  # integers and flags are the pivot's
-    return Part(name, entry, tuple(models), math.prod((*rows, *entry.shape[1:])))
+        return TensorMatch(name, entry)  # integers and flags are the pivot's
+    return TensorMatch(name, entry, tuple(models), math.prod((*rows, *entry.shape[1:])))
 
 
 def _tokenizers(base: Checkpoint, other: Checkpoint) -> bool:
@@ -205,16 +224,16 @@ def _extra(base: Checkpoint, other: Checkpoint, used: set[str]) -> list[str]:
     return wrong
 
 
-def _is_buffer(name: str, entry: Entry) -> bool:
+def _is_buffer(name: str, entry: TensorInfo) -> bool:
     return bool(BUFFER.search(name)) or (len(entry.shape) == 4 and bool(MASK.search(name)))
 
 
-def _is_float(entry: Entry) -> bool:
+def _is_float(entry: TensorInfo) -> bool:
     """Whether a tensor is floating-point or complex, of a kind that is merged or not (F64, F8_E4M3, C64)."""
     return entry.dtype[0] in "FC" or entry.dtype == "BF16"
 
 
-def _odd(entry: Entry) -> bool:
+def _odd(entry: TensorInfo) -> bool:
     return _is_float(entry) and entry.dtype not in FLOATS
 
 
@@ -225,4 +244,6 @@ def _tied(checkpoint: Checkpoint) -> bool:
         return told is True
     heads = [entry for name, entry in checkpoint.entries.items() if name.endswith(HEADS)]
     tables = [entry for name, entry in checkpoint.entries.items() if name.endswith(EMBEDDINGS)]
-    return bool(tables) and all(np.array_equal(raw(head), raw(table)) for head in heads for table in tables)
+    return bool(tables) and all(
+        np.array_equal(tensor_bytes(head), tensor_bytes(table)) for head in heads for table in tables
+    )

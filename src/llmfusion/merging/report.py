@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from llmfusion.merging.blocks import Tensor
+from llmfusion.merging.blocks import PivotDeltas
+from llmfusion.study.schema.base import dump
+from llmfusion.study.schema.options import MergeOptions
 
 Row = dict[str, Any]
 
 
-def row_of(name: str, tensor: Tensor, plan: Any, changed: int, squares: float) -> Row:
+def row_of(name: str, tensor: PivotDeltas, plan: Any, changed: int, squares: float) -> Row:
     """A tensor's row: its values, the share that differs from the pivot after rounding, and what the method noted.
 
     ``nonzero`` and ``delta_norms`` have a figure a model; ``sign_conflicts`` is the share of positions where deltas of both signs meet;
@@ -45,13 +47,18 @@ def totals(rows: Sequence[Row], method: str, floor: float) -> dict[str, Any]:
     return facts
 
 
-def write_report(folder: Path, method: str, options: dict[str, Any], rows: Sequence[Row], facts: dict[str, Any]) -> None:
+def write_report(folder: Path, options: MergeOptions, rows: Sequence[Row], facts: dict[str, Any]) -> None:
     """Both files; the table has a row a tensor, in the order of the pivot's files."""
     with open(folder / "merge_report.csv", "w", newline="") as handle:
         writer = csv.DictWriter(handle, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    content = {"method": method, "options": options, "totals": facts, "tensors": list(rows)}
+    content = {
+        "method": options.method,
+        "options": dump(options, "method", "pivot", "parents"),
+        "totals": facts,
+        "tensors": list(rows),
+    }
     (folder / "merge_report.json").write_text(json.dumps(_plain(content), indent=1) + "\n")
 
 
@@ -62,3 +69,38 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def write_card(folder: Path, options: MergeOptions, pivot: str, models: list[str], facts: dict[str, Any]) -> None:
+    """README.md of a merged checkpoint: method, parents, every option in force, and what the merge changed."""
+    lines = [
+        "---",
+        "tags: [merge, llm-fusion-workflow]",
+        "---",
+        "",
+        "# Merged model",
+        "",
+        f"Method `{options.method}`, merged with llm-fusion-workflow.",
+        "",
+        f"- pivot: {pivot}",
+        *(f"- model: {m}" for m in models),
+        "",
+        "Options:",
+        *[f"- {key}: {value}" for key, value in sorted(in_force(options).items())],
+        "",
+        f"{facts['parameters']:,} values in {facts['tensors']} tensors; {facts['changed']:.2%} of them differ from the pivot's, and {facts['kept']:.2%} of the",
+        "sum of squares of the models' differences took part. `merge_report.csv` and `merge_report.json` say so for each tensor.",
+        *(["", f"**Warning**: {facts['warning']}."] if "warning" in facts else []),
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines))
+
+
+def in_force(options: MergeOptions) -> dict[str, Any]:
+    """Every option of a method with the value it has, defaults included."""
+    return options.model_dump(mode="json", by_alias=True, exclude={"method", "pivot", "parents"})
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """One line for logs."""
+    return f"{facts['tensors']} tensors, {facts['parameters']:,} values, {facts['changed']:.1%} of them changed"

@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from llmfusion.merging import ranking
-from llmfusion.merging.blocks import BLOCK, Array, Block, Tensor
+from llmfusion.merging.blocks import BLOCK, Array, Block, PivotDeltas
 
 NEVER = 0xFFFFFFFF  # a threshold above every key
 
-Keys = Callable[[Block, bool], Array]  # block, whether in the first pass -> (M, c): what M selections order by, whatever its sign
+Keys = Callable[
+    [Block, bool], Array
+]  # block, whether in the first pass -> (M, c): what M selections order by, whatever its sign
 
 
-class Top:
+class TopKSelection:
     """One selection. Afterwards ``threshold`` (a key's bits), ``end`` (keys equal to it count before this position), ``number``
     (how many are selected) and ``squares (len(models),)``, the sums of the selected deltas' squares for ``models``."""
 
@@ -78,9 +80,14 @@ class Top:
         ranking.trim(key, np.uint32(self.threshold), min(max(self.end - start, 0), key.size), delta)
 
 
-def select(tensor: Tensor, keys: Keys, models: Sequence[range], numbers: Callable[[Sequence[Top]], Sequence[int]]) -> list[Top]:
+def select(
+    tensor: PivotDeltas,
+    keys: Keys,
+    models: Sequence[range],
+    numbers: Callable[[Sequence[TopKSelection]], Sequence[int]],
+) -> list[TopKSelection]:
     """Selections by M keys; ``models[m]`` says whose squares selection m sums, ``numbers`` after the first pass how many each takes."""
-    tops = [Top(of, tensor.size) for of in models]
+    tops = [TopKSelection(of, tensor.size) for of in models]
     for block in tensor.blocks():
         for top, key in zip(tops, keys(block, True), strict=True):
             top.count(key)
@@ -92,7 +99,9 @@ def select(tensor: Tensor, keys: Keys, models: Sequence[range], numbers: Callabl
     tied = [top.resolve() for top in tops]
     if any(tied):
         for block in tensor.blocks():
-            located = [top.locate(block.start, key, block.deltas) for top, key in zip(tops, keys(block, False), strict=True)]
+            located = [
+                top.locate(block.start, key, block.deltas) for top, key in zip(tops, keys(block, False), strict=True)
+            ]
             if all(located):
                 break
     return tops

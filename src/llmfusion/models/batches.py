@@ -8,7 +8,7 @@ from torch import Tensor
 from llmfusion.data.chat import Encoded
 
 
-def device_of() -> str:
+def default_device() -> str:
     """The device this process computes on."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,6 +24,6 @@ def pad(ids: Sequence[Sequence[int]], device: str) -> tuple[Tensor, Tensor]:
     return out.to(device), mask.to(device)
 
 
-def label_rows(encoded: Encoded) -> list[int]:
+def label_positions(encoded: Encoded) -> list[int]:
     """Positions whose state predicts a label: one before each label token."""
     return [position - 1 for position, label in enumerate(encoded.is_label) if label]

@@ -1,7 +1,7 @@
 """Load and save models and tokenizers with the checks transformers leaves out.
 
 transformers loads a checkpoint with a missing tensor (filled at random), an extra one, one of integers or a NaN without an
-error. Here the files are verified against the manifest first (:func:`llmfusion.artifacts.read`), no tensor may be missing,
+error. Here the files are verified against the manifest first (:func:`llmfusion.artifacts.store.read`), no tensor may be missing,
 unexpected or of another kind, and all values must be finite. Remote code is never run and pickled weights are never read.
 """
 
@@ -15,10 +15,11 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-from llmfusion.artifacts import Artifact, require
+from llmfusion.artifacts.store import Artifact
 from llmfusion.data.chat import TEMPLATES
-from llmfusion.errors import DamagedError, UserError
-from llmfusion.merging.tensors import FLOATS, Entry, entries_in, weight_files
+from llmfusion.errors import DamagedError, UserError, require
+from llmfusion.io.files import read_json_object
+from llmfusion.io.safetensors import FLOATS, TensorInfo, read_headers, weight_files
 
 
 def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
@@ -27,10 +28,12 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
 
     folder = model.folder if isinstance(model, Artifact) else model
     if (settings := folder / "tokenizer_config.json").exists():
-        _object(settings)
+        read_json_object(settings)
     # tokenizer.json as it is: the class that tokenizer_config.json names may rebuild it (a byte-level one declared as
     # LlamaTokenizerFast would lose its spaces)
-    kind: Any = transformers.PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else transformers.AutoTokenizer
+    kind: Any = (
+        transformers.PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else transformers.AutoTokenizer
+    )
     try:
         tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones
@@ -54,17 +57,6 @@ def _check_template(tokenizer: Any, folder: Path) -> None:
         raise UserError(f"{folder}: the chat template, line {error.lineno}: {error.message}") from None
     except jinja2.TemplateError:
         pass
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises :class:`DamagedError`."""
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise DamagedError(f"{file}: expected JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise DamagedError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _class(name: Any, base: type) -> Any:
@@ -106,9 +98,13 @@ def load_model(model: Artifact, dtype: str) -> Any:
     state = loaded.state_dict()
     wrong = [*_wrong_names(loaded, info), *_wrong_kinds(state, entries)]
     if wrong:
-        raise DamagedError(f"{_files(model, entries)}: tensors that are not what the model needs ({len(wrong)}): {'; '.join(wrong[:5])}")
+        raise DamagedError(
+            f"{_files(model, entries)}: tensors that are not what the model needs ({len(wrong)}): {'; '.join(wrong[:5])}"
+        )
     if (bad := not_finite(state)) is not None:
-        raise DamagedError(f"{entries[bad].file if bad in entries else model.folder}: tensor {bad} is not finite: it holds a NaN or an infinity")
+        raise DamagedError(
+            f"{entries[bad].file if bad in entries else model.folder}: tensor {bad} is not finite: it holds a NaN or an infinity"
+        )
     return loaded.eval()
 
 
@@ -122,7 +118,7 @@ def empty_model(model: Artifact) -> Any:
     return made.eval()
 
 
-def hollow(model: Any) -> Any:
+def meta_copy(model: Any) -> Any:
     """Another model of the same shape, settings and mode, without weights (torch's meta device); buffers are there."""
     made = _without_weights(type(model), model.config)
     made.generation_config = model.generation_config
@@ -142,26 +138,29 @@ def _kind(model: Artifact) -> Any:
     """The class of transformers that ``config.json`` names; where there is one, an auto_map beside it is not followed."""
     import transformers
 
-    config = _object(model.file("config.json"))
+    config = read_json_object(model.file("config.json"))
     for file in ("generation_config.json", "model.safetensors.index.json"):
         if (model.folder / file).exists():
-            _object(model.file(file))  # transformers goes on without settings that it cannot read
+            read_json_object(model.file(file))  # transformers goes on without settings that it cannot read
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else "?"
     kind = _class(name, transformers.PreTrainedModel)
     code = "; code from its repository (auto_map) is never run" if "auto_map" in config else ""
-    require(kind is not None, f"{model.folder}: transformers {transformers.__version__} has no class {name!r}{code}; take a model transformers knows")
+    require(
+        kind is not None,
+        f"{model.folder}: transformers {transformers.__version__} has no class {name!r}{code}; take a model transformers knows",
+    )
     return kind
 
 
-def _weights(model: Artifact) -> dict[str, Entry]:
+def _weights(model: Artifact) -> dict[str, TensorInfo]:
     """Headers of the weights that transformers would read: one file, else those of the index."""
     files = weight_files(model.folder)
     require(bool(files), f"{model.folder}: has no .safetensors weights; pickled weights are never read")
-    return entries_in([model.file(path.name) for path in files])
+    return read_headers([model.file(path.name) for path in files])
 
 
-def _files(model: Artifact, entries: dict[str, Entry]) -> str:
+def _files(model: Artifact, entries: dict[str, TensorInfo]) -> str:
     files = {entry.file for entry in entries.values()}
     return str(files.pop() if len(files) == 1 else model.folder)
 
@@ -171,17 +170,28 @@ def _wrong_names(loaded: Any, info: dict[str, Any]) -> list[str]:
     tied = set(getattr(loaded, "all_tied_weights_keys", None) or [])
     wrong = [f"{name} is missing" for name in sorted(set(info["missing_keys"]) - tied)]
     wrong += [f"{name} is not the model's" for name in sorted(info["unexpected_keys"])]
-    wrong += [f"{name} is {list(found)}, expected {list(expected)}" for name, found, expected in sorted(info["mismatched_keys"])]
+    wrong += [
+        f"{name} is {list(found)}, expected {list(expected)}"
+        for name, found, expected in sorted(info["mismatched_keys"])
+    ]
     head = loaded.get_output_embeddings()
-    if head is not None and getattr(loaded.config.get_text_config(), "tie_word_embeddings", False) and head.weight is not loaded.get_input_embeddings().weight:
+    if (
+        head is not None
+        and getattr(loaded.config.get_text_config(), "tie_word_embeddings", False)
+        and head.weight is not loaded.get_input_embeddings().weight
+    ):
         wrong.append("a head of its own, where config.json ties it to the embeddings")
     return wrong
 
 
-def _wrong_kinds(state: dict[str, Any], entries: dict[str, Entry]) -> list[str]:
+def _wrong_kinds(state: dict[str, Any], entries: dict[str, TensorInfo]) -> list[str]:
     """Tensors stored as another kind of number than weights are, which would be cast without a word."""
     expected = " or ".join(FLOATS)
-    return [f"{n} is {e.dtype}, expected {expected}" for n, e in entries.items() if n in state and state[n].is_floating_point() and e.dtype not in FLOATS]
+    return [
+        f"{n} is {e.dtype}, expected {expected}"
+        for n, e in entries.items()
+        if n in state and state[n].is_floating_point() and e.dtype not in FLOATS
+    ]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -194,7 +204,14 @@ def not_finite(state: dict[str, Any]) -> str | None:
     """Name of the first tensor with a NaN or an infinity."""
     import torch
 
-    return next((name for name, tensor in state.items() if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())), None)
+    return next(
+        (
+            name
+            for name, tensor in state.items()
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+        ),
+        None,
+    )
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
@@ -214,7 +231,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> dict[str
 
 def model_facts(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """What later steps and checks want to know without loading the model."""
-    config = _object(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     text = config.get("text_config", config)
     return {
         "architecture": (config.get("architectures") or ["?"])[0],
@@ -234,21 +251,33 @@ def vocabulary_sha256(tokenizer: Any) -> str:
     same = {key: body.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
     added = {token["content"] for token in body.get("added_tokens", [])}
     same["model"]["vocab"] = (
-        {k: v for k, v in same["model"]["vocab"].items() if k not in added} if isinstance(same["model"].get("vocab"), dict) else same["model"].get("vocab")
+        {k: v for k, v in same["model"]["vocab"].items() if k not in added}
+        if isinstance(same["model"].get("vocab"), dict)
+        else same["model"].get("vocab")
     )
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
 
 
 def count_parameters(path: Path) -> int:
     """Number of values in a safetensors file, from its header."""
-    return sum(math.prod(entry.shape) for entry in entries_in([path]).values())
+    return sum(math.prod(entry.shape) for entry in read_headers([path]).values())
 
 
-BEHIND_THE_HEAD = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier")
+BEHIND_THE_HEAD = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
 
 
 def require_linear_head(config: Any, folder: Path) -> None:
     """Raise :class:`UserError` for a model that changes logits behind its head: no loss or distribution here would be the model's own."""
     for name in BEHIND_THE_HEAD:
         value = getattr(config.get_text_config(), name, None)
-        require(value in (None, 1.0), f"{folder}: {name} is {value}: it changes logits behind the head; such models can be neither trained nor cached")
+        require(
+            value in (None, 1.0),
+            f"{folder}: {name} is {value}: it changes logits behind the head; such models can be neither trained nor cached",
+        )

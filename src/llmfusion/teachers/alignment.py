@@ -64,7 +64,9 @@ def _sentencepiece(token: str) -> bytes:
 
 def responses(sample: Sample) -> list[str]:
     """The texts whose tokens are labels: every assistant turn, or the raw text."""
-    return [sample["text"]] if "text" in sample else [m["content"] for m in sample["messages"] if m["role"] == "assistant"]
+    return (
+        [sample["text"]] if "text" in sample else [m["content"] for m in sample["messages"] if m["role"] == "assistant"]
+    )
 
 
 def spans(pieces: Sequence[bytes], ids: Sequence[int], text: str) -> Tensor | None:
@@ -99,19 +101,19 @@ def row_spans(pieces: Sequence[bytes], labels: Sequence[int], starts: Sequence[i
     return torch.cat(out)
 
 
-def partners(student: Tensor, teacher: Tensor) -> Tensor:
+def match_spans(student: Tensor, teacher: Tensor) -> Tensor:
     """For each student row the teacher row with the same span, -1 if there is none: (N,) from spans (N, 2) and (M, 2)."""
     rows = {(start, end): j for j, (start, end) in enumerate(teacher.tolist()) if start < end}
     return torch.tensor([rows.get((start, end), -1) for start, end in student.tolist()], dtype=torch.long)
 
 
-def join(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+def join_matches(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     """Partners of the samples of a batch, as row numbers of the batch; ``sizes`` are the samples' numbers of teacher rows."""
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
     return torch.cat([torch.where(part < 0, part, part + first) for part, first in zip(parts, firsts, strict=True)])
 
 
-def spread(student: Tensor, teacher: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def redistribute_by_bytes(student: Tensor, teacher: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Hand what the teacher says at its rows, ``values (M, k)`` in nats, over to the student's rows: ``(N, k)``, and a mask (N,).
 
     ``out_i = sum_j values_j |span_i and span_j| / |span_j|``: each token's value is spread evenly over its bytes and summed
@@ -121,8 +123,12 @@ def spread(student: Tensor, teacher: Tensor, values: Tensor) -> tuple[Tensor, Te
     lengths = teacher[:, 1] - teacher[:, 0]
     of = torch.repeat_interleave(torch.arange(len(teacher)), lengths)  # (bytes,) the row that covers each byte
     byte = teacher[of, 0] + torch.arange(len(of)) - (lengths.cumsum(0) - lengths)[of]
-    each = torch.cat([values.double() / lengths[:, None], torch.ones(len(values), 1)], 1)[of]  # a byte's values, and 1 for being covered
-    before = torch.zeros(int(max(student.max(), teacher.max())) + 1, each.shape[1], dtype=torch.float64)  # row b: bytes before b
+    each = torch.cat([values.double() / lengths[:, None], torch.ones(len(values), 1)], 1)[
+        of
+    ]  # a byte's values, and 1 for being covered
+    before = torch.zeros(
+        int(max(student.max(), teacher.max())) + 1, each.shape[1], dtype=torch.float64
+    )  # row b: bytes before b
     before = before.index_copy(0, byte + 1, each).cumsum(0)
     out = before[student[:, 1]] - before[student[:, 0]]
     wide = student[:, 1] - student[:, 0]

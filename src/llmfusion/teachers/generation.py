@@ -13,13 +13,18 @@ from llmfusion.data.sources import Rejected
 from llmfusion.models.loading import end_tokens
 
 
-def answer_all(model: Any, tokenizer: Any, samples: Sequence[Sample], max_length: int, batch_size: int, rejected: Rejected) -> list[Sample]:
+def answer_all(
+    model: Any, tokenizer: Any, samples: Sequence[Sample], max_length: int, batch_size: int, rejected: Rejected
+) -> list[Sample]:
     """The samples with the last assistant turn replaced by the model's answer, in the given order.
 
     Earlier turns keep their gold text. Left out and counted: prompts that leave no room (``too long``), answers without an
     end token (``unfinished``) and without text (``empty``).
     """
-    prompts = {i: tokenizer(prompt_text(s["messages"][:-1], tokenizer), add_special_tokens=False)["input_ids"] for i, s in enumerate(samples)}
+    prompts = {
+        i: tokenizer(prompt_text(s["messages"][:-1], tokenizer), add_special_tokens=False)["input_ids"]
+        for i, s in enumerate(samples)
+    }
     for i in [i for i, prompt in prompts.items() if len(prompt) >= max_length]:
         rejected.add("too long", samples[i]["id"])
         del prompts[i]
@@ -30,7 +35,9 @@ def answer_all(model: Any, tokenizer: Any, samples: Sequence[Sample], max_length
     by_length = sorted(prompts, key=lambda i: len(prompts[i]))
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
-        for i, text in zip(batch, _answer(model, tokenizer, [prompts[i] for i in batch], max_length, ends), strict=True):
+        for i, text in zip(
+            batch, _answer(model, tokenizer, [prompts[i] for i in batch], max_length, ends), strict=True
+        ):
             if text is None or not text.strip():
                 rejected.add("unfinished" if text is None else "empty", samples[i]["id"])
             else:
@@ -48,7 +55,9 @@ def _answer(model: Any, tokenizer: Any, prompts: list[list[int]], max_length: in
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)  # padded on the left: the answer follows the prompt
         mask[row, longest - len(prompt) :] = 1
     device = next(model.parameters()).device
-    settings = GenerationConfig(do_sample=False, max_new_tokens=room, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=room, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+    )
     out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings)
     answers = []
     for prompt, tokens in zip(prompts, out[:, longest:].tolist(), strict=True):

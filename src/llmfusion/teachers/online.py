@@ -6,22 +6,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmfusion.artifacts import Artifact, require
+from llmfusion.artifacts.store import Artifact
 from llmfusion.data.chat import encode
 from llmfusion.data.samples import Sample
-from llmfusion.errors import UserError
-from llmfusion.models.batches import label_rows, pad
+from llmfusion.errors import UserError, require
+from llmfusion.models.batches import label_positions, pad
 from llmfusion.models.loading import load_model, load_tokenizer
+from llmfusion.study.schema.settings import Capture
 
 
 class Online:
     """The teacher's own forward pass, in the precision of its capture, over batches as large as the capture's."""
 
     def __init__(self, name: str, teacher: Artifact, cache: Artifact, mix: Artifact, device: str):
-        settings = cache.spec["capture"]
+        settings = Capture.model_validate(cache.spec["capture"])
         self.name, self.device, self.longest = name, device, mix.facts["max_length"]
-        self.tokenizer, self.size = load_tokenizer(cache, None), settings.get("batch_size", 16)
-        self.trunk = load_model(teacher, settings.get("dtype", "bfloat16")).base_model.to(device)  # its head lies in the cache
+        self.tokenizer, self.size = load_tokenizer(cache, None), settings.batch_size
+        self.trunk = load_model(teacher, settings.dtype).base_model.to(device)  # its head lies in the cache
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[Tensor]:
@@ -34,7 +35,7 @@ class Online:
             ids, attention = pad([encoded[i].ids for i in batch], self.device)
             hidden = self.trunk(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
             for row, i in enumerate(batch):
-                out[i] = hidden[row, label_rows(encoded[i])]
+                out[i] = hidden[row, label_positions(encoded[i])]
         return out
 
     def _encoded(self, sample: Sample) -> Any:
@@ -48,6 +49,9 @@ def states_of(name: str, cache: Artifact, mix: Artifact, teacher: Artifact | Non
     """What a cache needs to be whole: the teacher in memory where the states are not stored, else nothing."""
     if cache.facts["kind"] != "online":
         return None
-    require(teacher is not None, f"teacher {name}: its cache holds no states (kind online), and the teacher is not among this training's inputs")
+    require(
+        teacher is not None,
+        f"teacher {name}: its cache holds no states (kind online), and the teacher is not among this training's inputs",
+    )
     assert teacher is not None
     return Online(name, teacher, cache, mix, device)

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 Groups = list[list[int]]  # positions of samples in the step, by micro-batch
 
 
-def micro_batches(lengths: Sequence[int], processes: int, size: int | None = None, tokens: int | None = None) -> list[Groups]:
+def micro_batches(
+    lengths: Sequence[int], processes: int, size: int | None = None, tokens: int | None = None
+) -> list[Groups]:
     """For each process its micro-batches of a step's samples, which have ``lengths`` in tokens; all get equally many samples.
 
     ``size``: consecutive samples, so many at a time (default: all of a process's). ``tokens``: sorted by length, as many as

@@ -1,6 +1,6 @@
 """One training by several processes of a node: each takes a part of every optimizer step's samples, the gradients are summed.
 
-The loss of a sample is divided by counts of the whole step (:class:`llmfusion.fusion.objective.Totals`), so the sum over
+The loss of a sample is divided by counts of the whole step (:class:`llmfusion.fusion.objective.StepTokenCounts`), so the sum over
 processes is what one process computes, up to the order of additions. All processes hold the whole model and make the same
 update, or each its part (:mod:`llmfusion.training.sharding`); the first one alone writes results. A single process needs no
 process group: then nothing here communicates.
@@ -25,7 +25,7 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """Number of processes."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
@@ -35,7 +35,9 @@ def joined() -> Iterator[None]:
     """Join the other processes that torchrun started; on a GPU node each takes the device of its local number."""
     if torch.cuda.is_available():
         if torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
-            raise UserError(f"{os.environ['WORLD_SIZE']} processes need a GPU each, there are {torch.cuda.device_count()}: change the model's `processes`")
+            raise UserError(
+                f"{os.environ['WORLD_SIZE']} processes need a GPU each, there are {torch.cuda.device_count()}: change the model's `processes`"
+            )
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     yield
@@ -44,13 +46,13 @@ def joined() -> Iterator[None]:
 
 def seed_step(seed: int, step: int) -> None:
     """With several processes, dropout is drawn from seed, step and process: it needs no state to go on after a stop."""
-    if count() > 1:
+    if world_size() > 1:
         torch.manual_seed((seed * 1_000_003 + step) * 4096 + rank())
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its sum over processes; who has none where another has one takes part with zeros."""
-    if count() == 1:
+    if world_size() == 1:
         return
     found = list(parameters)
     there = torch.tensor([p.grad is not None for p in found], dtype=torch.uint8)
@@ -63,25 +65,25 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 def sum_records(record: dict[str, Any]) -> dict[str, Any]:
     """Numbers by (nested) name, summed over processes."""
-    if count() == 1:
+    if world_size() == 1:
         return record
     values = torch.tensor(list(_leaves(record)), dtype=torch.float64)
     distributed.all_reduce(values)
     return _filled(record, iter(values.tolist()))
 
 
-def any_of(*flags: bool) -> list[bool]:
+def any_across_ranks(*flags: bool) -> list[bool]:
     """For each flag whether any process says so: all of them decide alike."""
-    if count() == 1:
+    if world_size() == 1:
         return list(flags)
     said = torch.tensor(flags, dtype=torch.uint8)
     distributed.all_reduce(said, distributed.ReduceOp.MAX)
     return [bool(flag) for flag in said]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
-    any_of(False)
+    any_across_ranks(False)
 
 
 def _leaves(record: dict[str, Any]) -> Iterator[float]:
@@ -93,4 +95,7 @@ def _leaves(record: dict[str, Any]) -> Iterator[float]:
 
 
 def _filled(record: dict[str, Any], values: Iterator[float]) -> dict[str, Any]:
-    return {name: _filled(value, values) if isinstance(value, dict) else next(values) for name, value in sorted(record.items())}
+    return {
+        name: _filled(value, values) if isinstance(value, dict) else next(values)
+        for name, value in sorted(record.items())
+    }

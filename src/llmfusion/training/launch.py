@@ -8,6 +8,7 @@ after 30 s. When this process is killed they are killed with it: a lease whose p
 
 import ctypes
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,32 +19,28 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from llmfusion import artifacts
-from llmfusion.artifacts import Artifact
 from llmfusion.errors import UserError
-from llmfusion.step import Job
+from llmfusion.io.files import write_file
 
+logger = logging.getLogger(__name__)
 LIBC = ctypes.CDLL(None)  # loaded before a fork, not after
 
 
-def in_processes(job: Job, number: int, module: str) -> None:
-    """Run ``module.make(job)`` in ``number`` processes; their facts become the job's. One process is this one.
+def run_processes(entry: str, number: int, state: dict[str, Any], folder: Path) -> Any:
+    """Call ``entry(state)`` (``"package.module:function"``) in ``number`` processes of this node, joined in a process group.
 
-    Raises what the first failing process raised, in its words (:class:`UserError`), and ends with status 143 when they were stopped.
+    ``state`` is what JSON holds; files that the processes exchange lie in ``folder``. Returns what the first process's call
+    returned, as JSON. Raises what the first failing process raised, in its words (:class:`UserError`), and ends with status 143
+    when they were stopped.
     """
-    if number == 1:
-        import_module(module).make(job)
-        return
     _require_devices(number)
-    with tempfile.TemporaryDirectory(prefix="processes-", dir=job.work) as name:
-        folder = Path(name)
-        (folder / "job.json").write_text(json.dumps(_told(job, module)))
-        print(f"{number} processes share the samples of every step", flush=True)
-        status = _torchrun(number, folder)
-        _end(folder, number, status)
-        found = json.loads((folder / "facts.json").read_bytes())
-        job.facts.update(found["facts"])
-        job.start, job.measured = found["start"], found["measured"]
+    with tempfile.TemporaryDirectory(prefix="processes-", dir=folder) as name:
+        place = Path(name)
+        (place / "call.json").write_text(json.dumps({"entry": entry, "state": state}))
+        logger.info("%d processes share the samples of every step", number)
+        status = _torchrun(number, place)
+        _raise_failures(place, number, status)
+        return json.loads((place / "result.json").read_bytes())
 
 
 def _require_devices(number: int) -> None:
@@ -55,12 +52,6 @@ def _require_devices(number: int) -> None:
             f"the model asks for {number} processes, one GPU each, and this job sees {len(devices)} (CUDA_VISIBLE_DEVICES={seen}): "
             f"ask for {number} GPUs (resource gpu), or change the model's `processes` in the study"
         )
-
-
-def _told(job: Job, module: str) -> dict[str, Any]:
-    same = {"spec": job.spec, "key": job.key, "minutes": job.minutes, "began": job.began}
-    inputs = {address: str(artifact.folder) for address, artifact in job.inputs.items()}
-    return {"module": module, "inputs": inputs, "folder": str(job.folder), "work": str(job.work), **same}
 
 
 def _torchrun(number: int, folder: Path) -> int:
@@ -79,7 +70,7 @@ def _torchrun(number: int, folder: Path) -> int:
                 child.kill()
                 child.wait()
             if stopped:
-                print("stopped by SIGTERM", flush=True)
+                logger.info("stopped by SIGTERM")
 
 
 def _pass_on(folder: Path, stopped: list[int]) -> None:
@@ -92,11 +83,14 @@ def _pass_on(folder: Path, stopped: list[int]) -> None:
             continue
 
 
-def _end(folder: Path, number: int, status: int) -> None:
+def _raise_failures(folder: Path, number: int, status: int) -> None:
     """Raise for what went wrong: a process's own words first, else what is known of those that left none."""
-    if status == 0 and (folder / "facts.json").exists():
+    if status == 0 and (folder / "result.json").exists():
         return
-    ends = {rank: json.loads(path.read_bytes()) if (path := folder / f"end-{rank}.json").exists() else {} for rank in range(number)}
+    ends = {
+        rank: json.loads(path.read_bytes()) if (path := folder / f"end-{rank}.json").exists() else {}
+        for rank in range(number)
+    }
     for end in ends.values():
         if "error" in end:
             raise UserError(end["error"])
@@ -104,9 +98,21 @@ def _end(folder: Path, number: int, status: int) -> None:
             raise OSError(end["errno"], end["said"])
     if all("stopped" in end for end in ends.values()):
         sys.exit(143)
-    said = [f"process {rank} of {number} ended without a word: killed, perhaps for its memory" for rank, end in ends.items() if not end]
+    said = [
+        f"process {rank} of {number} ended without a word: killed, perhaps for its memory"
+        for rank, end in ends.items()
+        if not end
+    ]
     said += [end["traceback"] for end in ends.values() if "traceback" in end]
-    raise UserError("\n".join(["the processes of this training did not end well:", *said, (folder / "torchrun.log").read_text(errors="replace")[-2000:]]))
+    raise UserError(
+        "\n".join(
+            [
+                "the processes of this training did not end well:",
+                *said,
+                (folder / "torchrun.log").read_text(errors="replace")[-2000:],
+            ]
+        )
+    )
 
 
 def _die_with_parent() -> None:
@@ -116,26 +122,34 @@ def _die_with_parent() -> None:
 
 def _as_torchrun() -> None:
     _die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # SLURM signals all processes of a job; torchrun would kill the others after 30 s
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # SLURM signals all processes of a job; torchrun would kill the others after 30 s
 
 
 def main(folder: Path) -> int:
-    """One of the processes: read the job, join the others, make it; leaves ``facts.json`` or ``end-N.json``."""
+    """One of the processes: read the job, join the others, make it; leaves ``result.json`` or ``end-N.json``."""
     _die_with_parent()
     os.dup2(1, 2)  # torchrun's stderr is not read by anyone but the one that started it
     number = int(os.environ["RANK"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    artifacts.write_file(folder / f"{number}.pid", str(os.getpid()).encode())
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    write_file(folder / f"{number}.pid", str(os.getpid()).encode())
     try:
         if (folder / "stop").exists():
             sys.exit(143)
-        _make(folder, number)
+        _call(folder, number)
     except SystemExit as end:
         return _leave(folder, number, end.code, {"stopped": True})
     except UserError as error:
         return _leave(folder, number, 1, {"error": str(error)})
     except OSError as error:
-        return _leave(folder, number, 1, {"errno": error.errno, "said": str(error)} if error.errno else {"traceback": traceback.format_exc()})
+        return _leave(
+            folder,
+            number,
+            1,
+            {"errno": error.errno, "said": str(error)} if error.errno else {"traceback": traceback.format_exc()},
+        )
     except Exception:
         return _leave(folder, number, 1, {"traceback": f"process {number}:\n{traceback.format_exc()}"})
     return 0
@@ -146,23 +160,16 @@ def _leave(folder: Path, number: int, status: Any, end: dict[str, Any]) -> int:
     return int(status or 0)
 
 
-def _make(folder: Path, number: int) -> None:
+def _call(folder: Path, number: int) -> None:
     from llmfusion.training import distributed
 
-    told = json.loads((folder / "job.json").read_bytes())
-    inputs = {address: _verified(Path(place)) for address, place in told["inputs"].items()}
-    job = Job(told["spec"], inputs, Path(told["folder"]), Path(told["work"]), {}, told["key"], told["minutes"], told["began"])
+    call = json.loads((folder / "call.json").read_bytes())
+    module, _, function = call["entry"].partition(":")
     with distributed.joined():
-        import_module(told["module"]).make(job)
-        distributed.wait()
+        result = getattr(import_module(module), function)(call["state"])
+        distributed.barrier()
     if number == 0:
-        (folder / "facts.json").write_text(json.dumps({"facts": job.facts, "start": job.start, "measured": job.measured}))
-
-
-def _verified(folder: Path) -> Artifact:
-    """An input that the starting process has just verified: not hashed once more by each of N processes."""
-    path = folder / "manifest.json"
-    return Artifact(folder, json.loads(path.read_bytes()), artifacts.sha256_file(path))
+        (folder / "result.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

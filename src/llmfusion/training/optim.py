@@ -9,8 +9,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from llmfusion.errors import UserError
-from llmfusion.fusion.products import exact, full
-from llmfusion.training.sharding import is_part, local
+from llmfusion.fusion.head import accum_dtype, upcast
+from llmfusion.training.sharding import is_shard, local_shard
 
 TOGETHER = 2**27  # values of parameters, over all processes, that are updated at once
 
@@ -30,7 +30,10 @@ class CautiousAdamW(torch.optim.Optimizer):
         self, parameters: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6,
         weight_decay: float = 0.01, cautious: bool = True, norm: str = "mean_clamp",
     ):  # fmt: skip
-        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "cautious": cautious, "norm": norm})
+        super().__init__(
+            parameters,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "cautious": cautious, "norm": norm},
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -41,8 +44,8 @@ class CautiousAdamW(torch.optim.Optimizer):
                 self._update(some, group)
 
     def _update(self, whole: list[Tensor], group: dict[str, Any]) -> None:
-        stored = [local(p) for p in whole]
-        params, grads = [full(p) for p in stored], [full(local(p.grad)) for p in whole if p.grad is not None]
+        stored = [local_shard(p) for p in whole]
+        params, grads = [upcast(p) for p in stored], [upcast(local_shard(p.grad)) for p in whole if p.grad is not None]
         states = [self._state(p) for p in whole]
         m, v = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
         for state in states:
@@ -64,7 +67,10 @@ class CautiousAdamW(torch.optim.Optimizer):
     def _state(self, p: Tensor) -> dict[str, Any]:
         state = self.state[p]
         if not state:
-            state.update(step=0, **{key: torch.zeros_like(local(p), dtype=exact(p)) for key in ("exp_avg", "exp_avg_sq")})
+            state.update(
+                step=0,
+                **{key: torch.zeros_like(local_shard(p), dtype=accum_dtype(p)) for key in ("exp_avg", "exp_avg_sq")},
+            )
         return state
 
 
@@ -87,15 +93,18 @@ def _masked(m: list[Tensor], gradients: list[Tensor], whole: list[Tensor], norm:
     torch._foreach_sign_(masks)
     torch._foreach_clamp_min_(masks, 0)
     sums = torch.stack(torch._foreach_norm(masks, 1))
-    if is_part(whole[0]):
+    if is_shard(whole[0]):
         distributed.all_reduce(sums)
-    scales = [p.numel() / (k + 1 if norm == "numel_plus_1" else max(k, 1e-3 * p.numel())) for p, k in zip(whole, sums.tolist(), strict=True)]
+    scales = [
+        p.numel() / (k + 1 if norm == "numel_plus_1" else max(k, 1e-3 * p.numel()))
+        for p, k in zip(whole, sums.tolist(), strict=True)
+    ]
     torch._foreach_mul_(masks, scales)
     torch._foreach_mul_(masks, m)
     return masks
 
 
-def clip(parameters: list[Tensor], most: float) -> float:
+def clip_gradients(parameters: list[Tensor], most: float) -> float:
     """Scale gradients down to the norm ``most``, that of all of them over all processes. Returns the norm they had."""
     norm = nn.utils.clip_grad_norm_(parameters, most)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -114,7 +123,7 @@ def learning_rate(step: int, steps: int, peak: float, lowest: float, warmup: flo
     return lowest + (peak - lowest) * left
 
 
-def moving(model: nn.Module, rate: float) -> float:
+def effective_update_fraction(model: nn.Module, rate: float) -> float:
     """Share of the weights that a step of size ``rate`` changes, up or down, in their own precision; Adam's first step is one."""
     changed = total = 0
     for parameter in model.parameters():
@@ -124,12 +133,14 @@ def moving(model: nn.Module, rate: float) -> float:
     return changed / total
 
 
-def require_moving(model: nn.Module, rate: float) -> None:
+def require_effective_updates(model: nn.Module, rate: float) -> None:
     """Raise :class:`UserError` where less than half of the weights would move at the peak rate: most of the training would be rounded away."""
-    share = moving(model, rate)
+    share = effective_update_fraction(model, rate)
     if share >= 0.5:
         return
-    enough = next((r for r in (rate * 2.0**i for i in range(1, 60)) if moving(model, r) >= 0.5), math.inf)
+    enough = next(
+        (r for r in (rate * 2.0**i for i in range(1, 60)) if effective_update_fraction(model, r) >= 0.5), math.inf
+    )
     raise UserError(
         f"parameters: bfloat16 at lr {rate:g}: a step of this size changes {share:.1%} of the weights, the others are rounded back to what they were. "
         f"Use parameters: float32 (precision: bfloat16 may stay), or an lr of {enough:.0e} or more"

@@ -14,13 +14,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from llmfusion.artifacts import Artifact, require
-from llmfusion.models.batches import device_of
-from llmfusion.models.loading import empty_model, hollow, load_model
-from llmfusion.training.distributed import count, rank
+from llmfusion.artifacts.store import Artifact
+from llmfusion.errors import require
+from llmfusion.models.batches import default_device
+from llmfusion.models.loading import empty_model, load_model, meta_copy
+from llmfusion.study.schema.training import Training
+from llmfusion.training.distributed import rank, world_size
 
 
-class States(nn.Module):
+class FinalHiddenStates(nn.Module):
     """What a training calls of a causal language model: ids (B, T) to final states (B, T, d). Its head takes part in the loss alone."""
 
     def __init__(self, model: Any):
@@ -42,15 +44,15 @@ def layers_of(model: Any) -> list[nn.Module]:
     return found
 
 
-def shard(model: Any) -> States:
+def shard(model: Any) -> FinalHiddenStates:
     """Split a model over all processes. Only the first one's weights count: the others may give an empty one (:func:`hollow`).
 
     The first process needs the whole model in host memory until then; on a device no process ever holds more than its part and
     one whole weight.
     """
-    mesh = init_device_mesh(device_of(), (count(),))
+    mesh = init_device_mesh(default_device(), (world_size(),))
     given = dict(model.named_parameters())
-    states = States(hollow(model))
+    states = FinalHiddenStates(meta_copy(model))
     for name, parameter in states.model.named_parameters():
         parameter.data = parameter.data.to(given[name].dtype)
     for layer in layers_of(states):
@@ -63,7 +65,11 @@ def shard(model: Any) -> States:
 
     def part(name: str, empty: nn.Parameter) -> nn.Parameter:
         value = given.pop(name).detach()
-        full = value.to(device_of()) if rank() == 0 else torch.empty(value.shape, dtype=value.dtype, device=device_of())
+        full = (
+            value.to(default_device())
+            if rank() == 0
+            else torch.empty(value.shape, dtype=value.dtype, device=default_device())
+        )
         return nn.Parameter(distribute_tensor(full, mesh, [Shard(0)]))
 
     _replace(states.model, part)
@@ -73,20 +79,20 @@ def shard(model: Any) -> States:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether its weights are parts."""
-    return any(is_part(p) for p in model.parameters())
+    return any(is_shard(p) for p in model.parameters())
 
 
-def is_part(tensor: Tensor) -> bool:
+def is_shard(tensor: Tensor) -> bool:
     """Whether this is one process's part of a sharded tensor."""
     return isinstance(tensor, DTensor)
 
 
-def load(artifact: Artifact, spec: dict[str, Any]) -> Any:
+def load(artifact: Artifact, run: Training) -> Any:
     """The model to train, in float32; of one that will be sharded only the first process reads the weights."""
-    return load_model(artifact, "float32") if spec.get("sharding", "none") == "none" or rank() == 0 else empty_model(artifact)
+    return load_model(artifact, "float32") if run.sharding == "none" or rank() == 0 else empty_model(artifact)
 
 
-def whole(model: Any, dtype: torch.dtype) -> Any:
+def gather_full_model(model: Any, dtype: torch.dtype) -> Any:
     """The model as it was before :func:`shard`, in ``dtype`` on the CPU of the first process; None in the others. All must call.
 
     Weights are gathered one by one, so the first process holds the model once. A model that is not sharded is returned as it is.
@@ -101,7 +107,7 @@ def whole(model: Any, dtype: torch.dtype) -> Any:
         del full
     if rank() != 0:
         return None
-    out = hollow(model)
+    out = meta_copy(model)
     _replace(out, lambda name, _: nn.Parameter(found.pop(name)))
     return out
 
@@ -113,13 +119,13 @@ def next_backward(states: nn.Module, last: bool) -> None:
         states.set_requires_gradient_sync(last, recurse=False)
 
 
-def rest(states: nn.Module) -> None:
+def reshard(states: nn.Module) -> None:
     """Give up what is gathered, so that the model's parameters are the parts."""
     if isinstance(states, FSDPModule):
         states.reshard()
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, in the same memory; any other tensor as it is. Not differentiable."""
     detached = tensor.detach()
     return detached.to_local() if isinstance(detached, DTensor) else tensor
@@ -139,7 +145,7 @@ def _share_buffers(model: nn.Module, given: nn.Module) -> None:
     """Every process has the first one's buffers, whole."""
     theirs = dict(given.named_buffers())
     for name, buffer in list(model.named_buffers()):
-        value = theirs[name].detach().to(device_of(), buffer.dtype).contiguous()
+        value = theirs[name].detach().to(default_device(), buffer.dtype).contiguous()
         distributed.broadcast(value, 0)
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, value)

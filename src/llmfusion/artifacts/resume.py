@@ -1,0 +1,81 @@
+"""Resume state: files that a job finishes one by one in ``work/``, so that the next start goes on from them.
+
+Each file has a note beside it, written last: the key of the work it belongs to (one spec over the very content of its inputs), its
+sha256, and what the job wants to remember. A file without its note, of another key or of other bytes does not count.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmfusion.io.digests import canonical
+from llmfusion.io.files import json_object_or_empty, replacing, sha256_file, write_file
+
+logger = logging.getLogger(__name__)
+
+
+def note_path(path: Path) -> Path:
+    """The note of a file."""
+    return path.with_suffix(".json")
+
+
+class ResumeFolder:
+    """Finished files in a folder, each with its note; those of another spec or other inputs (``key``) do not count."""
+
+    def __init__(self, folder: Path, key: str):
+        self.folder = folder
+        self.key = key
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def remove_temporary(self) -> None:
+        """Remove what killed writers left half-written; only for the one process that writes, or before others begin."""
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def remove_others(self) -> None:
+        """Remove what does not belong here: files that were not finished, or of another spec or other inputs."""
+        others = sorted(set(self.folder.iterdir()) - set(self._own()))
+        if others:
+            names = ", ".join(path.name for path in others[:3]) + (f" and {len(others) - 3} more" * (len(others) > 3))
+            logger.info("%s: not finished, or of another spec or other inputs, and removed: %s", self.folder, names)
+        for path in reversed(others):  # a file, then its note
+            path.unlink()
+
+    def note(self, name: str) -> dict[str, Any]:
+        """What was noted of a file; empty where there is no note, or not a whole one."""
+        return json_object_or_empty(note_path(self.folder / name))
+
+    def has(self, name: str) -> bool:
+        """Whether a file was finished, and its bytes are still those that were written. A damaged one is removed."""
+        note = self.note(name)
+        if note.get("key") != self.key:
+            return False
+        path = self.folder / name
+        if note["sha256"] is None or (path.exists() and sha256_file(path) == note["sha256"]):
+            return True
+        logger.info("%s is missing or damaged; it is made again", path)
+        self.remove(name)
+        return False
+
+    def put(self, name: str, write: Callable[[Path], str | None] | None, note: dict[str, Any]) -> None:
+        """Write a file with ``write(path)``, which may return the sha256 of what it wrote, then its note; without ``write`` only the note."""
+        path = self.folder / name
+        sha256 = None
+        if write is not None:
+            with replacing(path) as temporary:
+                sha256 = write(temporary) or sha256_file(temporary)
+                temporary.chmod(0o644)
+        write_file(note_path(path), canonical({"key": self.key, "sha256": sha256, **note}).encode())
+
+    def remove(self, name: str) -> None:
+        """Remove a file, its note first: without it the file does not count."""
+        for path in (note_path(self.folder / name), self.folder / name):
+            path.unlink(missing_ok=True)
+
+    def size(self) -> int:
+        """Bytes of what is there and counts."""
+        return sum(path.stat().st_size for path in self._own())
+
+    def _own(self) -> list[Path]:
+        return [path for path in sorted(self.folder.iterdir()) if self.note(path.name).get("key") == self.key]

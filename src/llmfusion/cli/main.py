@@ -1,0 +1,79 @@
+# PYTHON_ARGCOMPLETE_OK
+"""``llmfusion COMMAND ...``: one console script. A command's module is imported when it is the one asked for.
+
+Each module has ``add_arguments(parser)`` and ``run(arguments) -> exit status``; its own docstring is the command's description.
+"""
+
+import argparse
+import gc
+import os
+import sys
+from importlib import import_module
+
+from llmfusion import __version__
+
+COMMANDS = {
+    "check": "check studies: all mistakes at once, nothing is started",
+    "doctor": "check whether this machine can do what a study needs",
+    "estimate": "what a study will take: jobs, GPU-hours, wall time, disk, memory",
+    "merge": "merge checkpoints that were fine-tuned from one pivot",
+    "verify": "walk from a result to every hash behind it, and list all licences",
+    "cost": "what the rows of finished tables took",
+    "replicate": "write the same study over several seeds",
+    "sandbox": "run untrusted programs to verdicts",
+    "grade": "grade stored answers to verdicts",
+    "schema": "print the JSON schema of a study",
+    "warm": "run a command whose steps fork instead of importing torch anew (no GPU)",
+    "step": "make one artifact; rules call this",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns its exit status: 0, 1 for what went wrong, 2 for mistakes in what was given."""
+    words = sys.argv[1:] if arguments is None else arguments
+    parser = _parser(_commands_asked_for(words))
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
+    given = parser.parse_args(words)
+    if given.command is None:
+        parser.print_help()
+        return 2
+    return import_module(f"llmfusion.cli.{given.command}").run(given)
+
+
+def entry() -> None:
+    """The console script. A merge ends its process at once: collecting and unloading what numba has loaded is a quarter of its start-up."""
+    at_once = sys.argv[1:2] == ["merge"]
+    if at_once:
+        gc.disable()
+    status = main()
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def _commands_asked_for(words: list[str]) -> set[str]:
+    """Commands whose options the parser must know: the one that was typed, here or on the line that a shell completes."""
+    typed = os.environ.get("COMP_LINE", "").split()[1:] if "_ARGCOMPLETE" in os.environ else words
+    return {word for word in typed if word in COMMANDS}
+
+
+def _parser(asked: set[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmfusion", description="Fuse several language models into one.")
+    parser.add_argument("--version", action="version", version=f"llmfusion {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    for name, summary in COMMANDS.items():
+        module = import_module(f"llmfusion.cli.{name}") if name in asked else None
+        one = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__ if module else summary,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if module:
+            module.add_arguments(one)
+    return parser

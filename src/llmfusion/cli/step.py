@@ -1,0 +1,45 @@
+"""Make one artifact: what the Snakemake rules call, and what the first line of each log reproduces."""
+
+import argparse
+import logging
+import os
+import shlex
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from llmfusion.artifacts.job import Request, run_job
+from llmfusion.cli import warm
+from llmfusion.errors import UserError, redacted
+
+STEPS = sorted(path.stem for path in (Path(__file__).parents[1] / "steps").glob("[a-z]*.py"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The rule's name and what Snakemake knows of the job."""
+    parser.add_argument("step", choices=STEPS, metavar="STEP", help=f"name of the rule: {', '.join(STEPS)}")
+    parser.add_argument("--spec", required=True, help="what to make: canonical JSON, as the study's graph gives it")
+    parser.add_argument("--out", required=True, type=Path, help="the declared output, results/.../manifest.json")
+    parser.add_argument("--inputs", nargs="*", default=[], help="the declared inputs")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=None,
+        help="time limit of this job from its start; a training saves before it ends",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make the artifact, in this process or in a fork of ``llmfusion warm``."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if warm.ADDRESS in os.environ:
+            return warm.ask(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        return 1
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    print("#", shlex.join(["python", "-m", "llmfusion", *sys.argv[1:]]), flush=True)
+    build = import_module(f"llmfusion.steps.{arguments.step}").build
+    return run_job(Request(arguments.spec, arguments.out, arguments.inputs, arguments.minutes), build)

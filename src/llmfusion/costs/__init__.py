@@ -1,1 +1,0 @@
-"""What a study takes before it is run, and what its rows took afterwards. Imports no torch."""

@@ -1,0 +1,85 @@
+"""Files that are there whole or not at all, second names for files, and JSON files that hold an object."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmfusion.errors import DamagedError
+
+# errors of os.link that mean "copy instead": another file system, one without hard links, too many links, or a file of somebody else
+NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; on success it is synced and renamed to ``path``, on an error removed.
+
+    Half a file on a full disk would keep it full, so the temporary file never stays. A killed process leaves ``.NAME.PID.tmp``.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name (a hard link); a copy where the two paths lie on different file systems, or on one without links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
+        shutil.copyfile(source, target)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises :class:`DamagedError` for a file that is no JSON or holds something else, and ``OSError`` where it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DamagedError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def json_object_or_empty(path: Path) -> dict[str, Any]:
+    """The same, ``{}`` where there is no such file or not a whole one: for notes that are written anew if they cannot be used."""
+    try:
+        return read_json_object(path)
+    except (OSError, DamagedError):
+        return {}

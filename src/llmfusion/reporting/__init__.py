@@ -1,0 +1,1 @@
+"""What a study took and found: tables, statistics, costs."""

@@ -1,0 +1,1 @@
+"""Studies: strict YAML, typed sections, cross-checks, and the graph of all artifacts. Imports no torch."""

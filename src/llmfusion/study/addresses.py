@@ -1,0 +1,59 @@
+"""Addresses and files: ``models/base/p`` and ``results/models/base/p/manifest.json`` name the same artifact (DESIGN of the project: docs/architecture.md).
+
+An artifact is a folder with a manifest, a single file ``results/ADDRESS.json`` (scores), or a table: ``results/NAME.csv`` beside its manifest.
+"""
+
+from pathlib import Path
+
+from llmfusion.errors import UserError
+
+SHARDS = "/shards/"  # in addresses of jobs that did a part of another artifact's work, e.g. teachers/shards/base/p/mix/1-of-4
+TABLES = "tables/"
+SINGLE_FILES = "scores/"
+
+
+def output_of(address: str) -> str:
+    """The file a job declares for an artifact, relative to the study's directory: its manifest, the score, or the table."""
+    if address.startswith(SINGLE_FILES):
+        return f"results/{address}.json"
+    if address.startswith(TABLES):
+        return f"results/{address.removeprefix(TABLES)}.csv"
+    return f"results/{address}/manifest.json"
+
+
+def address_of(path: str | Path) -> str:
+    """The address behind a declared output: ``results/models/base/p/manifest.json`` -> ``models/base/p``.
+
+    Raises :class:`UserError` for a path in no ``results/`` folder.
+    """
+    inner = Path(*Path(path).parts[results_index(path) + 1 :])
+    if inner.name == "manifest.json":
+        return str(inner.parent)
+    return str(inner.with_suffix("")) if len(inner.parts) > 1 else f"{TABLES}{inner.stem}"
+
+
+def results_index(path: str | Path) -> int:
+    """Position of the ``results`` folder among a path's parts: the last one with an artifact's file behind it.
+
+    Raises :class:`UserError` if there is none. No artifact may be named ``results`` (:data:`llmfusion.study.schema.base.Name`).
+    """
+    parts = Path(path).parts
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "results" and (parts[-1] != "manifest.json" or len(parts) - i > 3):
+            return i
+    raise UserError(f"{path}: lies in no results/ folder of a study")
+
+
+def manifest_of(output: Path) -> Path:
+    """The manifest that goes with a declared output: itself, or for a table the .json beside it."""
+    return output if output.name == "manifest.json" else output.with_suffix(".json")
+
+
+def is_shard(address: str) -> bool:
+    """Whether this is a job that does a part of another artifact's work (:func:`whole_of`)."""
+    return SHARDS in address
+
+
+def whole_of(address: str) -> str:
+    """The artifact that a shard became a part of: ``teachers/shards/base/p/mix/1-of-4`` -> ``teachers/base/p/mix``."""
+    return address.replace(SHARDS, "/", 1).rsplit("/", 1)[0] if is_shard(address) else address

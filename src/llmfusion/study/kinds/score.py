@@ -1,0 +1,54 @@
+"""One cell of a table: a model on a task, graded from stored answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
+
+if TYPE_CHECKING:
+    from llmfusion.study.graph import ArtifactGraph
+    from llmfusion.study.workload import Workload
+
+
+class Spec(StepSpec):
+    """Which answers are graded, and how."""
+
+    model: str
+    task: str
+    format: str
+    batch: str
+    scale: str
+
+
+def declare(graph: ArtifactGraph, model: str, task: str) -> Declaration:
+    """Made from the stored answers and the staged task."""
+    batch = next(name for name, tasks in graph.study.batches.items() if task in tasks)
+    body = {
+        "model": model,
+        "task": task,
+        "format": graph.study.tasks[task].format,
+        "batch": batch,
+        "scale": graph.study.scale,
+    }
+    return Declaration(body, [f"answers/{model}/{batch}", f"data/tasks/{task}"])
+
+
+def cost(workload: Workload, spec: Spec, shards: int, model: str, task: str) -> Cost:
+    """Items, and items whose programs are run."""
+    items = workload.items(task)
+    return Cost("score", (items, items if spec.format == "code" else 0.0), items * 200)
+
+
+KIND = Kind(
+    step="score",
+    recipe=1,
+    address="scores/{model}/{task}",
+    stage="scores",
+    report_stage="scores",
+    spec=Spec,
+    declare=declare,
+    cost=cost,
+    rates={"score": lambda assumed: (assumed.light_start, 0.1 / assumed.grading, 1 / assumed.grading)},
+    wanted=lambda study: (f"scores/{model}/{task}" for model in study.model_addresses() for task in study.tasks),
+)

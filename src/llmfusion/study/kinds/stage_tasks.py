@@ -1,0 +1,78 @@
+"""Items of one test, and its few-shot examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, get_args
+
+from llmfusion.study.errors import Problem
+from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
+from llmfusion.study.schema.base import dump
+from llmfusion.study.schema.data import Source, TaskLayout, outside_files
+
+if TYPE_CHECKING:
+    from llmfusion.study.graph import ArtifactGraph
+    from llmfusion.study.references import Declared
+    from llmfusion.study.workload import Workload
+
+COLUMNS = (
+    "category",
+    "label",
+    "method",
+    "models",
+    "model",
+    "scale",
+    "average",
+)  # every table has them: no task may be named so
+
+
+class Spec(StepSpec):
+    """Where items and examples come from."""
+
+    items: Source
+    shots_from: Source | None = None
+
+
+def declare(graph: ArtifactGraph, task: str) -> Declaration:
+    """Tasks have no inputs but the user's own files."""
+    entry = graph.study.tasks[task]
+    body = {"items": dump(entry.items)} | ({"shots_from": dump(entry.shots_from)} if entry.shots_from else {})
+    return Declaration(body, files=outside_files(entry.items) + outside_files(entry.shots_from))
+
+
+def cost(workload: Workload, spec: Spec, shards: int, task: str) -> Cost:
+    """Bytes to download: a thousand an item."""
+    size = workload.items(task) * 1000
+    return Cost("tasks", (size,), size)
+
+
+def problems(declared: Declared) -> Iterator[Problem]:
+    """Names that a table needs for itself, and where items and examples come from."""
+    for key, task in declared.entries("tasks"):
+        if key[1] in COLUMNS or str(key[1]).endswith(("_stderr", "_k", "_n")):
+            yield Problem(key, "is the name of a column of every table; take another")
+        if task.shots and task.shots_from is None:
+            yield Problem((*key, "shots_from"), f"is missing: {task.shots} shots must come from somewhere")
+        if task.items.kind == "generated" and task.items.form != "test":
+            yield Problem((*key, "items", "form"), f"got {task.items.form!r}; a task's items need form: test")
+        if task.shots_from is not None and task.shots_from.kind == "generated" and task.shots_from.form != "test":
+            yield Problem(
+                (*key, "shots_from", "form"), f"got {task.shots_from.form!r}; examples of a task need form: test"
+            )
+        yield from declared.layout((*key, "items"), task.items, get_args(TaskLayout))
+        yield from declared.layout((*key, "shots_from"), task.shots_from, get_args(TaskLayout))
+
+
+KIND = Kind(
+    step="tasks",
+    recipe=1,
+    address="data/tasks/{task}",
+    stage="data",
+    report_stage="data",
+    spec=Spec,
+    declare=declare,
+    cost=cost,
+    rates={"tasks": lambda assumed: (assumed.light_start, 1 / assumed.download)},
+    problems=problems,
+    is_source=True,
+)

@@ -1,0 +1,119 @@
+"""What one section of a study says about another: names that must exist, no cycles, no source twice.
+
+Each kind checks its own sections (:data:`llmfusion.study.kinds.Kind.problems`) with the help of :class:`Declared`; what concerns
+several kinds at once is checked here.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from llmfusion.study.errors import Key, Problem, nearest
+from llmfusion.study.kinds import all_kinds
+
+MODEL_KINDS = ("base", "trained", "merged")
+
+
+class Declared:
+    """Names the file declares (``raw``), also of entries that are faulty, and the entries that are valid on their own."""
+
+    def __init__(self, raw: dict[str, Any], valid: dict[Key, Any]):
+        self.valid = valid
+        self.datasets, self.mixes, self.tasks, self.batches = (
+            _names(raw.get(s)) for s in ("datasets", "mixes", "tasks", "batches")
+        )
+        capture = raw.get("capture")
+        self.capture: dict[str, Any] = capture if isinstance(capture, dict) else {}
+        models = raw.get("models")
+        models = models if isinstance(models, dict) else {}
+        self.models = {f"{kind}/{name}" for kind in MODEL_KINDS for name in _names(models.get(kind))}
+
+    def entries(self, *section: str) -> Iterator[tuple[Key, Any]]:
+        """Keys and valid entries of a section, e.g. ``entries("models", "trained")``."""
+        for key, entry in self.valid.items():
+            if key[: len(section)] == section:
+                yield key, entry
+
+    def model(self, address: str) -> Any:
+        """The valid entry of a model, or None."""
+        kind, name = address.split("/")
+        return self.valid.get(("models", kind, name))
+
+    def vocabulary(self, address: str) -> str | None:
+        """A word that is the same for models with one vocabulary; None where an entry on the way to it is missing or faulty."""
+        seen: set[str] = set()
+        while (entry := self.model(address)) is not None and address not in seen:
+            seen.add(address)
+            before = started_from(entry)
+            if before is None:
+                return str(getattr(entry, "vocabulary", address))
+            address = before
+        return None
+
+    def missing(self, key: Key, name: str, names: set[str], what: str) -> Iterator[Problem]:
+        """A problem if ``name`` is not declared."""
+        if name not in names:
+            yield Problem(key, f"there is no {what} {name!r}; {nearest(name, names)}")
+
+    def repeated(self, key: Key, values: list[str], what: str) -> Iterator[Problem]:
+        """A problem for each value that is listed before."""
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                yield Problem((*key, i), f"{what} {value!r} stands here twice")
+
+    def addresses(self, key: Key, values: list[str]) -> Iterator[Problem]:
+        """A problem for each address of a model that is not declared."""
+        for i, address in enumerate(values):
+            yield from self.missing((*key, i), address, self.models, "model")
+
+    def layout(self, key: Key, source: Any, allowed: tuple[str, ...]) -> Iterator[Problem]:
+        """A dataset's rows become samples, a task's become items; ``pair`` needs its columns named."""
+        layout = getattr(source, "layout", None)
+        if layout is None:
+            return
+        if layout not in allowed:
+            yield Problem((*key, "layout"), f"got {layout!r}; allowed here: {', '.join(allowed)}")
+        elif (layout == "pair") != (source.columns is not None):
+            yield Problem(
+                (*key, "columns"),
+                "is needed with layout pair" if layout == "pair" else f"has no meaning with layout {layout!r}",
+            )
+
+
+def started_from(entry: Any) -> str | None:
+    """Address of the model that a model of a study was trained from, or merged over; None for a base model that starts from nothing."""
+    return getattr(entry, "init", None) or getattr(entry, "pivot", None)
+
+
+def problems(declared: Declared) -> list[Problem]:
+    """All mistakes between entries."""
+    return [problem for kind in all_kinds().values() for problem in kind.problems(declared)] + list(_cycles(declared))
+
+
+def _names(section: Any) -> set[str]:
+    return {str(k) for k in section} if isinstance(section, dict) else set()
+
+
+def _cycles(declared: Declared) -> Iterator[Problem]:
+    edges = {f"{key[1]}/{key[2]}": sorted(_uses(entry, declared)) for key, entry in declared.entries("models")}
+    done: set[str] = set()
+    for start in sorted(edges):
+        yield from _visit(start, edges, [], done)
+
+
+def _uses(entry: Any, declared: Declared) -> set[str]:
+    before = started_from(entry)
+    out = {before} if before else set()
+    for field in ("teachers", "generated", "parents"):
+        out.update(getattr(entry, field, []))
+    mix = declared.valid.get(("mixes", getattr(entry, "mix", "")))
+    return out | set(mix.tokenizers if mix else [])
+
+
+def _visit(node: str, edges: dict[str, list[str]], path: list[str], done: set[str]) -> Iterator[Problem]:
+    if node in path:
+        kind, name = node.split("/")
+        yield Problem(("models", kind, name), "needs itself: " + " <- ".join([*path[path.index(node) :], node]))
+    elif node not in done:
+        for other in edges.get(node, []):
+            yield from _visit(other, edges, [*path, node], done)
+        done.add(node)

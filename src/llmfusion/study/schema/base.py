@@ -1,0 +1,38 @@
+"""What all sections of a study share: strict models, names, addresses."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)]
+Address = Annotated[str, Field(pattern=r"^(base|trained|merged)/[a-z0-9][a-z0-9._-]*$")]
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Strict: no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def dump(section: BaseModel, *leave_out: str) -> dict[str, Any]:
+    """A section as plain data, without defaults and the fields to ``leave_out``."""
+    return section.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(leave_out))
+
+
+class Licensed(Section):
+    license: str = Field(
+        min_length=1, description="licence of this input as its owner states it; listed for every result"
+    )
+
+
+def template_fields(text: str) -> set[str]:
+    """Names a Jinja template reads. Raises ValueError, in the user's words, if it cannot be parsed."""
+    import jinja2.meta
+
+    try:
+        return jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(text))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"is no Jinja template: {error.message}") from None

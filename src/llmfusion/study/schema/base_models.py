@@ -1,0 +1,98 @@
+"""Base models: staged from the hub, a folder or a GGUF file, or trained from scratch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from llmfusion import ROOT
+from llmfusion.study.schema.base import Address, Commit, Licensed, Name, Positive, Section
+from llmfusion.study.schema.training import Training
+
+
+class HubModel(Licensed):
+    kind: Literal["hub"] = Field(description="a model repository on the Hugging Face hub")
+    repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$", description="repository id, e.g. meta-llama/Llama-3.1-8B")
+    revision: Commit = Field(description="the repository's commit, 40 hex digits")
+    vocabulary: Name = Field(
+        description="models with the same word here share one tokenizer (checked when they are staged)"
+    )
+
+
+class PathModel(Licensed):
+    kind: Literal["path"] = Field(description="a local folder with config.json, tokenizer and safetensors weights")
+    path: str = Field(min_length=1, description="the folder, relative to the repository root, or absolute")
+    vocabulary: Name = Field(
+        description="models with the same word here share one tokenizer (checked when they are staged)"
+    )
+
+
+class GgufModel(Licensed):
+    kind: Literal["gguf"] = Field(description="a .gguf file, converted to safetensors when it is staged")
+    path: str = Field(min_length=1, description="the file, relative to the repository root, or absolute")
+    vocabulary: Name = Field(
+        description="models with the same word here share one tokenizer (checked when they are staged)"
+    )
+
+
+class Architecture(Section):
+    model_type: Literal["llama", "qwen2", "gpt_neox"] = Field(description="family, as transformers names it")
+    hidden_size: Positive = Field(description="width")
+    intermediate_size: Positive = Field(description="width of the MLP")
+    num_hidden_layers: Positive = Field(description="depth")
+    num_attention_heads: Positive = Field(description="attention heads")
+    num_key_value_heads: Positive | None = Field(None, description="key-value heads (llama, qwen2)")
+    max_position_embeddings: Positive = Field(description="longest input in tokens")
+    tie_word_embeddings: bool = Field(False, description="one matrix for embeddings and head")
+    initializer_range: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Architecture":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
+        return self
+
+
+class Tokenizer(Section):
+    vocabulary_size: Annotated[int, Field(ge=260)] = Field(
+        description="byte-level BPE vocabulary, special tokens included"
+    )
+    digits: Annotated[int, Field(ge=1, le=3)] = Field(3, description="longest run of digits that may become one token")
+
+
+class ScratchModel(Training):
+    kind: Literal["scratch"] = Field(description="trained here: from random weights, or from another base model")
+    init: Address | None = Field(
+        None,
+        description="start from this base model, with its tokenizer; without it, architecture and tokenizer are needed",
+    )
+    architecture: Architecture | None = Field(None, description="shape of a model trained from random weights")
+    tokenizer: Tokenizer | None = Field(None, description="tokenizer to train on the mix")
+
+    @model_validator(mode="after")
+    def _start(self) -> "ScratchModel":
+        if (self.init is None) != (self.architecture is not None and self.tokenizer is not None):
+            raise ValueError("give either init, or architecture and tokenizer")
+        if self.init is not None and (self.architecture or self.tokenizer):
+            raise ValueError("architecture and tokenizer come from init; leave them out")
+        return self
+
+
+BaseModelEntry = Annotated[HubModel | PathModel | GgufModel | ScratchModel, Field(discriminator="kind")]
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")  # never code or pickles
+
+
+def model_files(entry: HubModel | PathModel | GgufModel | ScratchModel) -> list[str]:
+    """Files outside the study that a base model is staged from. A folder that is not there yet is missed by its ``config.json``."""
+    if isinstance(entry, GgufModel):
+        return [entry.path]
+    if not isinstance(entry, PathModel):
+        return []
+    names = sorted(p.name for pattern in MODEL_FILES for p in (ROOT / entry.path).glob(pattern))
+    return [f"{entry.path}/{name}" for name in names or ["config.json"]]

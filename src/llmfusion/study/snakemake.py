@@ -1,0 +1,113 @@
+"""The study as Snakemake sees it: checked, planned, and answering what a rule asks about its artifact. Imports no torch."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmfusion import ROOT
+from llmfusion.study.addresses import TABLES, output_of
+from llmfusion.study.errors import StudyError
+from llmfusion.study.graph import ArtifactGraph, PlannedArtifact, build_graph
+from llmfusion.study.kinds import all_kinds, gpus_of, kind_of, wildcards_of
+from llmfusion.study.load import read_study
+from llmfusion.study.schema.study import Study
+from llmfusion.study.staged import check_staged
+
+
+class WorkflowStudy:
+    """What the Snakefile needs of a study: where it lives, its stages, the names there are, and each artifact's inputs and spec.
+
+    ``inputs`` and ``spec`` give Snakemake a function of a rule's wildcards. Snakemake's own ``lookup`` does the same but walks
+    the whole tree at every call: 18 s instead of 3 s to plan 366 jobs.
+    """
+
+    def __init__(self, study: Study, graph: ArtifactGraph):
+        self.study, self.graph = study, graph
+        self._artifacts = graph.artifacts
+        self.directory = str(ROOT / study.directory)
+        self.stages: dict[str, list[str]] = {}
+        for address in self._artifacts:
+            if (stage := kind_of(address).stage) is not None:
+                self.stages.setdefault(stage, []).append(output_of(address))
+        # of all cells only those that a table needs
+        self.stages["scores"] = sorted(
+            {cell for address, table in self._artifacts.items() if address.startswith(TABLES) for cell in table.inputs}
+        )
+        self.names = {
+            name: "|".join(map(re.escape, sorted(values))) or "(?!)" for name, values in self._wildcard_values().items()
+        }
+
+    def _wildcard_values(self) -> dict[str, set[str]]:
+        """Every value that each wildcard of the rules takes; one that no artifact has matches nothing."""
+        out: dict[str, set[str]] = {name: set() for kind in all_kinds().values() for name in kind.pattern.groupindex}
+        for address in self._artifacts:
+            for name, value in wildcards_of(address).items():
+                out[name].add(value)
+        return out
+
+    def inputs(self, pattern: str) -> Callable[[Any], list[str]]:
+        """The input function of artifacts at ``pattern``, e.g. ``scores/{model}/{task}``."""
+        return lambda wildcards: self._artifact(pattern, wildcards).inputs
+
+    def gpus(self, pattern: str) -> Callable[[Any], int]:
+        """The resource function: GPUs of a training at ``pattern``, one a process; 0 for what is only staged or assembled."""
+
+        def asked(wildcards: Any) -> int:
+            artifact = self._artifact(pattern, wildcards)
+            return gpus_of(pattern.format(**wildcards), artifact.spec, len(artifact.shards))
+
+        return asked
+
+    def spec(self, pattern: str) -> Callable[[Any], str]:
+        """The params function that gives the spec of artifacts at ``pattern``."""
+        return lambda wildcards: self._artifact(pattern, wildcards).spec
+
+    def _artifact(self, pattern: str, wildcards: Any) -> PlannedArtifact:
+        return self._artifacts[pattern.format(**wildcards)]
+
+
+def study_of(workflow: Any) -> WorkflowStudy:
+    """The study that a Snakemake workflow was started with: its ``configfile``, or the paper's."""
+    return load_study(
+        *(workflow.overwrite_configfiles or [ROOT / "config/config.yaml"]),
+        overrides=workflow.config_settings.config,
+        directory=workflow.overwrite_workdir,
+    )
+
+
+def load_study(*files: str | Path, overrides: dict | None = None, directory: object = None) -> WorkflowStudy:
+    """Read, check and plan the one study of a run.
+
+    Sets the environment of the jobs (PYTHONPATH, PATH). Raises ``SystemExit`` with the whole message for the user: Snakemake shows it without a traceback and starts nothing.
+    ``overrides`` and ``directory`` are what ``--config`` and ``--directory`` gave; a study is complete in itself, so both,
+    and several studies at once, are refused.
+    """
+    os.environ["PYTHONPATH"] = str(
+        ROOT / "src"
+    )  # jobs run this clone's code, in the environment that started Snakemake
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    if overrides:
+        raise SystemExit(
+            f"--config {' '.join(overrides)}: a study is one file and complete in itself; copy it and edit the copy"
+        )
+    if directory is not None:
+        raise SystemExit(f"--directory {directory}: a study names its own directory; set its key 'directory' instead")
+    if len(files) != 1:
+        raise SystemExit(
+            "several --configfile given: a study is one file and complete in itself: " + ", ".join(map(str, files))
+        )
+    try:
+        return WorkflowStudy(*checked(files[0]))
+    except StudyError as error:
+        raise SystemExit(str(error)) from None
+
+
+def checked(file: str | Path) -> tuple[Study, ArtifactGraph]:
+    """A study and its graph after all checks, those against staged files included. Raises :class:`StudyError`."""
+    study = read_study(file)
+    graph = build_graph(study)
+    check_staged(file, study, graph)
+    return study, graph

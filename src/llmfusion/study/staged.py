@@ -1,0 +1,77 @@
+"""Checks that need what is already on disk: datasets too small for a mix, tokenizers that differ where one is declared."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from llmfusion import ROOT
+from llmfusion.io.files import json_object_or_empty
+from llmfusion.study.addresses import manifest_of, output_of
+from llmfusion.study.errors import Problem, StudyError, report
+from llmfusion.study.graph import ArtifactGraph
+from llmfusion.study.schema.study import Study
+
+
+def check_staged(file: str | Path, study: Study, graph: ArtifactGraph) -> None:
+    """Compare the study with the manifests that exist. Raises :class:`StudyError`."""
+    facts = _Facts(study, graph)
+    problems = [*_too_few_rows(study, facts), *_tokenizers(study, facts), *_orphans(facts)]
+    if problems:
+        raise StudyError(report(str(file), problems, {}))
+
+
+class _Facts:
+    """What manifests of the study's own artifacts say (others are left alone: they will be made anew)."""
+
+    def __init__(self, study: Study, graph: ArtifactGraph):
+        self.directory, self.graph = ROOT / study.directory, graph
+
+    def __call__(self, address: str) -> dict[str, Any]:
+        manifest = json_object_or_empty(manifest_of(self.directory / output_of(address)))
+        same = manifest.get("fingerprint") == self.graph.artifacts[address].fingerprint
+        return manifest.get("facts", {}) if same else {}
+
+
+def _too_few_rows(study: Study, facts: _Facts) -> list[Problem]:
+    out = []
+    for name, mix in study.mixes.items():
+        for dataset, count in mix.datasets.items():
+            rows = facts(f"data/dataset/{dataset}").get("samples")
+            if rows is not None and rows < count:
+                out.append(
+                    Problem(
+                        ("mixes", name, "datasets", dataset), f"asks for {count} samples; the dataset staged has {rows}"
+                    )
+                )
+    return out
+
+
+def _tokenizers(study: Study, facts: _Facts) -> list[Problem]:
+    first: dict[str, tuple[str, str]] = {}
+    out = []
+    for name, entry in study.models.base.items():
+        word, found = getattr(entry, "vocabulary", None), facts(f"models/base/{name}").get("vocabulary_sha256")
+        if word is None or found is None:
+            continue
+        other, expected = first.setdefault(word, (name, found))
+        if found != expected:
+            text = f"base/{name} and base/{other} both say vocabulary {word!r}, but their tokenizers differ; give them different words"
+            out.append(Problem(("models", "base", name, "vocabulary"), text))
+    return out
+
+
+def _orphans(facts: _Facts) -> list[Problem]:
+    """Artifacts of other settings that Snakemake would keep: it was killed before it could record how they were made."""
+    out = []
+    for address, artifact in facts.graph.artifacts.items():
+        path = output_of(address)
+        record = base64.b64encode(path.encode()).decode()
+        state = facts.directory / ".snakemake"
+        unknown = (state / "incomplete" / record).exists() or not (state / "metadata" / record).exists()
+        if len(record) > 255 or not unknown or not (facts.directory / path).exists():
+            continue
+        found = json_object_or_empty(manifest_of(facts.directory / path))
+        if found.get("spec") not in (None, artifact.spec):
+            text = f"lies in {facts.directory} with other settings than this study's, and Snakemake has no record of how it was made (it was killed, perhaps); remove {path} to have it made again"
+            out.append(Problem((), f"{address} {text}"))
+    return out

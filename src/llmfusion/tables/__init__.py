@@ -1,1 +1,0 @@
-"""Tables: cells gathered, checked against the study, and written with their uncertainty."""

@@ -1,0 +1,93 @@
+"""``llmfusion doctor``: what is missing is told with its remedy, and the token's value never."""
+
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from llmfusion.cli import doctor as check
+from llmfusion.errors import UserError
+from llmfusion.study.load import read_study
+from llmfusion.study.schema.study import Study
+from tests.project import ROOT, study
+
+
+@pytest.fixture
+def mini(tmp_path: Path) -> Study:
+    return read_study(study(tmp_path / "mini.yaml", lambda content: content.update(directory=str(tmp_path / "runs"))))
+
+
+def test_the_miniature_study_can_be_made_here_and_every_check_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = study(tmp_path / "mini.yaml", lambda content: content.update(directory=str(tmp_path / "runs")))
+    assert check.main([str(file)]) == 0
+    lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["ok", name] for name in ("study", *check.CHECKS)]
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_mistaken_study_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = study(tmp_path / "bad.yaml", lambda content: content.update(scale="small"))
+    assert check.main([str(file)]) == 2
+    captured = capsys.readouterr()
+    assert "scale" in captured.err
+    assert captured.out == ""
+
+
+def test_a_missing_sandbox_is_an_exit_status_and_only_where_programs_are_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise UserError("bubblewrap does not work here: apt install bubblewrap")
+
+    def without_code(content: dict) -> None:
+        content.update(
+            directory=str(tmp_path / "runs"), batches={"all": ["mmlu"]}, tasks={"mmlu": content["tasks"]["mmlu"]}
+        )
+        content["tables"]["table2"]["tasks"] = ["mmlu"]
+        content["mixes"]["student"]["against"] = ["mmlu"]
+
+    monkeypatch.setattr(check, "require_isolation", refuse)
+    file = study(tmp_path / "mini.yaml", lambda content: content.update(directory=str(tmp_path / "runs")))
+    assert check.main([str(file)]) == 1
+    assert "MISSING  sandbox  bubblewrap does not work here: apt install bubblewrap" in capsys.readouterr().out
+    assert check.main([str(study(tmp_path / "plain.yaml", without_code))]) == 0
+
+
+def test_a_disk_that_is_too_small_is_told_with_what_is_needed(mini: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check.disk(mini).verdict == "ok"
+    known, unknown = check._bytes_of_checkpoints(mini, Path(mini.directory))
+    assert unknown == []
+    made = len(mini.models.trained) + len(mini.models.merged)
+    assert made * 118_080 * 4 <= known <= 2 * made * 118_080 * 4  # all in float32; the estimate is from above
+    monkeypatch.setattr(check.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=known - 1))
+    found = check.disk(mini)
+    assert found.verdict == "MISSING"
+    assert "free some, or set the study's 'directory' to a larger place" in found.text
+
+
+def test_a_place_that_cannot_hold_a_lease_is_refused(mini: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(check.os, "link", no_links)
+    assert check.disk(mini).verdict == "MISSING"
+
+
+def test_sizes_that_are_not_known_yet_are_named() -> None:
+    found = check.disk(read_study(ROOT / "config/config.yaml"))
+    assert found.verdict == "note"
+    assert "without those that start from base/pivot" in found.text
+
+
+def test_the_token_is_never_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    paper = read_study(ROOT / "config/config.yaml")
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    assert check.token(paper).verdict == "ok"
+    assert "verysecret" not in check.token(paper).text
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    found = check.token(paper)
+    assert found.verdict == "note"
+    assert "set HF_TOKEN" in found.text

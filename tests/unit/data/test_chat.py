@@ -1,0 +1,102 @@
+import copy
+
+import pytest
+
+from llmfusion.data.chat import encode, prompt_text
+from tests.unit.stand_ins import question
+
+ONE = question("1", "What is 2 plus 3?", "2 + 3 = 5")
+MANY = question("2", "Hi", "Hello!", "How many?", "12 apples", "Bye", "Bye.")
+END = "<|end|>"
+
+
+@pytest.fixture
+def bos_tokenizer(tokenizer):
+    out = copy.deepcopy(tokenizer)
+    out.add_special_tokens({"bos_token": "<|begin|>"})
+    return out
+
+
+def labels(encoded, tokenizer):
+    return tokenizer.decode(encoded.label_ids)
+
+
+def test_the_labels_are_the_response_and_its_end_token_and_nothing_else(tokenizer):
+    encoded = encode(ONE, tokenizer, 99)
+    assert labels(encoded, tokenizer) == "2 + 3 = 5" + END
+    count = len(encoded.label_ids)
+    assert encoded.is_label == [False] * (len(encoded.ids) - count) + [True] * count
+    assert tokenizer.decode(encoded.ids[:-count]) == "User: What is 2 plus 3?\nAssistant:\n"
+    assert encoded.label_ids[-1] == tokenizer.eos_token_id
+
+
+def test_all_assistant_turns_of_a_conversation_are_labels(tokenizer):
+    encoded = encode(MANY, tokenizer, 99)
+    assert labels(encoded, tokenizer) == f"Hello!{END}12 apples{END}Bye.{END}"
+    assert tokenizer.decode(encoded.ids) + "\n" == tokenizer.apply_chat_template(MANY["messages"], tokenize=False)
+
+
+def test_a_shorter_conversation_is_a_prefix_of_the_longer(tokenizer):
+    whole = encode(MANY, tokenizer, 99)
+    for turns in (2, 4):
+        part = encode({**MANY, "messages": MANY["messages"][:turns]}, tokenizer, 99)
+        assert (part.ids, part.is_label) == (whole.ids[: len(part.ids)], whole.is_label[: len(part.ids)])
+
+
+def test_a_question_is_asked_with_the_very_tokens_it_was_trained_with(tokenizer):
+    encoded = encode(ONE, tokenizer, 99)
+    asked = tokenizer(prompt_text(ONE["messages"][:-1], tokenizer), add_special_tokens=False)["input_ids"]
+    assert encoded.ids[: len(asked)] == asked
+    assert not any(encoded.is_label[: len(asked)])
+    assert all(encoded.is_label[len(asked) :])
+
+
+def test_a_response_has_the_same_ids_behind_any_prompt_and_template(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}[{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    response = "12 apples \n and  pens"
+    found = {
+        tuple(encode(question("x", prompt, response), t, 99).label_ids)
+        for prompt in ("a", "b 1", "c\n\n", " ")
+        for t in (tokenizer, other)
+    }
+    assert len(found) == 1
+
+
+def test_exactly_the_maximal_length_is_kept_and_one_more_is_too_long(tokenizer):
+    length = len(encode(ONE, tokenizer, 99).ids)
+    assert len(encode(ONE, tokenizer, length).ids) == length
+    assert encode(ONE, tokenizer, length - 1) == "too long"
+
+
+def test_a_text_is_all_labels_but_its_first_token_which_nothing_predicts(tokenizer):
+    encoded = encode({"text": "The dax is red."}, tokenizer, 99)
+    assert tokenizer.decode(encoded.ids) == "The dax is red." + END
+    assert encoded.is_label == [False] + [True] * (len(encoded.ids) - 1)
+
+
+def test_an_empty_text_has_no_label(tokenizer):
+    assert encode({"text": ""}, tokenizer, 99) == "no label"
+
+
+def test_a_begin_token_comes_once_and_is_no_label(bos_tokenizer):
+    begin = bos_tokenizer.bos_token_id
+    for sample in (ONE, MANY, {"text": "The dax is red."}):
+        encoded = encode(sample, bos_tokenizer, 99)
+        assert encoded.ids[0] == begin
+        assert encoded.ids.count(begin) == 1
+        assert not encoded.is_label[0]
+    assert all(encode({"text": "The dax is red."}, bos_tokenizer, 99).is_label[1:])
+
+
+def test_a_pad_token_equal_to_the_end_token_takes_no_label_away(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = other.eos_token
+    assert encode(ONE, other, 99) == encode(ONE, tokenizer, 99)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_named(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert encode(MANY, other, 99) == "template rewrites history"
+    assert encode(ONE, other, 99).label_ids == encode(ONE, tokenizer, 99).label_ids

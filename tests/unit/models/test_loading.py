@@ -1,0 +1,234 @@
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmfusion.data.chat import TEMPLATES
+from llmfusion.errors import DamagedError, UserError
+from llmfusion.models.loading import (
+    count_parameters,
+    empty_model,
+    end_tokens,
+    load_model,
+    load_tokenizer,
+    meta_copy,
+    model_facts,
+    save_model,
+    vocabulary_sha256,
+)
+from tests.unit.stand_ins import artifact
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path, pivot):
+    return shutil.copytree(pivot.folder, tmp_path / "model")
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def configure(folder, **settings):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+def test_a_saved_model_loads_with_equal_tensors_in_eval_mode(pivot, tokenizer):
+    stored = load_file(pivot.folder / "model.safetensors")
+    model = load_model(pivot, "float32")
+    assert not model.training
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+    assert load_model(pivot, "bfloat16").lm_head.weight.equal(stored["lm_head.weight"].bfloat16())
+    again = load_tokenizer(pivot, None)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again("12 apples\n")["input_ids"] == tokenizer("12 apples\n")["input_ids"]
+
+
+def test_tied_weights_are_not_missing(tied_teacher):
+    model = load_model(tied_teacher, "float32")
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert "lm_head.weight" not in load_file(tied_teacher.folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda t: t.pop(WEIGHT), DamagedError),
+        (lambda t: t.update(extra=torch.zeros(2)), DamagedError),
+        (lambda t: t.update({WEIGHT: torch.zeros(3, 16)}), DamagedError),
+        (lambda t: t[WEIGHT][0, 0].fill_(torch.nan), UserError),
+        (lambda t: t[WEIGHT][3, 1].fill_(-torch.inf), UserError),
+    ],
+    ids=["missing", "extra", "other shape", "NaN", "infinite"],
+)
+def test_a_checkpoint_with_a_wrong_tensor_is_refused_by_its_name(folder, change, error):
+    rewrite(folder, change)
+    with pytest.raises(error, match=r"extra|model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(artifact(folder), "float32")
+
+
+def test_an_architecture_that_needs_code_from_its_repository_is_refused(folder):
+    configure(
+        folder, architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    )
+    with pytest.raises(
+        UserError, match=r"has no class 'OwnForCausalLM'; code from its repository \(auto_map\) is never run"
+    ):
+        load_model(artifact(folder), "float32")
+
+
+def test_code_in_a_checkpoint_is_never_run_where_transformers_has_the_class(folder, tmp_path, pivot):
+    names = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForCausalLM": "own.OwnForCausalLM",
+        "AutoTokenizer": ["own.OwnTokenizer", None],
+    }
+    configure(folder, auto_map=names)
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    model = load_model(artifact(folder), "float32")
+    load_tokenizer(folder, None)
+    assert type(model).__module__ == "transformers.models.llama.modeling_llama"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_never_read(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="safetensors"):
+        load_model(artifact(folder), "float32")
+
+
+def test_a_model_that_is_not_finite_is_not_saved(tmp_path, pivot, tokenizer):
+    model = load_model(pivot, "float32")
+    model.model.norm.weight.data[3] = torch.inf
+    with pytest.raises(UserError, match=r"tensor model\.norm\.weight is not finite"):
+        save_model(model, tokenizer, tmp_path, "float32")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_facts_of_a_model_are_those_of_its_files(pivot, tokenizer):
+    facts = model_facts(pivot.folder, tokenizer)
+    total = sum(t.numel() for t in load_file(pivot.folder / "model.safetensors").values())
+    assert facts["parameters"] == total == count_parameters(pivot.folder / "model.safetensors")
+    assert (facts["architecture"], facts["hidden_size"], facts["vocabulary_size"], facts["eos_token"]) == (
+        "LlamaForCausalLM",
+        16,
+        300,
+        "<|end|>",
+    )
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "used"),
+    [
+        (None, None, TEMPLATES["neutral"]),
+        (None, "neutral", TEMPLATES["neutral"]),
+        (None, "{{ 1 }}", "{{ 1 }}"),
+        ("{{ 2 }}", "{{ 1 }}", "{{ 2 }}"),
+    ],
+)
+def test_a_tokenizer_without_a_chat_template_gets_the_studys(tmp_path, tokenizer, own, asked, used):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = own
+    other.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path, asked).chat_template == used
+
+
+def test_a_tokenizer_without_an_end_token_is_refused_and_one_without_a_pad_token_pads_with_it(tmp_path, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = None
+    other.save_pretrained(tmp_path / "a")
+    assert load_tokenizer(tmp_path / "a", None).pad_token == "<|end|>"
+    other.eos_token = None
+    other.save_pretrained(tmp_path / "b")
+    with pytest.raises(UserError, match="no end token"):
+        load_tokenizer(tmp_path / "b", None)
+
+
+def changed(tokenizer, change):
+    from tokenizers import Tokenizer
+
+    other = copy.deepcopy(tokenizer)
+    body = json.loads(other.backend_tokenizer.to_str())
+    change(body)
+    other._tokenizer = Tokenizer.from_str(json.dumps(body))
+    return vocabulary_sha256(other)
+
+
+def test_added_tokens_and_templates_do_not_change_a_vocabulary(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<|more|>"])
+    other.add_special_tokens({"bos_token": "<|begin|>"})
+    other.chat_template = "{{ 1 }}"
+    assert vocabulary_sha256(other) == vocabulary_sha256(tokenizer)
+    renamed = copy.deepcopy(tokenizer)  # an end token of another name, which the base vocabulary holds, too
+    renamed._tokenizer = type(tokenizer.backend_tokenizer).from_str(
+        tokenizer.backend_tokenizer.to_str().replace("<|end|>", "<|stop|>")
+    )
+    assert "<|stop|>" in renamed.get_vocab()
+    assert vocabulary_sha256(renamed) == vocabulary_sha256(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: body["model"]["merges"].pop(),
+        lambda body: body["model"]["vocab"].update(zebra=300),
+        lambda body: body.update(normalizer={"type": "Lowercase"}),
+        lambda body: body["pre_tokenizer"]["pretokenizers"].pop(0),
+    ],
+    ids=["merges", "vocabulary", "normaliser", "pre-tokenizer"],
+)
+def test_what_changes_token_ids_changes_a_vocabulary(tokenizer, change):
+    assert changed(tokenizer, lambda body: None) == vocabulary_sha256(tokenizer)
+    assert changed(tokenizer, change) != vocabulary_sha256(tokenizer)
+
+
+@pytest.mark.parametrize(("more", "expected"), [(None, [7]), (7, [7]), (3, [3, 7]), ([9, 7], [7, 9])])
+def test_an_answer_ends_with_the_tokenizers_end_token_or_the_models(more: object, expected: list[int]) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=more))
+    assert end_tokens(model, SimpleNamespace(eos_token_id=7)) == expected
+
+
+def test_a_tokenizer_is_read_as_it_is_whatever_class_its_settings_name(tmp_path, tokenizer):
+    """The class named may rebuild it: a byte-level tokenizer declared as LlamaTokenizerFast would lose its spaces."""
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "LlamaTokenizerFast"}))
+    found = load_tokenizer(tmp_path, None)
+    text = "def f(x):\n    return x + 1"
+    assert found.decode(found(text, add_special_tokens=False)["input_ids"]) == text
+    assert vocabulary_sha256(found) == vocabulary_sha256(tokenizer)
+
+
+def test_a_second_copy_of_the_weights_beside_the_index_is_not_counted_and_not_merged(tmp_path, pivot):
+    from llmfusion.io.safetensors import read_checkpoint_headers, weight_files
+
+    folder = tmp_path / "p"
+    shutil.copytree(pivot.folder, folder)
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert [p.name for p in weight_files(folder)] == ["model.safetensors"]
+    assert read_checkpoint_headers(folder).keys() == read_checkpoint_headers(pivot.folder).keys()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_empty_model_has_the_shape_and_the_ties_but_no_weights(pivot, tied_teacher, tied):
+    made = tied_teacher if tied else pivot
+    full = load_model(made, "float32")
+    for empty in (empty_model(made), meta_copy(full)):
+        assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in full.named_parameters()}
+        assert {p.device.type for p in empty.parameters()} == {"meta"}
+        assert (empty.lm_head.weight is empty.model.embed_tokens.weight) == tied
+        assert not empty.training
+        for name, buffer in full.named_buffers():
+            assert torch.equal(empty.get_buffer(name), buffer)
+    assert meta_copy(full.train()).training
+    assert meta_copy(full).generation_config is full.generation_config

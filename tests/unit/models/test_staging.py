@@ -1,0 +1,136 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmfusion.data.samples import write_jsonl
+from llmfusion.errors import UserError
+from llmfusion.models.loading import load_model, load_tokenizer
+from llmfusion.models.scratch import make_model
+from llmfusion.models.staging import KINDS
+from tests.unit.stand_ins import artifact, job
+
+
+def stage(tmp_path, kind, place):
+    made = job(tmp_path)
+    return made.folder, KINDS[kind](made, {"kind": kind, "path": str(place), "license": "mit"})
+
+
+@pytest.fixture
+def source(tmp_path, pivot):
+    return shutil.copytree(pivot.folder, tmp_path / "source")
+
+
+def test_a_folder_is_taken_over_without_code_and_pickles(tmp_path, source, pivot):
+    for name in ("modeling_own.py", "pytorch_model.bin", "notes.md"):
+        (source / name).write_text("x")
+    (source / "LICENSE").write_text("mine")
+    folder, facts = stage(tmp_path, "path", source)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in pivot.folder.iterdir()} | {"LICENSE"}
+    assert (folder / "model.safetensors").read_bytes() == (pivot.folder / "model.safetensors").read_bytes()
+    assert facts == {**pivot.facts, "license": "mit"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda s: (s / "model.safetensors").rename(s / "pytorch_model.bin"), "pickled weights are refused: pytorch_model.bin"),
+        (lambda s: (s / "model.safetensors").unlink(), "has no .safetensors weights"),
+        (lambda s: (s / "config.json").unlink(), "has no config.json"),
+        (lambda s: shutil.rmtree(s), "is no folder"),
+        (lambda s: (s / "config.json").write_text(json.dumps({**json.loads((s / "config.json").read_text()), "vocab_size": 200})),
+         "the tokenizer has 300 tokens, the model only 200 rows"),
+    ],
+)  # fmt: skip
+def test_an_unusable_folder_is_refused_with_the_reason(tmp_path, source, spoil, told):
+    spoil(source)
+    with pytest.raises(UserError, match=told):
+        stage(tmp_path, "path", source)
+
+
+def test_the_hub_out_of_reach_is_told_with_the_way_out(tmp_path):
+    with pytest.raises(UserError, match=r"owner/model at 0123456789ab: could not be downloaded: .*use kind: path"):
+        KINDS["hub"](
+            job(tmp_path),
+            {"repo": "owner/model", "revision": "0123456789abcdef0123456789abcdef01234567", "license": "mit"},
+        )
+
+
+def write_gguf(file, model, tokenizer):
+    """A Qwen2 checkpoint as llama.cpp's converter would write it, unquantised."""
+    import gguf
+
+    config, state = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(file, "qwen2")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    body = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in body["model"]["merges"]])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
+    for name, tensor in state.items():
+        stem, _, suffix = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", tensor.numpy().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def qwen_tokenizer(tokenizer):
+    """The tokenizer with the end token under the name every Qwen2 has."""
+    from transformers import PreTrainedTokenizerFast
+
+    core = type(tokenizer.backend_tokenizer).from_str(
+        tokenizer.backend_tokenizer.to_str().replace("<|end|>", "<|endoftext|>")
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+
+def test_a_gguf_file_becomes_a_checkpoint_with_the_same_tensors_and_tokens(tmp_path, qwen_tokenizer):
+    tokenizer = qwen_tokenizer
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    model = make_model(
+        {"model_type": "qwen2", "max_position_embeddings": 128, "initializer_range": 0.3, **shape}, tokenizer, 5
+    )
+    write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
+    folder, facts = stage(tmp_path, "gguf", tmp_path / "tiny.gguf")
+    stored = load_file(folder / "model.safetensors")
+    assert set(stored) == set(model.state_dict())
+    assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(artifact(folder), "float32")(ids).logits, model.eval()(ids).logits)
+    again = load_tokenizer(folder, None)
+    text = "User: apples and pens\n"  # Qwen2 splits numbers into digits, whatever the file says
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert (again.eos_token, again.decode(again(text)["input_ids"])) == ("<|endoftext|>", text)
+    assert facts["architecture"] == "Qwen2ForCausalLM"
+
+
+def test_another_file_is_no_gguf(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [])
+    with pytest.raises(UserError, match=r"is no \.gguf file"):
+        stage(tmp_path, "gguf", tmp_path / "a.jsonl")

@@ -1,0 +1,180 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from llmfusion.data.samples import write_jsonl
+from llmfusion.errors import UserError
+from llmfusion.models.loading import load_model, load_tokenizer
+from llmfusion.steps.train_model import build
+from llmfusion.teachers.capture import capture
+from tests.unit.stand_ins import artifact, job
+
+RUN = {"init": "base/pivot", "mix": "m", "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
+
+
+def fused(target, *teachers, **changed):
+    """The spec of a training whose caches are what the stand-ins say."""
+    captured = {"capture": {"dtype": "float32"}, "teachers": dict.fromkeys(teachers, "f" * 64)}
+    return {"run": {**RUN, "teachers": list(teachers), "fusion": {"target": target}, **changed}, "captured": captured}
+
+
+@pytest.fixture
+def inputs(pivot, mix, cache, tied_cache):
+    return {
+        "models/base/pivot": pivot,
+        "data/mix/m": mix,
+        "teachers/base/one/m": cache,
+        "teachers/base/two/m": tied_cache,
+    }
+
+
+def test_a_fused_model_is_a_complete_checkpoint(tmp_path, inputs, pivot):
+    made = job(tmp_path, fused("mince", "base/one", "base/two", steps=2), inputs)
+    build(made)
+    model = load_model(artifact(made.folder), "float32")
+    before = load_model(pivot, "float32")
+    assert not torch.equal(model.lm_head.weight, before.lm_head.weight)
+    assert made.facts["steps"] == 2
+    assert {key: made.facts[key] for key in ("architecture", "vocabulary_sha256", "parameters")} == {
+        key: pivot.facts[key] for key in ("architecture", "vocabulary_sha256", "parameters")
+    }
+    assert (made.folder / "metrics.jsonl").exists()
+    assert "Assistant" in (made.folder / "chat_template.jinja").read_text()
+
+
+def test_tokenizer_template_and_generation_settings_are_the_pivots(tmp_path, inputs, pivot):
+    folder = tmp_path / "pivot"
+    shutil.copytree(pivot.folder, folder)
+    (folder / "generation_config.json").write_text(
+        '{"eos_token_id": [0, 7],\n "temperature": 0.6, "top_p": 0.9, "do_sample": true}'
+    )
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    )
+    staged = artifact(folder, **pivot.facts)
+    made = job(
+        tmp_path, {"run": {**RUN, "steps": 1}, "chat_template": "neutral"}, {**inputs, "models/base/pivot": staged}
+    )
+    build(made)
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert (made.folder / name).read_bytes() == (folder / name).read_bytes()
+    before, after = load_tokenizer(folder, None), load_tokenizer(made.folder, None)
+    text = "What is 3 plus 4?\n  7 é"
+    assert after(text) == before(text)
+    assert (after.get_vocab(), after.special_tokens_map, after.chat_template) == (
+        before.get_vocab(),
+        before.special_tokens_map,
+        before.chat_template,
+    )
+    assert load_model(artifact(made.folder), "float32").generation_config.eos_token_id == [0, 7]
+
+
+@pytest.mark.parametrize("name", ["final_logit_softcapping", "logit_scale", "lm_head_multiplier"])
+def test_a_pivot_that_changes_logits_behind_its_head_is_refused_by_name(tmp_path, inputs, pivot, name):
+    folder = shutil.copytree(pivot.folder, tmp_path / "capped")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, name: 30.0}))
+    with pytest.raises(UserError, match=rf"{name} is 30.0: it changes logits behind the head"):
+        build(job(tmp_path, {"run": RUN}, {**inputs, "models/base/pivot": artifact(folder, **pivot.facts)}))
+
+
+CARD = """---
+tags: [udf, llm-fusion-workflow]
+---
+
+# Trained model
+
+Unified fusion, UDF, trained with llm-fusion-workflow after InfiFusion, arXiv 2501.02795v1 (https://arxiv.org/abs/2501.02795v1).
+
+- pivot: base/pivot
+- teacher: base/one
+- teacher: base/two
+- data: 29 samples of the mix m
+- 2 steps of 4 samples at a peak learning rate of 0.001; last loss {loss:.4f} nats a token
+- licence of the pivot: llama3.1; teachers and data have their own
+
+Options that are not the default:
+- batch_size: 4
+- fusion.lambda: 0.3
+- fusion.target: udf
+- lr: 0.001
+- save_dtype: float32
+- steps: 2
+"""
+
+
+def test_the_card_tells_what_was_trained_from_what(tmp_path, inputs, pivot):
+    spec = fused("udf", "base/one", "base/two", steps=2, fusion={"target": "udf", "lambda": 0.3})
+    staged = {**inputs, "models/base/pivot": artifact(pivot.folder, **{**pivot.facts, "license": "llama3.1"})}
+    cards = []
+    for name in ("first", "second"):
+        made = job(tmp_path, spec, staged, name)
+        build(made)
+        cards.append((made.folder / "README.md").read_text())
+    assert cards[0].startswith(CARD.format(loss=made.facts["loss"]))
+    assert cards[0] == cards[1]
+    code = cards[0].split("```python\n")[1].split("```")[0].replace('"FOLDER"', repr(str(made.folder)))
+    loaded: dict = {}
+    exec(code, loaded)
+    assert torch.equal(loaded["model"].lm_head.weight, load_model(artifact(made.folder), "float32").lm_head.weight)
+
+
+def test_an_online_teacher_is_taken_from_the_inputs_and_a_cache_of_another_teacher_is_refused(
+    tmp_path, inputs, teacher, mix
+):
+    folder = tmp_path / "online"
+    folder.mkdir()
+    settings = {"kind": "online", "dtype": "float32"}
+    facts = capture(teacher, mix, folder, settings, None)
+    online = artifact(folder, **facts)
+    online.manifest["spec"] = json.dumps({"capture": settings})
+    spec = fused("kd", "base/one", steps=3)
+    told = job(tmp_path, spec, inputs, "cached")
+    build(told)
+    asked = {**spec, "captured": {**spec["captured"], "capture": settings}}
+    made = job(tmp_path, asked, {**inputs, "teachers/base/one/m": online, "models/base/one": teacher}, "online")
+    build(made)
+    assert made.facts["loss"] == pytest.approx(told.facts["loss"], rel=1e-4)
+    with pytest.raises(UserError, match=r"the teacher is not among this training's inputs"):
+        build(job(tmp_path, asked, {**inputs, "teachers/base/one/m": online}, "alone"))
+    with pytest.raises(
+        UserError, match=r"teacher base/one: .* kind: captured with online, this training asks for hidden"
+    ):
+        build(job(tmp_path, spec, {**inputs, "teachers/base/one/m": online}, "other"))
+
+
+def test_generated_answers_double_the_steps_of_the_same_epochs(tmp_path, inputs, samples):
+    folder = tmp_path / "generated"
+    folder.mkdir()
+    write_jsonl(folder / "samples.jsonl", [{**s, "id": f"g{s['id']}"} for s in samples])
+    inputs = {**inputs, "data/generated/base/one/m": artifact(folder, max_length=128)}
+    one, two = (
+        job(tmp_path, {"run": {**RUN, "epochs": 1}}, inputs, "sft"),
+        job(tmp_path, {"run": {**RUN, "epochs": 1, "generated": ["base/one"]}}, inputs, "seqkd"),
+    )
+    build(one)
+    build(two)
+    assert (one.facts["steps"], two.facts["steps"]) == (29 // 4, 58 // 4)
+    assert two.facts["label_tokens"] == 2 * one.facts["label_tokens"]
+
+
+def test_an_unknown_target_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(
+        UserError, match="there is no fusion target 'magic'; there are: kd, naive, mince, udf, minilogit"
+    ):
+        build(job(tmp_path, {"run": {**RUN, "steps": 2, "fusion": {"target": "magic"}}}))
+
+
+def test_a_model_trained_from_a_trained_one_has_its_licences(tmp_path, inputs, pivot):
+    """The chain of the paper's abstract: fuse one source, then the next into what came out."""
+    staged = artifact(pivot.folder, **{**pivot.facts, "license": "llama3.1"})
+    first = job(tmp_path, fused("kd", "base/one", steps=1), {**inputs, "models/base/pivot": staged}, "first")
+    build(first)
+    assert first.facts["license"] == ["llama3.1"]
+    chain = fused("kd", "base/two", init="trained/first", steps=1)
+    second = job(tmp_path, chain, {**inputs, "models/trained/first": artifact(first.folder, **first.facts)}, "second")
+    build(second)
+    assert second.facts["license"] == ["llama3.1"]
+    assert second.facts["steps"] == 1

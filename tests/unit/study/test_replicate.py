@@ -1,0 +1,67 @@
+"""A study over several seeds: what is drawn and trained anew, what is shared, and that the whole is a sound study."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmfusion import ROOT
+from llmfusion.cli.replicate import main, replicated
+from llmfusion.study.load import read_study
+from llmfusion.study.snakemake import checked
+from tests.unit.mini_study import MINI, small
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> dict[str, Any]:
+    return replicated(read_study(MINI).model_dump(mode="json", by_alias=True, exclude_defaults=True), [5, 6, 7], 2)
+
+
+def test_students_are_made_once_a_seed_and_base_models_once_a_set(made: dict[str, Any]) -> None:
+    models = made["models"]
+    assert set(models["base"]) == {f"{name}-{end}" for name in ("pivot", "code", "math") for end in "ab"}
+    assert {name for name in models["trained"] if name.startswith("kd-code")} == {
+        "kd-code-s5",
+        "kd-code-s6",
+        "kd-code-s7",
+    }
+    one, two, three = (models["trained"][f"kd-code-s{seed}"] for seed in (5, 6, 7))
+    assert (one["init"], two["init"], three["init"]) == ("base/pivot-a", "base/pivot-b", "base/pivot-a")
+    assert (one["teachers"], two["teachers"]) == (["base/code-a"], ["base/code-b"])
+    assert (one["mix"], one["seed"], two["seed"]) == ("student-s5", 5, 6)
+    assert models["merged"]["ta-homogeneous-s6"]["parents"] == ["trained/kd-code-s6", "trained/kd-math-s6"]
+    assert models["base"]["code-b"]["init"] == "base/pivot-b"
+    assert models["base"]["pivot-a"]["seed"] != models["base"]["pivot-b"]["seed"]
+
+
+def test_noise_and_mix_are_drawn_anew_for_each_seed(made: dict[str, Any]) -> None:
+    assert made["mixes"]["student-s5"]["seed"] == 5
+    assert made["mixes"]["student-s5"]["datasets"]["noisy-code-s5"] == 450
+    assert made["datasets"]["noisy-code-s6"]["seed"] == 6
+    assert made["mixes"]["student-s6"]["tokenizers"] == ["base/pivot-b", "base/code-b", "base/math-b"]
+
+
+def test_the_table_has_a_row_of_replicates_for_every_student(made: dict[str, Any]) -> None:
+    rows = made["tables"]["seeds"]["rows"]
+    assert rows[0]["model"] == ["trained/sft-s5", "trained/sft-s6", "trained/sft-s7"]
+    assert all(model.startswith(("trained/", "merged/")) for row in rows for model in row["model"])
+
+
+def test_the_command_writes_a_sound_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(MINI), str(tmp_path / "seeds.yaml"), "--seeds", "1", "2", "--sets", "1"]) == 0
+    study, plan = checked(tmp_path / "seeds.yaml")
+    assert study.directory == "runs/mini-seeds"
+    assert "tables/seeds" in plan.artifacts
+    assert main([str(MINI), str(tmp_path / "seeds.yaml"), "--seeds", "1", "--sets", "2"]) == 2
+    assert "give at least as many seeds as sets" in capsys.readouterr().err
+
+
+def test_the_shipped_study_is_the_one_the_command_writes(tmp_path: Path) -> None:
+    assert main([str(ROOT / "config/mini.yaml"), str(tmp_path / "mini-seeds.yaml"), "--sets", "2"]) == 0
+    assert (tmp_path / "mini-seeds.yaml").read_text() == (ROOT / "config/mini-seeds.yaml").read_text()
+
+
+def test_nothing_of_the_given_study_is_changed() -> None:
+    before = small()
+    replicated(before, [1, 2], 2)
+    assert before == small()
