@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfusion.errors import UserError
+from llmfusion.merging.arrays import merge_arrays
 from llmfusion.merging.blocks import BLOCK, PivotDeltas
-from llmfusion.merging.methods import METHODS, Moments, merge_arrays
+from llmfusion.merging.rate_of_change import Moments
 from llmfusion.merging.selection import select
+from llmfusion.study.merge_methods import method_names
 
 RNG = np.random.default_rng(0)
 
@@ -21,13 +23,13 @@ def some(models: int = 3, n: int = 501, seed: int = 0) -> tuple[np.ndarray, np.n
 
 
 def merged(name: str, theta: np.ndarray, deltas: np.ndarray, options: dict | None = None) -> np.ndarray:
-    out, _ = merge_arrays(name, theta, list(deltas), options or {}, deltas=True)
+    out, _ = merge_arrays(name, theta, list(deltas), options, deltas=True)
     assert out.dtype == np.float32
     return out
 
 
 def notes(name: str, theta: np.ndarray, deltas: np.ndarray, options: dict | None = None) -> dict[str, float]:
-    return merge_arrays(name, theta, list(deltas), options or {}, deltas=True)[1]
+    return merge_arrays(name, theta, list(deltas), options, deltas=True)[1]
 
 
 # ------------------------------------------------------------------------------------------------ by hand
@@ -269,9 +271,9 @@ def test_what_mergekit_gives(name: str, options: dict) -> None:
 def test_a_selection_takes_exactly_k_and_the_lower_index_of_equals(k: int) -> None:
     values = np.array([1.0, 3, 3, 2, 3, 0], np.float32)
     tensor = PivotDeltas(values, [values], deltas=True)
-    (chosen,) = select(tensor, lambda block, first: np.abs(block.deltas), [range(1)], lambda tops: [k])
+    (chosen,) = select(tensor, lambda block, first_pass: np.abs(block.deltas), [range(1)], lambda selections: [k])
     kept = values + 1  # so that a kept 0 shows
-    chosen.trim(0, values, kept)
+    chosen.zero_unselected(0, values, kept)
     assert (kept > 0).tolist() == top(values, k).tolist()
     assert chosen.squares[0] == pytest.approx((values[top(values, k)] ** 2).sum())
     assert chosen.value == (sorted(values)[-k] if k else math.inf)
@@ -353,7 +355,7 @@ LITERAL = [("ties", {"density": 0.3}), ("sce", {"select_scope": "values", "norma
 
 
 def test_every_method_of_the_registry_is_held_to_the_identities() -> None:
-    assert {name for name, _ in ALL + LITERAL} == set(METHODS)
+    assert {name for name, _ in ALL + LITERAL} == set(method_names())
 
 
 @pytest.mark.parametrize(("name", "options"), ALL)
@@ -434,13 +436,13 @@ def test_bfloat16_and_float16_arrays_are_merged_as_their_values() -> None:
     theta, deltas = some(2)
     half = [np.float16(theta + d) for d in deltas]
     assert np.array_equal(
-        merge_arrays("ties", theta, half, {})[0],
-        merge_arrays("ties", theta, [h.astype(np.float32) for h in half], {})[0],
+        merge_arrays("ties", theta, half)[0],
+        merge_arrays("ties", theta, [h.astype(np.float32) for h in half])[0],
     )
     short = [coarse(theta + d) for d in deltas]
     bits = [(values.view(np.uint32) >> 16).astype(np.uint16) for values in short]
-    assert np.array_equal(merge_arrays("ties", theta, bits, {})[0], merge_arrays("ties", theta, short, {})[0])
-    assert np.array_equal(merge_arrays("ties", bits[0], bits, {})[0], merge_arrays("ties", short[0], short, {})[0])
+    assert np.array_equal(merge_arrays("ties", theta, bits)[0], merge_arrays("ties", theta, short)[0])
+    assert np.array_equal(merge_arrays("ties", bits[0], bits)[0], merge_arrays("ties", short[0], short)[0])
 
 
 def test_a_value_that_is_not_finite_is_refused_with_the_array_that_holds_it() -> None:
@@ -448,6 +450,6 @@ def test_a_value_that_is_not_finite_is_refused_with_the_array_that_holds_it() ->
     broken = (theta + deltas[1]).copy()
     broken[77] = np.nan
     with pytest.raises(UserError, match="model 1 holds a NaN or an infinity"):
-        merge_arrays("ta", theta, [theta + deltas[0], broken], {})
+        merge_arrays("ta", theta, [theta + deltas[0], broken])
     with pytest.raises(UserError, match="the difference to a model overflows float32"):
-        merge_arrays("ta", np.full(3, 3e38, np.float32), [np.full(3, -3e38, np.float32)], {})
+        merge_arrays("ta", np.full(3, 3e38, np.float32), [np.full(3, -3e38, np.float32)])
