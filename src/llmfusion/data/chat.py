@@ -105,3 +105,11 @@ def encode(sample: Sample, tokenizer: Any, max_length: int) -> Encoded | str:
     if not any(is_label[1:]):
         return "no label"
     return Encoded(ids, [False, *is_label[1:]])  # the first token of all is predicted by nothing
+
+
+@dataclass(frozen=True)
+class TokenizedSample:
+    """A sample of a batch, as it is and as the student reads it."""
+
+    sample: Sample
+    encoded: Encoded
