@@ -25,7 +25,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 def write_training_card(
     folder: Path, run: TrainedModel, facts: dict[str, Any], datasets: list[str], licences: list[str]
 ) -> None:
-    """Write README.md of a trained checkpoint, from its spec ``run`` and the manifest's ``facts``: always the same bytes.
+    """Write README.md of a trained checkpoint, from its spec ``run`` and its ``facts``: the same bytes at every run.
 
     ``datasets``: those of the mix; ``licences``: the pivot's.
     """

@@ -20,7 +20,7 @@ BASE = "llmfusion.fusion.target"
 
 
 class TargetCapabilities(Protocol):
-    """Class attributes of a target that a study is checked by, described in ``llmfusion.fusion.target.FusionTarget``."""
+    """Class attributes of a target that a study is checked by; ``FusionTarget`` describes them."""
 
     title: str
     min_teachers: int
