@@ -123,13 +123,13 @@ def test_all_shards_of_the_pivot_are_written_under_their_names(tmp_path):
     assert load_file(tmp_path / "out" / "model-00002-of-00002.safetensors")["b"].tolist() == [1, 1, 1]
 
 
-def test_all_differences_in_names_and_shapes_are_told_at_once_with_their_folders(tmp_path):
+def test_all_differences_in_names_and_shapes_are_reported_at_once_with_their_folders(tmp_path):
     pivot = folder_of(tmp_path / "p", {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(4)})
     one = folder_of(tmp_path / "m1", {"a": torch.zeros(2), "c": torch.zeros(4, 1), "d": torch.zeros(1)})
     two = folder_of(tmp_path / "m2", {"a": torch.zeros(3), "b": torch.zeros(3), "c": torch.zeros(4)})
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         merged(pivot, [one, two], tmp_path / "out")
-    lines = str(told.value).splitlines()
+    lines = str(refused.value).splitlines()
     assert "4 differences" in lines[0]
     assert sorted(line.strip() for line in lines[1:]) == [
         f"a is [3] in {two} and [2] in the pivot {pivot}",
@@ -242,8 +242,11 @@ def test_the_index_of_shards_is_the_pivots(tmp_path):
     index = "model.safetensors.index.json"
     assert (tmp_path / "out" / index).read_bytes() == (pivot / index).read_bytes()
     merged(pivot, [model], tmp_path / "wide", out_dtype="float32")
-    told = json.loads((tmp_path / "wide" / index).read_text())
-    assert told == {"metadata": {"total_size": 20}, "weight_map": json.loads((pivot / index).read_text())["weight_map"]}
+    written = json.loads((tmp_path / "wide" / index).read_text())
+    assert written == {
+        "metadata": {"total_size": 20},
+        "weight_map": json.loads((pivot / index).read_text())["weight_map"],
+    }
 
 
 # ------------------------------------------------------------------------------------------------ what is written
@@ -319,11 +322,17 @@ def test_a_merge_that_is_nearly_the_pivot_says_so_with_the_figure(tmp_path):
     assert "warning" not in merged(folders[0], folders[1:], tmp_path / "quiet", "rsaf_literal", warn_below=0.0)[0]
 
 
-# ------------------------------------------------------------------------------------------------ what transformers does not read
+# -------------------------------------------------------------------------------- what transformers does not read
 def test_redundant_heads_buffers_and_prefixes_are_no_differences(tmp_path):
     table, body = torch.arange(6.0).view(3, 2), torch.ones(2)
-    hub = {"wte.weight": table, "h.0.ln_1.weight": body, "lm_head.weight": table.clone(), "h.0.attn.bias": torch.ones(1, 1, 2, 2),
-           "h.0.attn.masked_bias": torch.tensor(-1e4), "rotary_emb.inv_freq": torch.ones(4)}  # fmt: skip
+    hub = {
+        "wte.weight": table,
+        "h.0.ln_1.weight": body,
+        "lm_head.weight": table.clone(),
+        "h.0.attn.bias": torch.ones(1, 1, 2, 2),
+        "h.0.attn.masked_bias": torch.tensor(-1e4),
+        "rotary_emb.inv_freq": torch.ones(4),
+    }
     trained = {"transformer.wte.weight": table + 1, "transformer.h.0.ln_1.weight": body + 1}
     pivot = folder_of(
         tmp_path / "p", hub, config='{"model_type": "gpt2"}'
@@ -396,10 +405,10 @@ def test_settings_that_no_shape_shows_are_compared(tmp_path):
         {"w": torch.ones(2)},
         config='{"architectures": ["B"], "num_attention_heads": 8, "rope_theta": 5e5}',
     )
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         merged(pivot, [model], tmp_path / "out")
-    assert f"architectures is ['B'] in {model} and ['A'] in the pivot {pivot}" in str(told.value)
-    assert f"num_attention_heads is 8 in {model} and 4 in the pivot {pivot}" in str(told.value)
+    assert f"architectures is ['B'] in {model} and ['A'] in the pivot {pivot}" in str(refused.value)
+    assert f"num_attention_heads is 8 in {model} and 4 in the pivot {pivot}" in str(refused.value)
     (model / "config.json").write_text(
         '{"architectures": ["A"], "num_attention_heads": 4, "head_dim": 1, "rope_theta": 5e5}'
     )  # the pivot leaves head_dim out
@@ -440,7 +449,9 @@ def test_a_merge_goes_on_with_the_tensors_that_are_missing(tmp_path, monkeypatch
         journal.write('{"tensor": "w0", "do')
     seen.clear()
     monkeypatch.setattr(
-        engine, "_merge_tensor", lambda plan, tensor, *rest: seen.append(tensor.name) or merge_tensor(plan, tensor, *rest)
+        engine,
+        "_merge_tensor",
+        lambda plan, tensor, *rest: seen.append(tensor.name) or merge_tensor(plan, tensor, *rest),
     )
     engine.run(plan, out, "key", 1)
     assert sorted(seen) == sorted(set(tensors[0]) - set(first[1:]))
@@ -460,7 +471,9 @@ def test_what_another_merge_left_is_not_continued(tmp_path, models, monkeypatch)
         leave()
         seen.clear()
         monkeypatch.setattr(
-            engine, "_merge_tensor", lambda plan, tensor, *rest: seen.append(tensor.name) or merge_tensor(plan, tensor, *rest)
+            engine,
+            "_merge_tensor",
+            lambda plan, tensor, *rest: seen.append(tensor.name) or merge_tensor(plan, tensor, *rest),
         )
         engine.run(changed, out, key, 1)
         monkeypatch.undo()
@@ -516,7 +529,7 @@ def test_no_flipped_bit_of_a_header_is_merged_over(tmp_path, broken):
     file = folders[broken] / "model.safetensors"
     whole = file.read_bytes()
     length = 8 + int.from_bytes(whole[:8], "little")
-    about = whole.index(b'"__metadata__":') + 15  # what is told there is the writer's own
+    about = whole.index(b'"__metadata__":') + 15  # what stands there is the writer's own
     for place in range(8 * length):
         content = bytearray(whole)
         content[place // 8] ^= 1 << place % 8
@@ -540,14 +553,15 @@ def test_the_progress_line_tells_the_share_and_gigabytes_a_second(monkeypatch, c
 
 
 def test_progress_ends_with_all_bytes_read_and_written(tmp_path, models):
-    told, plan = [], plan_of(models[0], models[1:], "ta")
-    engine.run(plan, tmp_path / "out", "key", 1, lambda *given: told.append(given))
+    calls = []
+    plan = plan_of(models[0], models[1:], "ta")
+    engine.run(plan, tmp_path / "out", "key", 1, lambda *bytes_done: calls.append(bytes_done))
     merged_bytes, copied = (
         4 * (12 + 5 + 1) * 4,
         2 * (8 + 2),
     )  # of pivot, two models and merge; integers and flags of pivot and merge
-    assert told[-1] == (merged_bytes + copied, merged_bytes + copied)
-    assert [moved for moved, _ in told] == sorted(moved for moved, _ in told)
+    assert calls[-1] == (merged_bytes + copied, merged_bytes + copied)
+    assert [moved for moved, _ in calls] == sorted(moved for moved, _ in calls)
 
 
 def test_the_report_of_rsaf_has_skewness_share_and_coefficients_of_each_model(tmp_path):
@@ -559,6 +573,7 @@ def test_the_report_of_rsaf_has_skewness_share_and_coefficients_of_each_model(tm
     merged(pivot, [one, two], tmp_path / "out", "rsaf", tau=0.3)
     (row,) = csv.DictReader((tmp_path / "out" / "merge_report.csv").read_text().splitlines())
     skew = 2 / 3**0.5  # of 8 0 0 0, and the opposite of 0 1 1 1
-    hand = {"S_0": skew, "S_1": -skew, "K_0": 0.3 / (1 + skew), "K_1": 0.3 * (1 + skew), "k_0": 1, "k_1": 3, "threshold_0": 8, "threshold_1": 1,
-            "eta_0": 64 / 67, "eta_1": 3 / 67, "kept_energy": 1, "changed": 1, "sign_conflicts": 0, "values": 4}  # fmt: skip
+    hand = {"S_0": skew, "S_1": -skew, "K_0": 0.3 / (1 + skew), "K_1": 0.3 * (1 + skew), "k_0": 1, "k_1": 3}
+    hand |= {"threshold_0": 8, "threshold_1": 1, "eta_0": 64 / 67, "eta_1": 3 / 67, "kept_energy": 1}
+    hand |= {"changed": 1, "sign_conflicts": 0, "values": 4}
     assert {key: float(row[key]) for key in hand} == pytest.approx(hand, rel=1e-6)

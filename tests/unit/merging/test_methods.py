@@ -1,4 +1,4 @@
-"""TA, TIES, SCE and RSAF against hand-worked cases, plain float64 references, mergekit's semantics and the identities every method must keep."""
+"""TA, TIES, SCE and RSAF against hand-worked cases, plain references, mergekit's semantics, and identities."""
 
 import math
 
@@ -62,9 +62,9 @@ def test_sce_by_hand() -> None:
     theta = np.zeros(4, np.float32)
     deltas = np.array([[3, 1, 0, 2], [1, 1, 0, -4]], np.float32)
     # variances 1, 0, 0, 9: of two that are not 0 the half is one, the last; eta = 4/20, 16/20
-    told = notes("sce", theta, deltas, {"tau": 0.5})
-    assert (told["k"], told["eta_0"], told["eta_1"]) == pytest.approx((1, 0.2, 0.8))
-    assert told["threshold"] == pytest.approx(3)  # the standard deviation of 2 and -4
+    stats = notes("sce", theta, deltas, {"tau": 0.5})
+    assert (stats["k"], stats["eta_0"], stats["eta_1"]) == pytest.approx((1, 0.2, 0.8))
+    assert stats["threshold"] == pytest.approx(3)  # the standard deviation of 2 and -4
     # disjoint over all values: 0.2*3 + 0.8*1; 1; 0; the elected sign is -: -4
     np.testing.assert_allclose(merged("sce", theta, deltas, {"tau": 0.5}), [1.4, 1, 0, -4], rtol=1e-6)
     np.testing.assert_allclose(
@@ -81,12 +81,12 @@ def test_rsaf_by_hand() -> None:
     theta = np.array([1, 1, 1, 1], np.float32)
     deltas = np.array([[8, 0, 0, 0], [0, 1, 1, 1]], np.float32)
     # rates 8 0 0 0: S = (n-2)/sqrt(n-1) = 2/sqrt(3); rates 0 1 1 1: S = -2/sqrt(3)
-    told = notes("rsaf", theta, deltas, {"tau": 0.3, "eps": 1e-300})
+    stats = notes("rsaf", theta, deltas, {"tau": 0.3, "eps": 1e-300})
     skew = 2 / math.sqrt(3)
-    assert (told["S_0"], told["S_1"]) == pytest.approx((skew, -skew), abs=1e-12)
-    assert (told["K_0"], told["K_1"]) == pytest.approx((0.3 / (1 + skew), 0.3 * (1 + skew)))
-    assert (told["k_0"], told["k_1"]) == (1, 3)  # ceil(0.14 4) and ceil(0.646 4)
-    assert (told["eta_0"], told["eta_1"]) == pytest.approx((64 / 67, 3 / 67))
+    assert (stats["S_0"], stats["S_1"]) == pytest.approx((skew, -skew), abs=1e-12)
+    assert (stats["K_0"], stats["K_1"]) == pytest.approx((0.3 / (1 + skew), 0.3 * (1 + skew)))
+    assert (stats["k_0"], stats["k_1"]) == (1, 3)  # ceil(0.14 4) and ceil(0.646 4)
+    assert (stats["eta_0"], stats["eta_1"]) == pytest.approx((64 / 67, 3 / 67))
     np.testing.assert_allclose(
         merged("rsaf", theta, deltas, {"tau": 0.3}), [9, 2, 2, 2]
     )  # each stands alone where it is not 0
@@ -95,7 +95,7 @@ def test_rsaf_by_hand() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ a plain float64 reference
+# -------------------------------------------------------------------------------- a plain float64 reference
 def top(values: np.ndarray, k: int) -> np.ndarray:
     """The k largest, of equal ones the first: sorted, in plain Python."""
     mask = np.zeros(values.size, bool)
@@ -112,7 +112,8 @@ def two_pass_skewness(rates: np.ndarray) -> float:
 def reference(
     name: str, theta: np.ndarray, deltas: np.ndarray, options: dict, numbers: list[int] | None = None
 ) -> np.ndarray:
-    """What a method must give, bit for bit given the numbers of selected values: masks from sorting, coefficients in float64, the merge in float32."""
+    """What a method must give, bit for bit given the numbers of selected values: masks from sorting, coefficients in
+    float64, the merge in float32."""
     count, n = deltas.shape
     wide = deltas.astype(np.float64)
     one = np.float32(1)
@@ -186,14 +187,14 @@ def test_each_method_is_its_plain_reference_bit_for_bit(name: str, options: dict
         theta, deltas = coarse(theta), coarse(np.round(deltas, 4))
     if kind == "sparse":
         deltas = np.where(np.random.default_rng(1).random(deltas.shape) < 0.97, np.float32(0), deltas)
-    found, told = merge_arrays(name, theta, list(deltas), options, deltas=True)
-    numbers = [int(told[f"k_{j}"]) for j in range(3)] if name.startswith("rsaf") else None
-    assert np.array_equal(found.view(np.uint32), reference(name, theta, deltas, options, numbers).view(np.uint32))
+    out, stats = merge_arrays(name, theta, list(deltas), options, deltas=True)
+    numbers = [int(stats[f"k_{j}"]) for j in range(3)] if name.startswith("rsaf") else None
+    assert np.array_equal(out.view(np.uint32), reference(name, theta, deltas, options, numbers).view(np.uint32))
     if name.startswith("rsaf"):
         rates = np.abs(deltas.astype(np.float64)) / (np.abs(theta.astype(np.float64)) + options.get("eps", 1e-8))
         for j, row in enumerate(rates):
-            assert told[f"S_{j}"] == pytest.approx(two_pass_skewness(row), rel=1e-9)
-            assert told[f"k_{j}"] == min(math.ceil(told[f"K_{j}"] * row.size), np.count_nonzero(deltas[j]))
+            assert stats[f"S_{j}"] == pytest.approx(two_pass_skewness(row), rel=1e-9)
+            assert stats[f"k_{j}"] == min(math.ceil(stats[f"K_{j}"] * row.size), np.count_nonzero(deltas[j]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -213,14 +214,15 @@ def test_small_tensors_of_any_size_and_number_of_models_are_their_reference(
         deltas = np.round(deltas * 1000, digits - 1).astype(np.float32) / np.float32(
             1024
         )  # few different values, zeros among them
-    found, told = merge_arrays(name, theta, list(deltas), options, deltas=True)
-    numbers = [int(told[f"k_{j}"]) for j in range(models)] if name.startswith("rsaf") else None
-    assert np.array_equal(found.view(np.uint32), reference(name, theta, deltas, options, numbers).view(np.uint32))
+    out, stats = merge_arrays(name, theta, list(deltas), options, deltas=True)
+    numbers = [int(stats[f"k_{j}"]) for j in range(models)] if name.startswith("rsaf") else None
+    assert np.array_equal(out.view(np.uint32), reference(name, theta, deltas, options, numbers).view(np.uint32))
 
 
-# ------------------------------------------------------------------------------------------------ mergekit's published semantics
+# -------------------------------------------------------------------------------- mergekit's published semantics
 def mergekit(name: str, phi: np.ndarray, theta: np.ndarray, options: dict) -> np.ndarray:
-    """task_arithmetic, ties and sce as mergekit defines them, in float64: consensus by sum, +1 for 0, its divisors and its clamp."""
+    """task_arithmetic, ties and sce as mergekit defines them, in float64: consensus by sum, +1 for 0, its divisors
+    and its clamp."""
     deltas = phi.astype(np.float64) - theta
     if name == "sce":
         variance = deltas.var(0)
@@ -262,8 +264,8 @@ def test_what_mergekit_gives(name: str, options: dict) -> None:
     rng = np.random.default_rng(3)
     theta = rng.normal(0, 0.5, 3001).astype(np.float32)
     phi = theta + rng.normal(0, 0.1, (3, 3001)).astype(np.float32)
-    found, _ = merge_arrays(name, theta, list(phi), options)
-    np.testing.assert_allclose(found, mergekit(name, phi, theta, options), rtol=0, atol=1e-6)
+    out, _ = merge_arrays(name, theta, list(phi), options)
+    np.testing.assert_allclose(out, mergekit(name, phi, theta, options), rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -319,20 +321,20 @@ def test_a_long_left_tail_selects_more_but_never_more_than_all() -> None:
     theta = np.ones(1000, np.float32)
     deltas = np.full((1, 1000), 0.5, np.float32)
     deltas[0, 7] = 0.001
-    told = notes("rsaf", theta, deltas, {"tau": 0.5})
-    assert told["S_0"] < -30
-    assert told["K_0"] == 1.0
-    assert told["k_0"] == 1000
+    stats = notes("rsaf", theta, deltas, {"tau": 0.5})
+    assert stats["S_0"] < -30
+    assert stats["K_0"] == 1.0
+    assert stats["k_0"] == 1000
 
 
 def test_the_skewness_of_logarithms_leaves_zeros_out() -> None:
     theta, deltas = some(2, 5000)
     deltas[:, ::3] = 0
-    told = notes("rsaf", theta, deltas, {"rate": "log", "eps": 1e-6})
+    stats = notes("rsaf", theta, deltas, {"rate": "log", "eps": 1e-6})
     for j in range(2):
         used = deltas[j] != 0
         logs = np.log(np.abs(deltas[j][used].astype(np.float64)) / (np.abs(theta[used].astype(np.float64)) + 1e-6))
-        assert told[f"S_{j}"] == pytest.approx(two_pass_skewness(logs), rel=1e-9)
+        assert stats[f"S_{j}"] == pytest.approx(two_pass_skewness(logs), rel=1e-9)
     assert notes("rsaf", theta, deltas * 0, {"rate": "log"})["k_0"] == 0
 
 
