@@ -16,12 +16,12 @@ from llmfusion.study.schema.options import MergeOptions
 
 
 class Options(MergeOptions):
-    tau: Tau = 0.1
-    select_scope: SelectScope = "coefficients"
-    normalize: Normalize = "disjoint"
     method: Literal["rsaf"] = Field(
         description="RSAF: as SCE, but selecting by the rate of change, a share set by its skewness"
     )
+    tau: Tau = 0.1
+    select_scope: SelectScope = "coefficients"
+    normalize: Normalize = "disjoint"
     eps: Eps = 1e-8
     rate: Rate = "relative"
     select_by: SelectBy = "rate"

@@ -18,10 +18,10 @@ from llmfusion.study.schema.options import MergeOptions
 
 
 class Options(MergeOptions):
+    method: Literal["sce"] = Field(description="SCE: select by variance, calculate coefficients, erase minority signs")
     tau: Tau = 0.1
     select_scope: SelectScope = "coefficients"
     normalize: Normalize = "disjoint"
-    method: Literal["sce"] = Field(description="SCE: select by variance, calculate coefficients, erase minority signs")
 
 
 def merge(tensor: PivotDeltas, options: Options) -> TensorMerge:

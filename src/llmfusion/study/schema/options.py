@@ -46,7 +46,6 @@ class MergeOptions(Section):
 
     recipe: ClassVar[int] = 3  # raised when the meaning of merging changes: what was merged before is then merged again
     seconds_per_value: ClassVar[float] = 9e-9
-    method: str
 
     pivot: Address = Field(description="the model all parents started from")
     parents: list[Address] = Field(min_length=1, description="models to merge")
@@ -59,3 +58,4 @@ class MergeOptions(Section):
         le=1,
         description="warn where a merge keeps less of the deltas' squares, or changes a smaller share of the values",
     )
+    method: str
