@@ -58,8 +58,8 @@ def layer_of(name: str) -> int | None:
 
     As in ``model.layers.12.mlp.up_proj.weight``, ``h.3.ln_1.weight`` and ``gpt_neox.layers.3.attention.dense.weight``.
     """
-    found = LAYER.search(name)
-    return int(found[1]) if found else None
+    match = LAYER.search(name)
+    return int(match[1]) if match else None
 
 
 def count_layers(names: Iterable[str]) -> int:

@@ -110,7 +110,7 @@ def count_fine(keys, bin_, deltas, histogram, sums, places):
     keys above that bin, ``(M,)``.
     """
     bits = keys.view(np.uint32)
-    found = 0
+    count = 0
     for start in range(0, bits.size, LANES):
         part = bits[start : start + LANES]
         some = np.int32(0)
@@ -118,9 +118,9 @@ def count_fine(keys, bin_, deltas, histogram, sums, places):
             some = np.int32(some + np.int32(np.uint32(np.uint32(part[i] & SIZE) >> np.uint32(16)) == bin_))
         if some:  # few of them hold one, so all are looked at together before one by one
             for i in range(part.size):
-                places[found] = start + i
-                found += np.int64(np.uint32(np.uint32(part[i] & SIZE) >> np.uint32(16)) == bin_)
-    for place in range(found):
+                places[count] = start + i
+                count += np.int64(np.uint32(np.uint32(part[i] & SIZE) >> np.uint32(16)) == bin_)
+    for place in range(count):
         i = places[place]
         low = bits[i] & np.uint32(0xFFFF)
         histogram[low] += 1
@@ -157,7 +157,7 @@ def bin_of(histogram, number):
 
 @compiled
 def locate(keys, threshold, wanted):
-    """Position just behind the ``wanted``-th key that equals ``threshold``, and how many were found.
+    """Position just behind the ``wanted``-th key that equals ``threshold``, and how many there are.
 
     The block's end if there are fewer.
     """
@@ -167,13 +167,13 @@ def locate(keys, threshold, wanted):
         equal = np.int32(equal + np.int32(np.uint32(bits[i] & SIZE) == threshold))
     if equal < wanted:
         return bits.size, equal
-    found = 0
+    count = 0
     for i in range(bits.size):
         if np.uint32(bits[i] & SIZE) == threshold:
-            found += 1
-            if found == wanted:
-                return i + 1, found
-    return bits.size, found
+            count += 1
+            if count == wanted:
+                return i + 1, count
+    return bits.size, count
 
 
 @compiled
@@ -200,5 +200,5 @@ def trim(keys, threshold, end, delta):
         left = np.int32(end - start)
         for i in range(part.size):
             sizes[i] = key[i] & SIZE
-        for i in range(part.size):  # apart from the loop above, since keys may be delta itself
+        for i in range(part.size):  # a loop of its own, since keys may be delta itself
             part[i] = part[i] if np.uint32(sizes[i] + np.uint32(np.int32(i) < left)) > threshold else np.float32(0)

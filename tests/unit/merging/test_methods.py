@@ -356,8 +356,9 @@ ALL = [
 LITERAL = [("ties", {"density": 0.3}), ("sce", {"select_scope": "values", "normalize": "none"}), ("rsaf_literal", {})]
 
 
-def test_every_method_of_the_registry_is_held_to_the_identities() -> None:
-    assert {name for name, _ in ALL + LITERAL} == set(method_names())
+def test_every_method_of_the_papers_is_held_to_these_identities() -> None:
+    """What holds for every registered method, also for one that is added, is in test_plugins.py."""
+    assert {name for name, _ in ALL + LITERAL} == {"ta", "ties", "sce", "rsaf", "rsaf_literal"} <= set(method_names())
 
 
 @pytest.mark.parametrize(("name", "options"), ALL)
