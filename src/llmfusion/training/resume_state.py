@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmfusion.artifacts.job import format_bytes
+from llmfusion.io.files import format_bytes
 from llmfusion.errors import UserError
 from llmfusion.io.files import sha256_file, write_file
 from llmfusion.io.safetensors import layout_of
