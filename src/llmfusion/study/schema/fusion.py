@@ -8,27 +8,18 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 from pydantic import Field
 
 from llmfusion.study.plugins import PluginError, load_plugin, plugin_names
 from llmfusion.study.schema.options import FusionOptions
 
+if TYPE_CHECKING:
+    from llmfusion.fusion.target import FusionTarget
+
 PACKAGE = "llmfusion.fusion.targets"
 BASE = "llmfusion.fusion.target"
-
-
-class TargetCapabilities(Protocol):
-    """Class attributes of a target that a study is checked by; ``FusionTarget`` describes them."""
-
-    title: str
-    min_teachers: int
-    max_teachers: int | None
-    topk_refusal: str | None
-    accepts_other_vocabularies: bool
-    accepts_temperature: bool
-    accepts_pivot: bool
 
 
 @cache
@@ -40,10 +31,10 @@ def load_target(name: str) -> ModuleType:
     return module
 
 
-def target_capabilities(name: str) -> TargetCapabilities:
-    """What a target can take, and its title; does not import torch."""
-    capabilities: TargetCapabilities = load_target(name).Target
-    return capabilities
+def target_class(name: str) -> "type[FusionTarget]":
+    """The class of a target, whose attributes say what it can take; does not import torch."""
+    cls: type[FusionTarget] = load_target(name).Target
+    return cls
 
 
 def target_names() -> tuple[str, ...]:
