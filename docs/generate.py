@@ -1,6 +1,6 @@
-"""Write what follows from the code into the documents: the JSON schema of a study, and tables between markers in Markdown.
+"""Write what follows from the code into the documents: the JSON schema of a study, tables between markers in Markdown.
 
-``python docs/generate.py`` rewrites the files, ``--check`` only compares and exits with status 1 where one is out of date.
+``python docs/generate.py`` rewrites the files; ``--check`` only compares, and exits with status 1 where one is stale.
 
 A marker names what stands between it and the next ``<!-- end -->``:
 
@@ -21,25 +21,41 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from llmfusion.study.plugins import load_plugins, summary_of
-from llmfusion.study.schema.base import Section
-from llmfusion.study.schema.study import Study
+from llmfusion.study.plugins import load_plugins, summary_of  # noqa: E402
+from llmfusion.study.schema.base import Section  # noqa: E402
+from llmfusion.study.schema.study import Study  # noqa: E402
 
 DOCUMENTS = ("README.md", "config/README.md", "docs/architecture.md", "docs/extending.md")
 MARKER = re.compile(r"(<!-- (keys|options|plugins|layouts): ([^>]*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-PATTERNS = {"commit": "[0-9a-f]{40}", "address": "(base|trained|merged)/", "`OWNER/NAME`": r"/[^/\s]+$", "name": "^[a-z0-9]"}
+PATTERNS = {
+    "commit": "[0-9a-f]{40}",
+    "address": "(base|trained|merged)/",
+    "`OWNER/NAME`": r"/[^/\s]+$",
+    "name": "[a-z0-9][a-z0-9._-]*",
+}
 LINKS = {  # where config/README.md describes a section, by the name of its model
-    "Columns": "#columns", "Architecture": "#architecture", "Tokenizer": "#tokenizer", "Row": "#tables", "Table": "#tables",
-    "Mix": "#mixes", "Task": "#tasks", "Capture": "#capture-generation-answering", "Models": "#models",
-    "Generation": "#capture-generation-answering", "Answering": "#capture-generation-answering", "HubSource": "#sources-of-rows",
-    "HubDataset": "#datasets", "HubModel": "#base-models", "TrainedModel": "#trained-models",
-}  # fmt: skip
+    "Columns": "#columns",
+    "Architecture": "#architecture",
+    "Tokenizer": "#tokenizer",
+    "Row": "#tables",
+    "Table": "#tables",
+    "Mix": "#mixes",
+    "Task": "#tasks",
+    "Capture": "#capture-generation-answering",
+    "Models": "#models",
+    "Generation": "#capture-generation-answering",
+    "Answering": "#capture-generation-answering",
+    "HubSource": "#sources-of-rows",
+    "HubDataset": "#datasets",
+    "HubModel": "#base-models",
+    "TrainedModel": "#trained-models",
+}
 
 
 def main() -> int:
     """Write or compare all documents. Returns the exit status."""
     parser = argparse.ArgumentParser(description="Bring generated parts of the documents up to date.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 where something is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a file is stale")
     check = parser.parse_args().check
     stale = [name for name, text in generated().items() if (ROOT / name).read_text(encoding="utf-8") != text]
     for name in stale:
@@ -64,7 +80,7 @@ def _replacement(marker: re.Match[str]) -> str:
     return f"{head}\n{TABLES[what](argument)}\n\n{end}"
 
 
-# ------------------------------------------------------------------------------------------------------------ keys of sections
+# ---------------------------------------------------------------------------------------------------- keys of sections
 def keys_table(argument: str) -> str:
     """Keys of one section: required ones first."""
     name, _, without = argument.partition(" without ")
@@ -125,7 +141,7 @@ def _plain_type(entry: dict[str, Any], schema: dict[str, Any]) -> str:
         return " ".join([kind, ", ".join(limits)]).strip()
     if kind == "array":
         count = entry.get("maxItems")
-        return f"list of {count} {_plural(entry['items'], schema)}" if count else f"list of {_plural(entry['items'], schema)}"
+        return " ".join(filter(None, ["list of", str(count or ""), _plural(entry["items"], schema)]))
     if kind == "object":
         inner = entry.get("additionalProperties") or next(iter(entry.get("patternProperties", {}).values()), {})
         return f"name: {describe_type(inner, schema)}" if inner else "mapping"
@@ -140,14 +156,17 @@ def _plural(entry: dict[str, Any], schema: dict[str, Any]) -> str:
     return " ".join(filter(None, [plurals.get(first, first), rest]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- plug-ins
+# ------------------------------------------------------------------------------------------------------------ plug-ins
 def options_tables(package: str) -> str:
-    """The own keys of every plug-in's options, under a line that names it."""
-    tag = {"llmfusion.fusion.targets": "target", "llmfusion.merging.methods": "method"}[package]
+    """The own keys of every plug-in's options, under a line that names it; nothing of those that have none."""
+    tag = "method" if package.endswith("methods") else "target"
     parts = []
     for name, plugin in load_plugins(package, "Options").items():
-        shared = set().union(*(base.model_fields for base in plugin.Options.__mro__[1:] if hasattr(base, "model_fields")))
-        parts.append(f"`{tag}: {name}`: {summary_of(package, name)}.\n\n{_keys(plugin.Options, shared - {tag})}")
+        parents = [base for base in plugin.Options.__mro__[1:] if hasattr(base, "model_fields")]
+        own = set(plugin.Options.model_fields) - {tag}.union(*(base.model_fields for base in parents))
+        if own:
+            table = _keys(plugin.Options, set(plugin.Options.model_fields) - own)
+            parts.append(f"`{tag}: {name}`: {summary_of(package, name)}.\n\n{table}")
     return "\n\n".join(parts)
 
 
@@ -157,7 +176,19 @@ def plugins_table(package: str) -> str:
     return "\n".join(["| name | what it is |", "|---|---|", *rows])
 
 
-TABLES = {"keys": keys_table, "options": options_tables, "plugins": plugins_table}
+def layouts_table(what: str) -> str:
+    """Columns that each layout reads, and what it is known from or makes."""
+    from llmfusion.data.layout import item_layouts, sample_layouts
+
+    if what == "samples":
+        rows = [f"| `{name}` | {layout.reads} | {layout.example} |" for name, layout in sample_layouts().items()]
+        return "\n".join(["| `layout` | reads | as in |", "|---|---|---|", *rows])
+    fields = {name: ", ".join(f"`{field}`" for field in layout.fields) for name, layout in item_layouts().items()}
+    rows = [f"| `{name}` | {layout.reads} | {fields[name]} |" for name, layout in item_layouts().items()]
+    return "\n".join(["| `layout` | reads | fields of the item |", "|---|---|---|", *rows])
+
+
+TABLES = {"keys": keys_table, "options": options_tables, "plugins": plugins_table, "layouts": layouts_table}
 
 if __name__ == "__main__":
     sys.exit(main())
