@@ -19,7 +19,7 @@ from llmfusion.fusion.fused_loss import FusedLoss, fused_loss
 from llmfusion.fusion.student import StudentBatch
 from llmfusion.fusion.target import Combination, FusionTarget, TeacherStats
 from llmfusion.fusion.teacher import Teacher, TeacherOutput
-from llmfusion.study.schema.fusion import load_target
+from llmfusion.study.fusion_targets import load_target
 from llmfusion.study.schema.options import FusionOptions
 from llmfusion.study.schema.training import Training
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from llmfusion.study.fusion_targets import target_class
 from llmfusion.study.schema.base import dump
-from llmfusion.study.schema.fusion import target_class
 from llmfusion.study.schema.training import TrainedModel
 
 PAPER = "InfiFusion, arXiv 2501.02795v1 (https://arxiv.org/abs/2501.02795v1)"

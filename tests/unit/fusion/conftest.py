@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from llmfusion.study.fusion_targets import PACKAGE, load_target
 from llmfusion.study.plugins import load_plugin, plugin_names
-from llmfusion.study.schema.fusion import PACKAGE, load_target
 from tests.unit.fusion.stand_ins import GATE
 
 

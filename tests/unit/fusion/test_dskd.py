@@ -83,7 +83,7 @@ def kl(q, p):
 
 
 def by_hand(projectors, student, teacher, temperature=1.0, matches=None, with_label=True):
-    """All of DSKD, token by token, as lists: P's logits at each student row, None without a match, and teacher rows' KL."""
+    """All of DSKD, token by token, as lists: P's logits at student rows, None without a match, and teacher rows' KL."""
     space = teacher.space
     sample_of = {
         "s": [b for b, n in enumerate(student.sizes) for _ in range(n)],

@@ -11,8 +11,8 @@ from llmfusion.fusion.objective import Objective, StepTokenCounts, build_target
 from llmfusion.fusion.student import StudentBatch
 from llmfusion.fusion.target import TeacherStats
 from llmfusion.fusion.teacher import TeacherOutput
+from llmfusion.study.fusion_targets import PACKAGE, load_target, target_class, target_names
 from llmfusion.study.plugins import PluginError
-from llmfusion.study.schema.fusion import PACKAGE, load_target, target_class, target_names
 from llmfusion.study.schema.training import Training
 from tests.unit.fusion.stand_ins import GATE, fusion_options, target_weights
 
@@ -217,7 +217,7 @@ def test_titles_on_model_cards_and_parameters_are_what_they_were():
 
 def test_checking_a_study_imports_all_targets_and_no_torch():
     code = (
-        "import sys; from llmfusion.study.load import read_study; from llmfusion.study.schema.fusion import *; "
+        "import sys; from llmfusion.study.load import read_study; from llmfusion.study.fusion_targets import *; "
         "print([target_class(name).title for name in target_names()]); "
         "print([m for m in ('torch', 'numpy', 'numba') if m in sys.modules])"
     )

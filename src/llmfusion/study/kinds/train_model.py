@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from llmfusion.study.errors import Key, Problem
+from llmfusion.study.fusion_targets import target_class, target_names
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.schema.base import Section, dump
-from llmfusion.study.schema.fusion import target_class, target_names
 from llmfusion.study.schema.options import FusionOptions
 from llmfusion.study.schema.settings import Capture
 from llmfusion.study.schema.training import TrainedModel, Training
