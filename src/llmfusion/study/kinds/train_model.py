@@ -179,8 +179,8 @@ def _number_problems(
         yield Problem((*key, "fusion", "target"), f"{fusion.target} {has}, {count} are given; use {others}")
     if count < target.min_teachers:
         needs = f"needs {_count(target.min_teachers)}" + ("" if most == target.min_teachers else " or more")
-        given = "one is given" if count == 1 else f"{count} are given"
-        yield Problem((*key, "teachers"), f"{fusion.target} {needs}, {given}; use {others}")
+        listed = "one is given" if count == 1 else f"{count} are given"
+        yield Problem((*key, "teachers"), f"{fusion.target} {needs}, {listed}; use {others}")
 
 
 def _count(teachers: int) -> str:
