@@ -19,7 +19,7 @@ from llmfusion.fusion.fused_loss import FusedLoss, fused_loss
 from llmfusion.fusion.student import StudentBatch
 from llmfusion.fusion.target import Combination, FusionTarget, TeacherStats
 from llmfusion.fusion.teacher import Teacher, TeacherOutput
-from llmfusion.study.schema.fusion import load_target
+from llmfusion.study.fusion_targets import load_target
 from llmfusion.study.schema.options import FusionOptions
 from llmfusion.study.schema.training import Training
 
@@ -124,15 +124,18 @@ class Objective(nn.Module):
             key: {name: value / counts.labels for name, value in zip(names, values, strict=True)}
             for key, values in sums.items()
         }
-        projected = [
-            (name, output.dual_space, count)
-            for name, output, count in zip(names, outputs, counts.teachers, strict=True)
-            if output.dual_space is not None
-        ]
-        if projected:
-            out["t2s_ce"] = {name: float(space.t2s_ce.detach()) / counts.labels for name, space, _ in projected}
-            out["s2t_kl"] = {name: float(space.s2t_kl.detach()) / count for name, space, count in projected}
-            out["aligned"] = {name: float(space.aligned.sum()) / counts.labels for name, space, _ in projected}
+        return out | self._by_projected_teacher(outputs, counts)
+
+    def _by_projected_teacher(
+        self, outputs: Sequence[TeacherOutput], counts: StepTokenCounts
+    ) -> dict[str, dict[str, float]]:
+        """Records of the projected teachers, by name and teacher; empty without any."""
+        out: dict[str, dict[str, float]] = {}
+        for teacher, output, count in zip(self.teachers, outputs, counts.teachers, strict=True):
+            if (space := output.dual_space) is not None:
+                out.setdefault("t2s_ce", {})[teacher.name] = float(space.t2s_ce.detach()) / counts.labels
+                out.setdefault("s2t_kl", {})[teacher.name] = float(space.s2t_kl.detach()) / count
+                out.setdefault("aligned", {})[teacher.name] = float(space.aligned.sum()) / counts.labels
         return out
 
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from llmfusion.study.fusion_targets import target_class
 from llmfusion.study.schema.base import dump
-from llmfusion.study.schema.fusion import target_capabilities
 from llmfusion.study.schema.training import TrainedModel
 
 PAPER = "InfiFusion, arXiv 2501.02795v1 (https://arxiv.org/abs/2501.02795v1)"
@@ -52,7 +52,7 @@ def write_training_card(
 def _method(run: TrainedModel) -> tuple[str, str]:
     """Its short name and its title."""
     if run.fusion:
-        return run.fusion.target, target_capabilities(run.fusion.target).title
+        return run.fusion.target, target_class(run.fusion.target).title
     if run.generated:
         return "seqkd", "Sequence-level distillation (SeqKD)"
     return "sft", "Supervised fine-tuning"

@@ -43,7 +43,7 @@ class Target(FusionTarget):
     def combine(
         self, distributions: Sequence[TeacherDistribution], student: StudentBatch, stats: TeacherStats
     ) -> Combination:
-        """The ensemble as the one distribution, with weight 1 where a teacher is usable; shares as it says."""
+        """The ensemble as the one distribution, with weight 1 where a teacher is usable."""
         ensemble = MinilogitDistribution(distributions, student.labels)
         return Combination([ensemble], ensemble.mask[:, None], ensemble.share)
 

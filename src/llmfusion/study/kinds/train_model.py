@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from llmfusion.study.errors import Key, Problem
+from llmfusion.study.fusion_targets import target_class, target_names
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.schema.base import Section, dump
-from llmfusion.study.schema.fusion import TargetCapabilities, target_capabilities, target_names
 from llmfusion.study.schema.options import FusionOptions
 from llmfusion.study.schema.settings import Capture
 from llmfusion.study.schema.training import TrainedModel, Training
 
 if TYPE_CHECKING:
+    from llmfusion.fusion.target import FusionTarget
     from llmfusion.study.graph import ArtifactGraph
     from llmfusion.study.references import Declared
     from llmfusion.study.workload import Assumptions, Workload
@@ -138,7 +139,7 @@ def problems(declared: Declared) -> Iterator[Problem]:
             why = "cannot go with teachers: their caches hold the mix's own answers, not generated ones"
             yield Problem((*key, "generated"), why)
         if run.fusion is not None:
-            target = target_capabilities(run.fusion.target)
+            target = target_class(run.fusion.target)
             yield from _number_problems(key, run, run.fusion, target)
             yield from _target_problems(declared, key, run, run.fusion, target)
             if declared.capture.get("kind") == "topk":
@@ -147,7 +148,7 @@ def problems(declared: Declared) -> Iterator[Problem]:
 
 def _source_problems(declared: Declared, key: Key, run: TrainedModel) -> Iterator[Problem]:
     """Teachers and generators must exist, stand once, and be other models, unless the target takes the pivot."""
-    accepts_pivot = run.fusion is not None and target_capabilities(run.fusion.target).accepts_pivot
+    accepts_pivot = run.fusion is not None and target_class(run.fusion.target).accepts_pivot
     for field, sources in (("teachers", run.teachers), ("generated", run.generated)):
         yield from declared.addresses((*key, field), sources)
         yield from declared.repeated((*key, field), sources, "source")
@@ -167,7 +168,7 @@ def _tokenizer_problems(declared: Declared, key: Key, run: TrainedModel) -> Iter
 
 
 def _number_problems(
-    key: Key, run: TrainedModel, fusion: FusionOptions, target: TargetCapabilities
+    key: Key, run: TrainedModel, fusion: FusionOptions, target: type[FusionTarget]
 ) -> Iterator[Problem]:
     """The number of teachers that the target can take."""
     count = len(run.teachers)
@@ -178,8 +179,8 @@ def _number_problems(
         yield Problem((*key, "fusion", "target"), f"{fusion.target} {has}, {count} are given; use {others}")
     if count < target.min_teachers:
         needs = f"needs {_count(target.min_teachers)}" + ("" if most == target.min_teachers else " or more")
-        given = "one is given" if count == 1 else f"{count} are given"
-        yield Problem((*key, "teachers"), f"{fusion.target} {needs}, {given}; use {others}")
+        listed = "one is given" if count == 1 else f"{count} are given"
+        yield Problem((*key, "teachers"), f"{fusion.target} {needs}, {listed}; use {others}")
 
 
 def _count(teachers: int) -> str:
@@ -188,16 +189,17 @@ def _count(teachers: int) -> str:
 
 
 def _targets_for(teachers: int) -> str:
-    """Names of the targets that take this many."""
-    every = [(name, target_capabilities(name)) for name in target_names()]
-    names = [
-        n for n, t in every if t.min_teachers <= teachers and (t.max_teachers is None or teachers <= t.max_teachers)
-    ]
-    return " or ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part) or "another number"
+    """Names of the targets that take this many, as a sentence lists them."""
+    names = [name for name in target_names() if _takes(target_class(name), teachers)]
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "another number of teachers"
+
+
+def _takes(target: type[FusionTarget], teachers: int) -> bool:
+    return target.min_teachers <= teachers and (target.max_teachers is None or teachers <= target.max_teachers)
 
 
 def _target_problems(
-    declared: Declared, key: Key, run: TrainedModel, fusion: FusionOptions, target: TargetCapabilities
+    declared: Declared, key: Key, run: TrainedModel, fusion: FusionOptions, target: type[FusionTarget]
 ) -> Iterator[Problem]:
     """Temperatures and vocabularies that the target cannot take."""
     if fusion.temperature != 1 and not target.accepts_temperature:
@@ -210,7 +212,7 @@ def _target_problems(
 
 
 def _top_k_problems(
-    declared: Declared, key: Key, run: TrainedModel, fusion: FusionOptions, target: TargetCapabilities
+    declared: Declared, key: Key, run: TrainedModel, fusion: FusionOptions, target: type[FusionTarget]
 ) -> Iterator[Problem]:
     """What the k most likely tokens of a teacher cannot serve."""
     instead = "Use kind hidden or online"
