@@ -34,7 +34,7 @@ from llmfusion.teachers.alignment import (
     row_spans,
     token_bytes,
 )
-from llmfusion.teachers.cache import Cache, HiddenStateSource
+from llmfusion.teachers.cache import HiddenStateSource, TeacherCache
 from llmfusion.teachers.cache_format import response_sha256
 from llmfusion.teachers.fingerprint import require_recomputed
 
@@ -94,7 +94,7 @@ class CachedTeacher:
         device: str,
         states: HiddenStateSource | None = None,
     ):
-        self.name, self.cache, self.device = name, Cache(cache, states), device
+        self.name, self.cache, self.device = name, TeacherCache(cache, states), device
         other = load_tokenizer(cache, None)
         if vocabulary_sha256(other) != vocabulary_sha256(tokenizer):
             raise UserError(
@@ -195,7 +195,7 @@ class ProjectedTeacher:
     ):
         self.name, self.cache, self.device, self.exact, self.own = (
             name,
-            Cache(cache, states),
+            TeacherCache(cache, states),
             device,
             align == "exact",
             score == "own",
