@@ -114,7 +114,7 @@ def run_training(
 
 def _finish(job: Job, run: TrainedModel, pivot: Artifact, mix: Artifact) -> None:
     """What a checkpoint has besides its weights: the pivot's generation settings as they are, and a card."""
-    from llmfusion.models.cards import write_training_card
+    from llmfusion.training.card import write_training_card
 
     settings = "generation_config.json"
     if settings in pivot.manifest["files"]:

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from llmfusion.artifacts.store import Artifact
-from llmfusion.data.chat import encode
+from llmfusion.data.chat import TokenizedSample, encode
 from llmfusion.data.samples import read_jsonl
 from llmfusion.data.sources import Rejected
 from llmfusion.errors import UserError
-from llmfusion.fusion.teacher import Teacher, TokenizedSample
+from llmfusion.fusion.teacher import Teacher
 from llmfusion.study.schema.training import Training
 
 

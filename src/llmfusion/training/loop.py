@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from llmfusion.artifacts.store import Artifact
+from llmfusion.data.chat import TokenizedSample
 from llmfusion.errors import UserError
-from llmfusion.fusion.dskd import StudentBatch
 from llmfusion.fusion.objective import Objective, StepTokenCounts, add_records
-from llmfusion.fusion.teacher import Teacher, TokenizedSample
+from llmfusion.fusion.student import StudentBatch
+from llmfusion.fusion.teacher import Teacher
 from llmfusion.models.batches import default_device, label_positions, pad
 from llmfusion.models.loading import save_model
 from llmfusion.study.schema.options import FusionOptions
@@ -118,13 +119,8 @@ class _Loop:
         torch.manual_seed(run.seed)
         self.objective = Objective(fusion, teachers, self.model.get_output_embeddings().weight.shape[1]).to(self.device)
         self.trained = nn.ModuleDict({"student": self.model, "objective": self.objective})
-        projector_rate = fusion.projector_lr / run.lr if fusion else 0.0
-        groups = [
-            {"params": list(part.parameters()), "rate": rate}
-            for part, rate in ((self.model, 1.0), (self.objective, projector_rate))
-        ]
         self.optimizer = CautiousAdamW(
-            [group for group in groups if group["params"]],
+            [{"params": list(self.model.parameters()), "rate": 1.0}, *self.objective.parameter_groups(run)],
             run.lr,
             (run.betas[0], run.betas[1]),
             run.eps,
@@ -187,7 +183,7 @@ class _Loop:
                 for drawn, totals in self._micro_batches(numbers):
                     with torch.no_grad():
                         student = self._student(drawn)
-                    self.objective.projection(student, drawn, totals).backward()
+                    self.objective.projector_loss(student, drawn, totals).backward()
                 self._update(partial(self._check_finite, -1, numbers))  # told as step 0
             if self._must_save() or step + 1 == self.preparing:
                 sharding.reshard(self.states)
@@ -244,7 +240,7 @@ class _Loop:
     def _micro_batches(self, numbers: list[int]) -> Iterator[tuple[Sequence[TokenizedSample], StepTokenCounts]]:
         """This process's samples, with the counts of the whole step."""
         drawn = [self.corpus.samples[i] for i in numbers]
-        totals, groups = self.objective.totals(drawn), self._cuts(numbers)[1][distributed.rank()]
+        totals, groups = self.objective.count_tokens(drawn), self._cuts(numbers)[1][distributed.rank()]
         for group in groups:
             sharding.next_backward(self.states, last=group is groups[-1])
             yield [drawn[i] for i in group], totals

@@ -1,4 +1,4 @@
-"""What the options of all fusion targets, and of all merge methods, share. Each plug-in adds its own in its own file."""
+"""What the options of all fusion targets, and of all merge methods, share. A plug-in adds its own in its file."""
 
 from typing import ClassVar, Literal
 
@@ -24,11 +24,13 @@ class FusionOptions(Section):
     )
     align: Literal["cma", "exact"] = Field(
         "cma",
-        description="teachers of another vocabulary: cross-model attention (DSKD), or only tokens that cover the same text (DSKDv2)",
+        description="teachers of another vocabulary: cross-model attention (DSKD), or only tokens that cover the same "
+        "text (DSKDv2)",
     )
     score: Literal["projected", "own"] = Field(
         "projected",
-        description="by what udf and mince judge a teacher of another vocabulary: by its projection, or by its own cached statistics",
+        description="by what udf and mince judge a teacher of another vocabulary: by its projection, or by its own "
+        "cached statistics",
     )
     projector_lr: float = Field(
         1e-3, gt=0, lt=1, description="peak learning rate of the projectors, which teachers of another vocabulary need"
