@@ -122,7 +122,7 @@ def _load_teacher(job: Job, spec: Spec, name: str, tokenizer: Any, vocabulary_si
     from llmfusion.fusion.teacher import load_teacher
     from llmfusion.models.batches import default_device
     from llmfusion.teachers.fingerprint import require_same
-    from llmfusion.teachers.online import states_of
+    from llmfusion.teachers.online import online_source
 
     mix = spec.run.mix
     samples = job.input(f"data/mix/{mix}")
@@ -131,5 +131,5 @@ def _load_teacher(job: Job, spec: Spec, name: str, tokenizer: Any, vocabulary_si
     assert spec.captured is not None
     assert spec.run.fusion is not None
     require_same(name, cache, samples, spec.captured, spec.chat_template, model)
-    states = states_of(name, cache, samples, model, default_device())
-    return load_teacher(name, cache, tokenizer, vocabulary_size, default_device(), spec.run.fusion, states)
+    source = online_source(name, cache, samples, model, default_device())
+    return load_teacher(name, cache, tokenizer, vocabulary_size, default_device(), spec.run.fusion, source)
