@@ -9,6 +9,7 @@ from llmfusion import ROOT
 from llmfusion.data import worlds
 from llmfusion.data.rejections import Rejected as Rejected  # re-exported until all callers moved
 from llmfusion.errors import UserError
+from llmfusion.io import progress_bars
 from llmfusion.io.files import sha256_file
 from llmfusion.study.schema.base import dump
 from llmfusion.study.schema.data import GeneratedSource, HubSource, PathSource, Source
@@ -48,6 +49,7 @@ def license_of(source: Source) -> str:
 def _hub(source: HubSource) -> Iterator[Row]:
     import datasets
 
+    progress_bars.show_only_in_terminals()
     names = source.subset if isinstance(source.subset, list) else [source.subset]
     try:
         tables = [

@@ -26,7 +26,7 @@ from llmfusion.teachers.alignment import (
     row_spans,
     token_bytes,
 )
-from llmfusion.teachers.cache import Cache, HiddenStateSource
+from llmfusion.teachers.cache import HiddenStateSource, TeacherCache
 from llmfusion.teachers.cache_format import response_sha256
 from llmfusion.teachers.fingerprint import require_recomputed
 
@@ -86,7 +86,7 @@ class CachedTeacher:
         states: HiddenStateSource | None = None,
     ):
         self.name = name
-        self.cache = Cache(cache, states)
+        self.cache = TeacherCache(cache, states)
         self.device = device
         teacher_tokenizer = load_tokenizer(cache, None)
         _require_same_vocabulary(name, cache, tokenizer, teacher_tokenizer)
@@ -208,7 +208,7 @@ class ProjectedTeacher:
         states: HiddenStateSource | None = None,
     ):
         self.name = name
-        self.cache = Cache(cache, states)
+        self.cache = TeacherCache(cache, states)
         self.device = device
         self.exact = align == "exact"
         self.own_scores = score == "own"

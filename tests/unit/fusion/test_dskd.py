@@ -494,9 +494,9 @@ def test_each_rows_input_is_the_label_before_it_or_the_prompts_last_token():
 def test_rows_from_a_cache_have_the_inputs_and_labels_its_constants_were_taken_over(cache):
     from safetensors.torch import load_file
 
-    from llmfusion.teachers.cache import Cache
+    from llmfusion.teachers.cache import TeacherCache
 
-    opened, head = Cache(cache), load_file(cache.file("head.safetensors"))
+    opened, head = TeacherCache(cache), load_file(cache.file("head.safetensors"))
     embedding, parts = head.get("embedding", head["weight"]).double(), []
     for sample, entry in opened.index.items():
         labels = opened.rows(sample)["label_id"].long()

@@ -39,12 +39,13 @@ class FusionOptions(Section):
 
 
 class MergeOptions(Section):
-    """Options of every merge method; a method adds ``method: Literal[NAME]`` and its own."""
+    """Options of every merge method; a method adds ``method: Literal[NAME]`` and its own.
 
-    seconds_per_value: ClassVar[float] = (
-        9e-9  # of a method's arithmetic, a value and model, on a core of 2.5 GHz: for estimates
-    )
-    method: str
+    ``seconds_per_value`` is what the method's arithmetic takes on a core of 2.5 GHz, a value and model (for estimates).
+    """
+
+    recipe: ClassVar[int] = 3  # raised when the meaning of merging changes: what was merged before is then merged again
+    seconds_per_value: ClassVar[float] = 9e-9
 
     pivot: Address = Field(description="the model all parents started from")
     parents: list[Address] = Field(min_length=1, description="models to merge")
@@ -57,3 +58,4 @@ class MergeOptions(Section):
         le=1,
         description="warn where a merge keeps less of the deltas' squares, or changes a smaller share of the values",
     )
+    method: str
