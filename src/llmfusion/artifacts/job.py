@@ -16,6 +16,7 @@ from llmfusion.artifacts import provenance, store
 from llmfusion.artifacts.lease import Lease
 from llmfusion.artifacts.store import Artifact, Draft
 from llmfusion.errors import UserError, redacted
+from llmfusion.io.files import format_bytes as format_bytes
 from llmfusion.io.files import read_json_object, sha256_file
 from llmfusion.study.addresses import address_of, is_shard
 
@@ -129,13 +130,6 @@ def run_job(request: Request, build: Callable[[Job], None]) -> int:
         print(f"error: the disk is full while making {request.out}: {free}; free some and run again", file=sys.stderr)
         return 1
     return 0
-
-
-def format_bytes(size: float) -> str:
-    """A number of bytes for a message: ``3 KiB``, ``12 MiB``, ``40 GiB``."""
-    if size >= 10 * 2**30:
-        return f"{size / 2**30:,.0f} GiB"
-    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"
 
 
 def _disk_full(error: Exception) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from llmfusion.artifacts.job import format_bytes
+from llmfusion.io.files import format_bytes
 from llmfusion.reporting.measured import measured, seconds_of
 from llmfusion.reporting.schedule import wall_seconds
 from llmfusion.study.snakemake import WorkflowStudy
