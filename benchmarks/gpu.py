@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from benchmarks import small
 from llmfusion.artifacts.store import Artifact
-from llmfusion.data.samples import write_jsonl
 from llmfusion.fusion.distributions import HiddenStateDistribution, TeacherHead
 from llmfusion.fusion.fused_loss import fused_loss
 from llmfusion.fusion.teacher import load_teacher
+from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.batches import default_device
 from llmfusion.models.loading import load_model
 from llmfusion.teachers.capture import capture

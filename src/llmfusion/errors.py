@@ -7,7 +7,7 @@ SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_KE
 
 
 class UserError(Exception):
-    """Something the user can mend: what was given, what is allowed, what to do."""
+    """Something the user can mend. ``str()`` says what was given, what is allowed and what to do."""
 
 
 class DamagedError(UserError):
@@ -15,9 +15,9 @@ class DamagedError(UserError):
 
 
 def redacted(text: str) -> str:
-    """``text`` without the values of environment variables whose names speak of secrets, and without passwords in addresses.
+    """``text`` without values of environment variables whose names suggest secrets, and without passwords in addresses.
 
-    Libraries put what they were given into their messages, and a log is what people send each other.
+    Libraries put their arguments into their messages, and a log is what people send each other.
     """
     for name, value in os.environ.items():
         if SECRET.search(name) and len(value) >= 8:

@@ -53,7 +53,7 @@ def samples() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def mix(tmp_path_factory: pytest.TempPathFactory, samples: list[dict[str, Any]]) -> Any:
-    from llmfusion.data.samples import write_jsonl
+    from llmfusion.io.jsonl import write_jsonl
 
     folder = tmp_path_factory.mktemp("mix")
     write_jsonl(folder / "samples.jsonl", samples)

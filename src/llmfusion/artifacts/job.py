@@ -1,12 +1,10 @@
-"""How an artifact is made: verified inputs, the lease, a draft folder, publication. Errors reach the user without a traceback."""
+"""How an artifact is made: verified inputs, the lease, a draft folder, publication."""
 
 import errno
 import logging
 import os
 import shutil
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,9 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llmfusion.artifacts import provenance, store
 from llmfusion.artifacts.lease import Lease
 from llmfusion.artifacts.store import Artifact, Draft
-from llmfusion.errors import UserError, redacted
-from llmfusion.io.files import format_bytes as format_bytes
-from llmfusion.io.files import read_json_object, sha256_file
+from llmfusion.errors import UserError
+from llmfusion.io.files import format_bytes, read_json_object, sha256_file
 from llmfusion.study.addresses import address_of, is_shard
 
 if TYPE_CHECKING:
@@ -29,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What a rule asks for: the spec as canonical JSON, the declared output, the declared inputs, and the job's time limit in minutes."""
+    """What a rule asks for: a spec as canonical JSON, the declared output and inputs, and the job's time limit."""
 
     spec: str
     out: Path
@@ -39,27 +36,30 @@ class Request:
 
 @dataclass
 class Job:
-    """What a step's ``build`` gets: the spec, its verified inputs by address, a folder to write into and one to resume from."""
+    """What a step's ``build`` gets: its spec, verified inputs, a folder to write to and one to resume from."""
 
     spec: str  # canonical JSON; parse() gives it as the model that wrote it
     inputs: dict[str, Artifact]
-    folder: Path
-    work: Path
-    facts: dict[str, Any]
-    key: str
+    folder: Path  # the draft: what is written here is published
+    work: Path  # resume state
+    facts: dict[str, Any]  # for the manifest
+    key: str  # of the resume state: this spec over the very content of these inputs
     time_limit_minutes: float | None
-    began: float = field(
-        default_factory=time.monotonic
-    )  # what the time limit is counted from; the same clock in all processes
+    # what the time limit is counted from; the same clock in all processes of a machine
+    began: float = field(default_factory=time.monotonic)
     start_seconds: float | None = None  # seconds until the work itself began, as mark_started() recorded them
-    measured: dict[str, Any] = field(default_factory=dict)  # for its provenance: what differs from run to run
-    disk_needs: str = (
-        ""  # the last requirement given to require_disk(), for the message where the disk fills all the same
-    )
+    measured: dict[str, Any] = field(default_factory=dict)  # for the provenance: what differs from run to run
+    disk_needs: str = ""  # what require_disk() was last told, for the message where the disk fills all the same
 
     def parse(self, model: type[SpecT]) -> SpecT:
-        """The spec as the pydantic model that wrote it, with defaults filled in."""
-        return model.model_validate_json(self.spec)
+        """The spec as the pydantic model that wrote it, with defaults filled in.
+
+        Raises :class:`UserError` for a spec of another kind.
+        """
+        try:
+            return model.model_validate_json(self.spec)
+        except ValueError as error:
+            raise UserError(f"--spec is not a spec of this step: {error}") from None
 
     def input(self, address: str) -> Artifact:
         """One input by address; a job that asks for an artifact its rule did not declare is a defect of the graph."""
@@ -72,11 +72,11 @@ class Job:
         return time.monotonic() - self.began
 
     def mark_started(self) -> None:
-        """Record that everything is loaded and the work itself begins: the time from here on grows with the study's size."""
+        """Record that everything is loaded and the work itself begins: the time that grows with the study's size."""
         self.start_seconds = round(self.elapsed(), 3)
 
     def require_disk(self, what: str, result: int, resume: int = 0) -> None:
-        """Raise :class:`UserError` where the result, or the resume state in ``work/``, does not fit on the disk: bytes of both."""
+        """Raise :class:`UserError` where ``result`` bytes, or ``resume`` bytes in ``work/``, do not fit the disk."""
         self.disk_needs = f"{what} needs {format_bytes(result + resume)}"
         wanted: dict[int, int] = {}
         for place, size in ((self.folder, result), (self.work, resume)):
@@ -84,7 +84,8 @@ class Job:
             wanted[device] = wanted.get(device, 0) + size
             free = shutil.disk_usage(place).free
             if free < wanted[device]:
-                message = f"{what} needs {format_bytes(wanted[device])}, {format_bytes(free)} are free in {place.parent.resolve()}"
+                needs = f"{what} needs {format_bytes(wanted[device])}"
+                message = f"{needs}, {format_bytes(free)} are free in {place.parent.resolve()}"
                 raise UserError(f"{message}: free some, or move the study's `directory`. Nothing was made")
 
     def on_same_disk(self) -> bool:
@@ -99,7 +100,7 @@ class Job:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> "Job":
-        """The job in another process. Its inputs have just been verified by the process that started this one: they are not hashed again."""
+        """The job in another process, whose parent has verified the inputs: they are not hashed again."""
         inputs = {address: _unverified(Path(folder)) for address, folder in state["inputs"].items()}
         return cls(**{**state, "inputs": inputs, "folder": Path(state["folder"]), "work": Path(state["work"])})
 
@@ -109,77 +110,90 @@ def _unverified(folder: Path) -> Artifact:
     return Artifact(folder, read_json_object(path), sha256_file(path))
 
 
-def run_job(request: Request, build: Callable[[Job], None]) -> int:
-    """Make the artifact that ``request`` asks for. Returns the exit status.
+def run_job(request: Request, build: Callable[[Job], None]) -> None:
+    """Make the artifact that ``request`` asks for.
 
-    Waits for another writer of the same artifact and adopts what it made. What the user can mend is told in one message; the
-    draft folder goes, resume state in ``work/`` stays until the artifact is published.
+    Waits for another writer of the same artifact and adopts what it made. The draft folder is removed on any error;
+    resume state in ``work/`` stays until the artifact is published. Raises :class:`UserError` for what the user can
+    mend, a full disk included, and whatever else ``build`` raises.
     """
     try:
-        _make(request, build)
-    except UserError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        return 1
+        _run_job(request, build)
+    except UserError:
+        raise
     except Exception as error:
-        if not _disk_full(error):
-            print(redacted(traceback.format_exc()), file=sys.stderr)
-            return 1
-        needs = "".join(f"{note}; " for note in getattr(error, "__notes__", []))
-        place = next(folder for folder in request.out.absolute().parents if folder.exists())
-        free = f"{needs}{format_bytes(shutil.disk_usage(place).free)} are free in {Path.cwd()}"
-        print(f"error: the disk is full while making {request.out}: {free}; free some and run again", file=sys.stderr)
-        return 1
-    return 0
+        if _is_disk_full(error):
+            raise UserError(_disk_full_message(request.out, error)) from error
+        raise
 
 
-def _disk_full(error: Exception) -> bool:
+def _is_disk_full(error: Exception) -> bool:
     """Also a full quota, and what safetensors and torch raise: no OSErrors, and torch does not name the cause."""
     full = (errno.ENOSPC, errno.EDQUOT)
     messages = [*map(os.strerror, full), "inline_container.cc"]
     return getattr(error, "errno", None) in full or any(message in str(error) for message in messages)
 
 
-def _make(request: Request, build: Callable[[Job], None]) -> None:
+def _disk_full_message(output: Path, error: Exception) -> str:
+    needs = "".join(f"{note}; " for note in getattr(error, "__notes__", []))
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    free = f"{format_bytes(shutil.disk_usage(place).free)} are free in {Path.cwd()}"
+    return f"the disk is full while making {output}: {needs}{free}; free some and run again"
+
+
+def _run_job(request: Request, build: Callable[[Job], None]) -> None:
     started = time.time()
     began = time.monotonic()
     address = address_of(request.out)
     work = Path("work") / address
     with Lease(work / "lease") as lease:
-        manifests = {address_of(path): path for path in request.inputs if path.startswith("results/")}
-        for source, path in manifests.items():
-            _sweep(Path(path), Path("work") / source)
-        inputs = {source: store.read(path) for source, path in manifests.items()}
-        shards = [source for source in inputs if is_shard(source)]  # what they hold becomes the artifact's own
-        made_from = {source: artifact for source, artifact in inputs.items() if source not in shards}
+        inputs = _verified_inputs(request.inputs)
+        # the content of shards becomes the artifact's own: it does not count them as inputs
+        made_from = {source: artifact for source, artifact in inputs.items() if not is_shard(source)}
         draft = Draft(address, request.spec, made_from, store.draft_folder(request.out, lease.token))
         store.remove_drafts(request.out)
         if draft.made_already(request.out):
             logger.info("%s was finished meanwhile; adopted", request.out)
-            _clear(work)
-            return
-        draft.folder.mkdir(parents=True)
-        job = Job(request.spec, inputs, draft.folder, work, draft.facts, draft.key, request.time_limit_minutes, began)
-        try:
-            build(job)
-            lease.check()
-            store.publish(
-                draft,
-                request.out,
-                {**provenance.collect(started), "start_seconds": job.start_seconds, "shards": shards, **job.measured},
-            )
-        except Exception as error:
-            if isinstance(error, OSError):
-                lease.check()  # the draft may be gone because another writer took over: then say that
-            if job.disk_needs and _disk_full(error):
-                error.add_note(job.disk_needs)
-            raise
-        finally:
-            shutil.rmtree(draft.folder, ignore_errors=True)
+        else:
+            draft.folder.mkdir(parents=True)
+            limit = request.time_limit_minutes
+            job = Job(request.spec, inputs, draft.folder, work, draft.facts, draft.key, limit, began)
+            _build_and_publish(job, build, draft, request.out, lease, started)
         _clear(work)
 
 
+def _verified_inputs(paths: list[str]) -> dict[str, Artifact]:
+    """The declared inputs that are artifacts of the study, by address; files of the user's own are not."""
+    manifests = {address_of(path): path for path in paths if path.startswith("results/")}
+    for address, path in manifests.items():
+        _sweep(Path(path), Path("work") / address)
+    return {address: store.read(path) for address, path in manifests.items()}
+
+
+def _build_and_publish(
+    job: Job, build: Callable[[Job], None], draft: Draft, output: Path, lease: Lease, started: float
+) -> None:
+    try:
+        build(job)
+        lease.check()
+        shards = [address for address in job.inputs if is_shard(address)]
+        record = {**provenance.collect(started), "start_seconds": job.start_seconds, "shards": shards, **job.measured}
+        store.publish(draft, output, record)
+    except Exception as error:
+        if isinstance(error, OSError):
+            lease.check()  # the draft may be gone because another writer took over: then say that
+        if job.disk_needs and _is_disk_full(error):
+            error.add_note(job.disk_needs)
+        raise
+    finally:
+        shutil.rmtree(draft.folder, ignore_errors=True)
+
+
 def _clear(work: Path) -> None:
-    """Remove resume state of a finished artifact; the lease goes with its ``with``, and names that begin with "lease" may be a waiting writer's."""
+    """Remove resume state of a finished artifact.
+
+    The lease goes with its ``with``; other names that begin with "lease" may be a waiting writer's.
+    """
     for path in work.iterdir():
         if not path.name.startswith("lease"):
             shutil.rmtree(path) if path.is_dir() else os.unlink(path)

@@ -1,25 +1,28 @@
 """One writer per artifact, also when an earlier writer's Snakemake was killed and started again.
 
-A lease is a file made with O_EXCL. Its owner touches it every 30 s; it is stale after 5 minutes without a touch, or at
-once when its process is gone on this host. Taking over a stale lease moves it aside first; two that try at the same moment
-are told apart by the token inside, and whoever lost finds out at the latest in :meth:`Lease.check`, before publishing.
+A lease is a file made with O_EXCL. Its owner touches it every 30 s; it is stale after 5 minutes without a touch, or
+at once when its process is gone on this host. Taking over a stale lease moves it aside first; two that try at the
+same moment are told apart by the token inside, and whoever lost finds out at the latest in :meth:`Lease.check`,
+before publishing.
 """
 
 import contextlib
 import json
+import logging
 import os
 import socket
-import sys
 import threading
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 from llmfusion.errors import UserError
 
 TOUCH_SECONDS = 30.0
 STALE_SECONDS = 300.0
 POLL_SECONDS = 0.5
+logger = logging.getLogger(__name__)
 
 
 class Lease:
@@ -32,19 +35,16 @@ class Lease:
 
     def __enter__(self) -> "Lease":
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        told = False
+        reported = False
         while not self._take():
             holder = _read(self.path)
             if holder is not None and _is_stale(self.path, holder):
                 self._move_aside(holder)
                 continue
-            if not told and holder is not None:
-                print(
-                    f"waiting for {self.path}: held by process {holder.get('pid')} on {holder.get('host')}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                told = True
+            if not reported and holder is not None:
+                pid = holder.get("pid")
+                logger.warning("waiting for %s: held by process %s on %s", self.path, pid, holder.get("host"))
+                reported = True
             time.sleep(POLL_SECONDS)
         threading.Thread(target=self._touch, daemon=True).start()
         return self
@@ -57,17 +57,15 @@ class Lease:
     def check(self) -> None:
         """Raise unless this process still holds the lease (a suspended machine can outlive its own)."""
         if (_read(self.path) or {}).get("token") != self.token:
-            raise UserError(
-                f"{self.path}: another process took over while this one did not answer for {STALE_SECONDS:.0f} s; nothing was published"
-            )
+            silence = f"while this one did not answer for {STALE_SECONDS:.0f} s"
+            raise UserError(f"{self.path}: another process took over {silence}; nothing was published")
 
     def _take(self) -> bool:
-        pid, job = os.getpid(), os.environ.get("SLURM_JOB_ID")
-        text = json.dumps(
-            {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "job": job, "token": self.token}
-        )
+        pid = os.getpid()
+        job = os.environ.get("SLURM_JOB_ID")
+        holder = {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "job": job, "token": self.token}
         private = self.path.with_name(f"{self.path.name}.{self.token}")
-        private.write_text(text)
+        private.write_text(json.dumps(holder))
         try:
             os.link(private, self.path)  # as exclusive as O_EXCL, and the content is there from the first moment
             return True
@@ -76,7 +74,7 @@ class Lease:
         finally:
             private.unlink()
 
-    def _move_aside(self, stale: dict) -> None:
+    def _move_aside(self, stale: dict[str, Any]) -> None:
         aside = self.path.with_name(f"{self.path.name}.stale-{self.token}")
         try:
             os.rename(self.path, aside)
@@ -96,16 +94,18 @@ class Lease:
                 os.utime(self.path)
 
 
-def _read(path: Path) -> dict | None:
+def _read(path: Path) -> dict[str, Any] | None:
+    """Who holds a lease: None where there is no such file, empty where it cannot be read."""
     try:
-        return json.loads(path.read_bytes())
+        holder: dict[str, Any] = json.loads(path.read_bytes())
+        return holder
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
         return {}
 
 
-def _is_stale(path: Path, holder: dict) -> bool:
+def _is_stale(path: Path, holder: dict[str, Any]) -> bool:
     try:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:

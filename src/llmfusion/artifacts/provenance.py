@@ -71,25 +71,24 @@ def _gpu() -> str | None:
 
 
 def _gpu_peak() -> int | None:
-    """Most memory torch ever held on the GPU in this process; None where several processes computed, each on its own."""
+    """Peak GPU memory in MB that torch held in this process; None where other processes did the computation."""
     torch = sys.modules.get("torch")
-    return (
-        int(torch.cuda.max_memory_allocated() / 1e6) or None
-        if torch is not None and torch.cuda.is_available()
-        else None
-    )
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.max_memory_allocated() / 1e6) or None
 
 
 def _git() -> str | None:
     """Commit of the clone, with ``+changes`` if tracked files differ from it."""
     try:
-        asked = ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]
-        run = [
-            subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
-            for words in asked
-        ]
+        commit = _run_git("rev-parse", "HEAD")
+        changes = _run_git("status", "--porcelain", "-uno")
     except (OSError, subprocess.TimeoutExpired):
         return None
-    if run[0].returncode:
+    if commit.returncode:
         return None
-    return run[0].stdout.strip() + ("+changes" if run[1].stdout.strip() else "")
+    return commit.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def _run_git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)

@@ -1,8 +1,8 @@
 """Folders that can be trusted: written at once or not at all, verified by whoever reads them.
 
-An artifact is a folder with a ``manifest.json``: what was asked (spec, fingerprint), from what (its inputs' manifests by
-hash), and every file's size and sha256. The manifest is deterministic; time, host and versions stand in ``provenance.json``
-beside it. A score or a table is the same manifest in a single file, or beside its files.
+An artifact is a folder with a ``manifest.json``: what was asked (spec, fingerprint), from what (its inputs' manifests
+by hash), and every file's size and sha256. The manifest is deterministic; time, host and versions stand in
+``provenance.json`` beside it. A score or a table is the same manifest in a single file, or beside its files.
 """
 
 import json
@@ -11,7 +11,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io.digests import canonical, digest
@@ -30,7 +30,7 @@ class _Facts(dict[str, Any]):
         self._owner = owner
 
     def __missing__(self, key: str) -> Any:
-        raise DamagedError(f"{self._owner} says nothing of {key!r}; it tells: {', '.join(self)}")
+        raise DamagedError(f"{self._owner} says nothing of {key!r}; it holds: {', '.join(self)}")
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,26 @@ class Artifact:
 
     @property
     def spec(self) -> dict[str, Any]:
-        return json.loads(self.manifest["spec"])
+        """What was asked for, as plain data."""
+        return cast(dict[str, Any], json.loads(self.manifest["spec"]))
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What its maker found worth knowing; asking for what is not there raises :class:`DamagedError`."""
-        return _Facts(
-            self.manifest["facts"], f"{self.folder}: the manifest of {self.manifest.get('address', 'an artifact')}"
-        )
+        """Metadata recorded by the step; an absent key raises :class:`DamagedError`."""
+        address = self.manifest.get("address", "an artifact")
+        return _Facts(self.manifest["facts"], f"{self.folder}: the manifest of {address}")
 
     @property
     def licences(self) -> list[str]:
-        """What it declares: one licence where it was staged, those of what it was made from else."""
+        """Declared licences: its own if it was staged, else those of what it was made from."""
         declared = self.facts.get("license", [])
         return [declared] if isinstance(declared, str) else list(declared)
 
     def file(self, name: str) -> Path:
         """Path of one of its files; raises :class:`DamagedError` if the manifest has no such file."""
         if name not in self.manifest["files"]:
-            raise DamagedError(
-                f"{self.folder}: the manifest lists no file {name!r}; it lists: {', '.join(self.manifest['files'])}"
-            )
+            listed = ", ".join(self.manifest["files"])
+            raise DamagedError(f"{self.folder}: the manifest lists no file {name!r}; it lists: {listed}")
         return self.folder / name
 
 
@@ -79,13 +78,11 @@ def draft_folder(output: Path, token: str) -> Path:
 def drafts_of(output: Path) -> list[Path]:
     """What writers of this artifact have not yet published, or left behind when they were killed."""
     place = output.parent if output.name == "manifest.json" else output
-    written = [
-        re.escape(path.name) for path in (manifest_of(output), output.with_suffix(".provenance.json"))
-    ]  # beside a score or a table
-    of_it = re.compile(
-        rf"\.({re.escape(place.name)}\.[^.]+\.draft(\.old)?|({'|'.join(written)})\.\d+\.tmp)"
-    )  # qwen2.5's are not qwen2's
-    return [path for path in place.parent.glob(".*") if of_it.fullmatch(path.name)]
+    beside = (manifest_of(output), output.with_suffix(".provenance.json"))  # of a score or a table
+    written = "|".join(re.escape(path.name) for path in beside)
+    # dots count: drafts of qwen2.5 are not those of qwen2
+    own = re.compile(rf"\.({re.escape(place.name)}\.[^.]+\.draft(\.old)?|({written})\.\d+\.tmp)")
+    return [path for path in place.parent.glob(".*") if own.fullmatch(path.name)]
 
 
 def remove_drafts(output: Path) -> None:
@@ -97,28 +94,30 @@ def remove_drafts(output: Path) -> None:
 def read(manifest: str | Path, memory: Path | None = Path("work/verified")) -> Artifact:
     """Read an artifact by its manifest and verify every file against it.
 
-    Raises :class:`DamagedError` naming the file, what was expected and what was found, and what to do. ``memory`` remembers
-    hashes of files over 64 MiB by path, size, times and inode (the change time cannot be set back, so a file changed under
-    an old modification time is still hashed again); None hashes everything.
+    Raises :class:`DamagedError` naming the file, what was expected and what was found, and what to do. ``memory`` is
+    a folder that remembers hashes of files over 64 MiB by path, size, times and inode (the change time cannot be set
+    back, so a file changed under an old modification time is still hashed again); None hashes everything.
     """
     path = Path(manifest)
     content = _load(path)
-    listed = content["files"]
-    folder = path.parent
-    for name, expected in listed.items():
-        _verify(folder / name, expected, path, memory)
+    for name, expected in content["files"].items():
+        _verify(path.parent / name, expected, path, memory)
     if path.name == "manifest.json":
-        there = (
-            str(p.relative_to(folder))
-            for p in folder.rglob("*")
-            if (p.is_symlink() or not p.is_dir()) and not p.name.startswith(".")
-        )
-        extra = sorted(name for name in there if name not in listed and name not in UNLISTED)
-        if extra:
-            raise DamagedError(
-                f"{folder / extra[0]}: not in {path}: a file nobody hashed could change how the rest is read; move it away"
-            )
-    return Artifact(folder, content, sha256_file(path))
+        _refuse_unlisted(path, content["files"])
+    return Artifact(path.parent, content, sha256_file(path))
+
+
+def _refuse_unlisted(manifest: Path, listed: dict[str, Any]) -> None:
+    folder = manifest.parent
+    names = (
+        str(p.relative_to(folder))
+        for p in folder.rglob("*")
+        if (p.is_symlink() or not p.is_dir()) and not p.name.startswith(".")
+    )
+    unlisted = sorted(name for name in names if name not in listed and name not in UNLISTED)
+    if unlisted:
+        reason = "a file nobody hashed could change how the rest is read; move it away"
+        raise DamagedError(f"{folder / unlisted[0]}: not in {manifest}: {reason}")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -131,16 +130,13 @@ def _load(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path}: is not JSON ({error}); {_remedy(path)}") from None
     if not isinstance(content, dict) or not {"spec", "fingerprint", "inputs", "files", "facts"} <= set(content):
         raise DamagedError(f"{path}: is no manifest of this project; {_remedy(path)}")
-    found = _own_sha256(content)
-    if content.get("sha256") != found:
-        told = f"expected {content.get('sha256')}, found {found}"
-        raise DamagedError(
-            f"{path}: its content does not match the sha256 it carries: edited or damaged ({told}); {_remedy(path)}"
-        )
+    actual = _own_sha256(content)
+    if content.get("sha256") != actual:
+        reason = f"edited or damaged (expected {content.get('sha256')}, found {actual})"
+        raise DamagedError(f"{path}: its content does not match the sha256 it carries: {reason}; {_remedy(path)}")
     if raw != (written := _text(content).encode()):
-        raise DamagedError(
-            f"{path}: edited or damaged: expected {len(written)} bytes as they were written, found {len(raw)} others; {_remedy(path)}"
-        )
+        reason = f"expected {len(written)} bytes as they were written, found {len(raw)} others"
+        raise DamagedError(f"{path}: edited or damaged: {reason}; {_remedy(path)}")
     return content
 
 
@@ -153,7 +149,7 @@ def _own_sha256(content: dict[str, Any]) -> str:
 
 
 def _text(content: dict[str, Any]) -> str:
-    """A manifest or a note as it is written."""
+    """A manifest or a provenance record as it is written."""
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
@@ -165,9 +161,10 @@ def _verify(path: Path, expected: dict[str, Any], manifest: Path, memory: Path |
         raise DamagedError(f"{path}: has {size} bytes, expected {expected['size']}; {_remedy(manifest)}")
     if _remembered_sha256(path, memory) == expected["sha256"]:
         return
-    found = sha256_file(path)  # what was remembered may itself be damaged: a sound file is not refused for it
-    if found != expected["sha256"]:
-        raise DamagedError(f"{path}: damaged: expected sha256 {expected['sha256']}, found {found}; {_remedy(manifest)}")
+    actual = sha256_file(path)  # what was remembered may itself be damaged: a valid file is not refused for it
+    if actual != expected["sha256"]:
+        reason = f"expected sha256 {expected['sha256']}, found {actual}"
+        raise DamagedError(f"{path}: damaged: {reason}; {_remedy(manifest)}")
 
 
 def _remedy(manifest: Path) -> str:
@@ -183,26 +180,27 @@ def _target(manifest: Path) -> Path:
 
 
 def _remembered_sha256(path: Path, memory: Path | None) -> str:
+    """sha256 of a file, from ``memory`` if the file is large and unchanged since it was hashed."""
     stat = path.stat()
     if memory is None or stat.st_size < REMEMBER_BYTES:
         return sha256_file(path)
     state = [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
     note = memory / f"{digest(str(state[0]))}.json"
     try:
-        seen = json.loads(note.read_bytes())
-        if seen["state"] == state:
-            return seen["sha256"]
+        remembered = json.loads(note.read_bytes())
+        if remembered["state"] == state:
+            return str(remembered["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = sha256_file(path)
+    actual = sha256_file(path)
     memory.mkdir(parents=True, exist_ok=True)
-    write_file(note, canonical({"state": state, "sha256": found}).encode())
-    return found
+    write_file(note, canonical({"state": state, "sha256": actual}).encode())
+    return actual
 
 
 @dataclass
 class Draft:
-    """An artifact in the making. Programs write into ``folder`` and put what is worth knowing into ``facts``."""
+    """An artifact in the making. Steps write files into ``folder`` and metadata into ``facts``."""
 
     address: str
     spec_text: str
@@ -212,6 +210,7 @@ class Draft:
 
     @property
     def fingerprint(self) -> str:
+        """Hash of the spec and of the inputs' fingerprints: what was asked for."""
         return digest(self.spec_text, *sorted(a.manifest["fingerprint"] for a in self.inputs.values()))
 
     @property
@@ -227,42 +226,43 @@ class Draft:
             "spec": self.spec_text,
             "fingerprint": self.fingerprint,
             "inputs": {address: artifact.sha256 for address, artifact in sorted(self.inputs.items())},
-            "files": {
-                n: {"size": (self.folder / n).stat().st_size, "sha256": sha256_file(self.folder / n)} for n in names
-            },
+            "files": {name: _size_and_sha256(self.folder / name) for name in names},
             "facts": self.facts,
         }
         return {**body, "sha256": digest(canonical(body))}
 
     def made_already(self, output: Path) -> bool:
-        """Whether ``output`` is a sound artifact of the same spec and the same inputs: finished while this job waited."""
+        """Whether ``output`` is a valid artifact of the same spec and inputs: finished while this job waited."""
         try:
-            found = read(manifest_of(output))
+            manifest = read(manifest_of(output)).manifest
         except DamagedError:
             return False
-        same_inputs = found.manifest["inputs"] == {
-            address: artifact.sha256 for address, artifact in self.inputs.items()
-        }
-        return found.manifest["spec"] == self.spec_text and same_inputs
+        inputs = {address: artifact.sha256 for address, artifact in self.inputs.items()}
+        return bool(manifest["spec"] == self.spec_text and manifest["inputs"] == inputs)
+
+
+def _size_and_sha256(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def publish(draft: Draft, output: Path, provenance: dict[str, Any]) -> None:
-    """Put a finished draft in place: a folder by one rename, a single file or a table by one rename a file, manifest last."""
+    """Put a finished draft in place: a folder by one rename, a score or a table by one rename a file, manifest last."""
     for path in draft.folder.rglob("*"):
         if path.is_file():
             if path.stat().st_nlink == 1:  # a linked file is also somebody else's
                 path.chmod(0o644)
             sync(path)
-    wrong = [name for name, value in draft.facts.items() if not _finite(value)]
-    require(not wrong, f"{draft.address}: {', '.join(wrong)}: a number that is not finite; nothing was published")
-    manifest, note = _text(draft.manifest()).encode(), _text(provenance).encode()
+    infinite = [name for name, value in draft.facts.items() if not _finite(value)]
+    require(not infinite, f"{draft.address}: {', '.join(infinite)}: a number that is not finite; nothing was published")
+    manifest = _text(draft.manifest()).encode()
+    record = _text(provenance).encode()
     if output.name == "manifest.json":
-        _publish_folder(draft.folder, output.parent, manifest, note)
+        _publish_folder(draft.folder, output.parent, manifest, record)
         return
     output.parent.mkdir(parents=True, exist_ok=True)
     for path in sorted(draft.folder.iterdir()):
         os.replace(path, output.parent / path.name)
-    write_file(output.with_suffix(".provenance.json"), note)
+    write_file(output.with_suffix(".provenance.json"), record)
     write_file(manifest_of(output), manifest)
 
 
@@ -274,8 +274,8 @@ def _finite(value: Any) -> bool:
         return False
 
 
-def _publish_folder(draft: Path, target: Path, manifest: bytes, note: bytes) -> None:
-    write_file(draft / "provenance.json", note)
+def _publish_folder(draft: Path, target: Path, manifest: bytes, record: bytes) -> None:
+    write_file(draft / "provenance.json", record)
     write_file(draft / "manifest.json", manifest)
     draft.chmod(0o755)
     aside = draft.with_name(f"{draft.name}.old")

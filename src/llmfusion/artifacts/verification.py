@@ -1,7 +1,7 @@
 """Walk from a table (or any artifact) to every dataset and model hash.
 
-Every manifest and every file on the way is hashed anew, and every artifact must have been made from exactly the inputs that
-lie there now. All mismatches are collected.
+Every manifest and every file on the way is hashed anew, and every artifact must have been made from exactly the
+inputs that are there now. All mismatches are collected.
 """
 
 from dataclasses import dataclass, field
@@ -14,30 +14,29 @@ from llmfusion.study.addresses import manifest_of, output_of
 
 
 @dataclass
-class Walk:
-    """What was found from one target: artifacts by address, mismatches, bytes hashed."""
+class Verification:
+    """What verifying artifacts of the study in ``directory`` has shown so far."""
 
-    root: Path
-    found: dict[str, Artifact] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-    bytes: int = 0
+    directory: Path
+    artifacts: dict[str, Artifact] = field(default_factory=dict)  # by address
+    mismatches: list[str] = field(default_factory=list)
+    bytes_hashed: int = 0
 
-    def visit(self, address: str) -> Artifact | None:
+    def verify(self, address: str) -> Artifact | None:
         """Verify an artifact and everything it was made from; None if it cannot be read."""
-        if address in self.found:
-            return self.found[address]
-        path = manifest_of(self.root / output_of(address))
+        if address in self.artifacts:
+            return self.artifacts[address]
+        path = manifest_of(self.directory / output_of(address))
         try:
             artifact = store.read(path, memory=None)
         except UserError as error:
-            self.wrong.append(str(error))
+            self.mismatches.append(str(error))
             return None
-        self.found[address] = artifact
-        self.bytes += sum(entry["size"] for entry in artifact.manifest["files"].values())
+        self.artifacts[address] = artifact
+        self.bytes_hashed += sum(entry["size"] for entry in artifact.manifest["files"].values())
         for source, expected in artifact.manifest["inputs"].items():
-            made_from = self.visit(source)
+            made_from = self.verify(source)
             if made_from is not None and made_from.sha256 != expected:
-                self.wrong.append(
-                    f"{path}: was made from another {source} (manifest {expected[:16]}, now {made_from.sha256[:16]}); make it again"
-                )
+                hashes = f"manifest {expected[:16]}, now {made_from.sha256[:16]}"
+                self.mismatches.append(f"{path}: was made from another {source} ({hashes}); make it again")
         return artifact

@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check all. Returns the exit status."""
+    """Check all. Returns the exit status: 0, or 2 for mistakes."""
     return max(_check(file) for file in arguments.studies)
 
 
@@ -24,7 +24,6 @@ def _check(file: str) -> int:
         print(error, file=sys.stderr)
         return 2
     counts = ", ".join(f"{len(getattr(study.models, kind))} {kind}" for kind in ("base", "trained", "merged"))
-    print(
-        f"{file}: {study.scale} study, {counts} models, {len(study.tasks)} tasks, {len(graph.artifacts)} artifacts: no mistakes"
-    )
+    counts += f" models, {len(study.tasks)} tasks, {len(graph.artifacts)} artifacts"
+    print(f"{file}: {study.scale} study, {counts}: no mistakes")
     return 0

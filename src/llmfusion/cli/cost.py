@@ -4,14 +4,10 @@ A row's jobs are all those behind it, from its cells to the base models; rows sh
 """
 
 import argparse
-import csv
-import io
 import sys
 from pathlib import Path
 
 from llmfusion.errors import UserError
-from llmfusion.io.files import write_file
-from llmfusion.study.addresses import results_index
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,8 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the costs of the given tables' rows. Returns the exit status."""
-    from llmfusion.reporting.costs import COLUMNS, Costs
+    """Write the costs of the given tables' rows. Returns the exit status: 0, or 1 where a manifest is missing."""
+    from llmfusion.io.files import write_file
+    from llmfusion.reporting.costs import Costs, costs_csv
+    from llmfusion.study.addresses import results_index
 
     try:
         rows = []
@@ -32,9 +30,5 @@ def run(arguments: argparse.Namespace) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(arguments.out, text.getvalue().encode())
+    write_file(arguments.out, costs_csv(rows).encode())
     return 0

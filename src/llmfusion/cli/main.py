@@ -1,7 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
 """``llmfusion COMMAND ...``: one console script. A command's module is imported when it is the one asked for.
 
-Each module has ``add_arguments(parser)`` and ``run(arguments) -> exit status``; its own docstring is the command's description.
+Each module has ``add_arguments(parser)`` and ``run(arguments) -> exit status``; its docstring is the command's
+description.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import sys
 from importlib import import_module
 
 from llmfusion import __version__
+from llmfusion.errors import UserError, redacted
 
 COMMANDS = {
     "check": "check studies: all mistakes at once, nothing is started",
@@ -31,20 +33,27 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns its exit status: 0, 1 for what went wrong, 2 for mistakes in what was given."""
     words = sys.argv[1:] if arguments is None else arguments
-    parser = _parser(_commands_asked_for(words))
+    parser = _parser(_command_of(words))
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    given = parser.parse_args(words)
-    if given.command is None:
+    parsed = parser.parse_args(words)
+    if parsed.command is None:
         parser.print_help()
         return 2
-    return import_module(f"llmfusion.cli.{given.command}").run(given)
+    try:
+        return int(import_module(f"llmfusion.cli.{parsed.command}").run(parsed))
+    except UserError as error:  # of a command that has no words of its own for it, e.g. a plug-in that lacks something
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        return 1
 
 
 def entry() -> None:
-    """The console script. A merge ends its process at once: collecting and unloading what numba has loaded is a quarter of its start-up."""
+    """The console script.
+
+    A merge ends its process at once: collecting and unloading what numba has loaded is a quarter of its start-up.
+    """
     at_once = sys.argv[1:2] == ["merge"]
     if at_once:
         gc.disable()
@@ -56,18 +65,21 @@ def entry() -> None:
     sys.exit(status)
 
 
-def _commands_asked_for(words: list[str]) -> set[str]:
-    """Commands whose options the parser must know: the one that was typed, here or on the line that a shell completes."""
-    typed = os.environ.get("COMP_LINE", "").split()[1:] if "_ARGCOMPLETE" in os.environ else words
-    return {word for word in typed if word in COMMANDS}
+def _command_of(words: list[str]) -> str | None:
+    """The command whose options the parser must know: the first word, here or on the line that a shell completes."""
+    if "_ARGCOMPLETE" in os.environ:
+        # argcomplete's protocol: the number, from 1, of the word on the line that is the program
+        words = os.environ.get("COMP_LINE", "").split()[int(os.environ["_ARGCOMPLETE"]) :]
+    return next((word for word in words if not word.startswith("-")), None)
 
 
-def _parser(asked: set[str]) -> argparse.ArgumentParser:
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    """The parser of all commands, with the arguments of one."""
     parser = argparse.ArgumentParser(prog="llmfusion", description="Fuse several language models into one.")
     parser.add_argument("--version", action="version", version=f"llmfusion {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, summary in COMMANDS.items():
-        module = import_module(f"llmfusion.cli.{name}") if name in asked else None
+        module = import_module(f"llmfusion.cli.{name}") if name == command else None
         one = commands.add_parser(
             name,
             help=summary,

@@ -1,19 +1,19 @@
 """Make one artifact: what the Snakemake rules call, and what the first line of each log reproduces."""
 
 import argparse
-import logging
 import os
 import shlex
 import signal
 import sys
+import traceback
 from importlib import import_module
 from pathlib import Path
 
-from llmfusion.artifacts.job import Request, run_job
 from llmfusion.cli import warm
 from llmfusion.errors import UserError, redacted
+from llmfusion.study.plugins import plugin_names
 
-STEPS = sorted(path.stem for path in (Path(__file__).parents[1] / "steps").glob("[a-z]*.py"))
+STEPS = plugin_names("llmfusion.steps")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,15 +31,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Make the artifact, in this process or in a fork of ``llmfusion warm``."""
+    """Make the artifact, in this process or in a fork of ``llmfusion warm``. Returns the exit status: 0, or 1.
+
+    What the user can mend is reported in one line, anything else with its traceback; neither shows secrets.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if warm.ADDRESS in os.environ:
             return warm.ask(sys.argv[1:])
+        _make(arguments)
     except UserError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 1
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    except Exception:
+        print(redacted(traceback.format_exc()), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _make(arguments: argparse.Namespace) -> None:
+    from llmfusion.artifacts.job import Request, run_job
+    from llmfusion.io.logs import log_to_stdout
+
+    log_to_stdout()
     print("#", shlex.join(["python", "-m", "llmfusion", *sys.argv[1:]]), flush=True)
     build = import_module(f"llmfusion.steps.{arguments.step}").build
-    return run_job(Request(arguments.spec, arguments.out, arguments.inputs, arguments.minutes), build)
+    run_job(Request(arguments.spec, arguments.out, arguments.inputs, arguments.minutes), build)

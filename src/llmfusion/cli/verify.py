@@ -1,17 +1,15 @@
 """Walk from a result (``results/table2.csv``, a score, a manifest) to every dataset and model hash behind it.
 
-Every manifest and every file on the way is hashed anew, and every artifact must have been made from exactly the inputs that
-lie there now. All mismatches are named; exit status 1 if there is one. Licences of all inputs are listed at the end.
+Every manifest and every file on the way is hashed anew, and every artifact must have been made from exactly the
+inputs that are there now. All mismatches are named; exit status 1 if there is one. Licences of all inputs are listed
+at the end.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from llmfusion.artifacts.verification import Walk
 from llmfusion.errors import UserError, require
-from llmfusion.study.addresses import address_of, results_index
-from llmfusion.study.kinds import kind_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,26 +20,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Verify the given targets. Returns the exit status."""
+    """Verify the given targets. Returns the exit status: 0, 1 for mismatches, 2 for what is no result of a study."""
     return max(_verify(target) for target in arguments.targets)
 
 
 def _verify(target: Path) -> int:
+    from llmfusion.artifacts.verification import Verification
+    from llmfusion.study.addresses import address_of, results_index
+    from llmfusion.study.kinds import is_source
+
     try:
         require(target.exists(), f"{target}: is not there")
-        root = Path(*target.parts[: results_index(target)])
+        directory = Path(*target.parts[: results_index(target)])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    walk = Walk(root)
-    walk.visit(address_of(target))
-    for line in dict.fromkeys(walk.wrong):
+    walk = Verification(directory)
+    walk.verify(address_of(target))
+    mismatches = list(dict.fromkeys(walk.mismatches))
+    for line in mismatches:
         print(f"mismatch: {line}", file=sys.stderr)
-    sources = {address: found for address, found in walk.found.items() if kind_of(address).is_source}
+    sources = {address: artifact for address, artifact in walk.artifacts.items() if is_source(address)}
     for address, artifact in sorted(sources.items()):
         print(f"{address}  {artifact.sha256[:16]}  licence: {artifact.facts.get('license', 'NOT DECLARED')}")
-    verdict = f"{len(set(walk.wrong))} MISMATCHES" if walk.wrong else "all match"
-    print(
-        f"{target}: {len(walk.found)} artifacts, {walk.bytes / 1e6:,.1f} MB hashed, {len(sources)} datasets, task sets and base models: {verdict}"
-    )
-    return 1 if walk.wrong else 0
+    counts = f"{len(walk.artifacts)} artifacts, {walk.bytes_hashed / 1e6:,.1f} MB hashed"
+    verdict = f"{len(mismatches)} MISMATCHES" if mismatches else "all match"
+    print(f"{target}: {counts}, {len(sources)} datasets, task sets and base models: {verdict}")
+    return int(bool(mismatches))

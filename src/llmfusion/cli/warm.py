@@ -1,9 +1,9 @@
 """Run a command whose steps do not each import torch anew: ``llmfusion warm -- snakemake --profile profiles/mini``.
 
-On miniature models a step is over sooner than its imports. This process imports them once and then forks for every step that
-the command starts; the step's own process sends its arguments, environment and files here, forwards signals, and ends as the
-fork ended. What a step does is the same either way, and so is every byte of its result. For machines without a GPU: a driver
-that was started before a fork cannot be used after it.
+On miniature models a step takes less time than its imports. This process imports them once and then forks for every
+step that the command starts; the step's own process sends its arguments, environment and files here, forwards
+signals, and ends as the fork ended. What a step does is the same either way, and so is every byte of its result. For
+machines without a GPU: a driver that was started before a fork cannot be used after it.
 """
 
 import argparse
@@ -30,32 +30,47 @@ ADDRESS = "LLMFUSION_WARM"  # environment variable: the socket of the process th
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
 DRIVER = Path("/proc/driver/nvidia")
 IMPORTED = (
-    "torch", "transformers.models.gpt_neox.modeling_gpt_neox", "transformers.models.llama.modeling_llama", "transformers.models.qwen2.modeling_qwen2",
-    "llmfusion.evaluation.answers", "llmfusion.evaluation.sandbox", "llmfusion.fusion.objective", "llmfusion.merging.engine", "llmfusion.models.scratch",
-    "llmfusion.teachers.capture", "llmfusion.teachers.generation", "llmfusion.training.loop", "datasets", "lm_eval.evaluator", "lm_eval.models.huggingface", "lm_eval.tasks",
-)  # fmt: skip
+    "torch",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "llmfusion.evaluation.answers",
+    "llmfusion.evaluation.sandbox",
+    "llmfusion.fusion.objective",
+    "llmfusion.merging.engine",
+    "llmfusion.models.scratch",
+    "llmfusion.reporting.tables",
+    "llmfusion.teachers.capture",
+    "llmfusion.teachers.generation",
+    "llmfusion.training.loop",
+    "datasets",
+    "lm_eval.evaluator",
+    "lm_eval.models.huggingface",
+    "lm_eval.tasks",
+)
 
 
-# ------------------------------------------------------------------------------------------------ the step's own process
+# ------------------------------------------------------------------------------------------------ the step's own
+# process
 def ask(arguments: list[str]) -> int:
-    """Have ``llmfusion ARGUMENTS`` run in a fork, with this process's environment, folder and files. Returns its exit status.
+    """Have ``llmfusion ARGUMENTS`` run in a fork, with this process's environment, folder and files.
 
-    A fork ended by a signal ends this process by the same one. Raises :class:`UserError` where nobody listens.
+    Returns its exit status. A fork ended by a signal ends this process by the same one. Raises :class:`UserError`
+    where nobody listens.
     """
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(os.environ[ADDRESS])
         except OSError as error:
-            raise UserError(
-                f"{ADDRESS} names {os.environ[ADDRESS]}, where nobody listens ({error.strerror}): unset it, or run under llmfusion warm"
-            ) from None
+            place = f"{ADDRESS} names {os.environ[ADDRESS]}, where nobody listens ({error.strerror})"
+            raise UserError(f"{place}: unset it, or run under `llmfusion warm`") from None
         environment = {name: value for name, value in os.environ.items() if name != ADDRESS}
         request = {"arguments": arguments, "folder": os.getcwd(), "environment": environment}
         _send(connection, request, [0, 1, 2])
-        pid = _told(connection)["pid"]
+        pid = _receive(connection)["pid"]
         for number in FORWARDED:
             signal.signal(number, lambda n, _: _signal(pid, n))
-        status = _told(connection)["status"]
+        status = _receive(connection)["status"]
     if os.WIFSIGNALED(status):
         for number in FORWARDED:
             signal.signal(number, signal.SIG_DFL)
@@ -75,22 +90,24 @@ def _send(connection: socket.socket, message: dict[str, Any], files: list[int]) 
     connection.sendall(body)
 
 
-def _told(connection: socket.socket) -> dict[str, Any]:
+def _receive(connection: socket.socket) -> dict[str, Any]:
     with connection.makefile("rb", buffering=0) as file:
         line = file.readline()
     if not line:
-        raise UserError("the process of llmfusion warm has ended; run again")
-    found: dict[str, Any] = json.loads(line)
-    return found
+        raise UserError("the process of `llmfusion warm` has ended; run again")
+    message: dict[str, Any] = json.loads(line)
+    return message
 
 
-# ------------------------------------------------------------------------------------------------ the process that forks
+# ------------------------------------------------------------------------------------------------ the process that
+# forks
 class Server:
-    """Forks a process for every request on its socket, tells its status, and ends it when the one who asked has gone."""
+    """Forks a process for every request on its socket, reports its status, and ends it when its client has gone."""
 
     def __init__(self, listening: socket.socket):
-        self.listening, self.selector = listening, selectors.DefaultSelector()
-        self.running: dict[int, tuple[int, socket.socket]] = {}  # by process: its pidfd, and who asked
+        self.listening = listening
+        self.selector = selectors.DefaultSelector()
+        self.running: dict[int, tuple[int, socket.socket]] = {}  # by process: its pidfd, and the client's connection
         self.selector.register(listening, selectors.EVENT_READ, self._accept)
 
     def serve(self, command: subprocess.Popen[bytes]) -> int:
@@ -110,7 +127,7 @@ class Server:
             size, files, _, _ = socket.recv_fds(connection, 8, 3)
             with connection.makefile("rb") as file:
                 request = json.loads(file.read(int.from_bytes(size, "big")))
-        except (OSError, ValueError):  # it was ended while it asked
+        except (OSError, ValueError):  # the client was ended while it sent its request
             for number in files:
                 os.close(number)
             connection.close()
@@ -135,7 +152,7 @@ class Server:
         connection.close()
 
     def _gone(self, pid: int) -> None:
-        """Who asked says nothing more: it was killed, and so the fork must be, unless it ended in the same moment."""
+        """The client was killed, and so the fork must be, unless it ended in the same moment."""
         if pid in self.running:
             self.selector.unregister(self.running[pid][1])
             os.kill(pid, signal.SIGKILL)
@@ -148,21 +165,7 @@ class Server:
         """The forked process turns into the step."""
         status = 1
         try:
-            for ended, other in self.running.values():
-                os.close(ended)
-                other.close()
-            for mine in (self.selector, self.listening, connection):
-                mine.close()
-            for number, file in enumerate(files):
-                os.dup2(file, number)
-                os.close(file)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.chdir(request["folder"])
-            os.environ.clear()
-            os.environ.update(request["environment"])
-            sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
-            sys.argv[1:] = request["arguments"]
+            self._take_over(request, files, connection)
             status = main(request["arguments"])
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
@@ -175,6 +178,24 @@ class Server:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+    def _take_over(self, request: dict[str, Any], files: list[int], connection: socket.socket) -> None:
+        """Drop what is the server's own, and take the client's files, folder, environment and arguments."""
+        for ended, other in self.running.values():
+            os.close(ended)
+            other.close()
+        for own in (self.selector, self.listening, connection):
+            own.close()
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+        sys.argv[1:] = request["arguments"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,20 +215,16 @@ def run(arguments: argparse.Namespace) -> int:
         print("usage: llmfusion warm -- snakemake --profile profiles/mini results/table2.csv", file=sys.stderr)
         return 2
     if DRIVER.exists():
-        print(
-            f"error: this machine has a GPU ({DRIVER}): a driver does not survive a fork. Run the command without llmfusion warm",
-            file=sys.stderr,
-        )
+        reason = f"this machine has a GPU ({DRIVER}): a driver does not survive a fork"
+        print(f"error: {reason}. Run the command without `llmfusion warm`", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory(prefix="llmfusion-warm-") as folder, socket.socket(socket.AF_UNIX) as listening:
         address = str(Path(folder) / "socket")
         try:
             listening.bind(address)
         except OSError as error:
-            print(
-                f"error: {address}: no socket can be made there ({error}); set TMPDIR to a local folder with a shorter path",
-                file=sys.stderr,
-            )
+            advice = "set TMPDIR to a local folder with a shorter path"
+            print(f"error: {address}: no socket can be made there ({error}); {advice}", file=sys.stderr)
             return 2
         listening.listen(64)
         try:
@@ -215,11 +232,16 @@ def run(arguments: argparse.Namespace) -> int:
         except OSError as error:
             print(f"error: {words[0]}: {error.strerror}", file=sys.stderr)
             return 127
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells the command too, which ends its steps
-        signal.signal(signal.SIGTERM, lambda *_: command.terminate())
-        for module in IMPORTED:  # while the command makes its plan
-            importlib.import_module(module)
-        gc.collect()
-        gc.freeze()  # what all forks share stays shared
-        status = Server(listening).serve(command)
+        status = _serve(listening, command)
     return status if status >= 0 else 128 - status
+
+
+def _serve(listening: socket.socket, command: subprocess.Popen[bytes]) -> int:
+    """Import what steps need while the command plans, then fork for every step. Returns the command's exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal interrupts the command too, which ends its steps
+    signal.signal(signal.SIGTERM, lambda *_: command.terminate())
+    for module in IMPORTED:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # what all forks share stays shared
+    return Server(listening).serve(command)

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion.io import jsonl
-from llmfusion.io.jsonl import Check, Row
-from llmfusion.io.jsonl import write_jsonl as write_jsonl  # re-exported until all callers moved
+from llmfusion.io.jsonl import Row
 
 Sample = dict[str, Any]
 
@@ -90,9 +89,3 @@ def _not_text(row: Row, key: str) -> str | None:
     except UnicodeEncodeError:
         return f"{key}: expected text, found half a surrogate pair"
     return None
-
-
-def read_jsonl(path: Path, check: Check | None = None) -> Iterator[Row]:  # re-exported until all callers moved
-    """Rows checked by the file's name. Callers move to :func:`read_samples`, :func:`read_items` or ``io.jsonl``."""
-    checks = {"samples.jsonl": check_sample, "items.jsonl": check_item, "shots.jsonl": check_item}
-    return jsonl.read_jsonl(path, check or checks.get(path.name))

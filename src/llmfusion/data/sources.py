@@ -7,7 +7,6 @@ from typing import Any
 
 from llmfusion import ROOT
 from llmfusion.data import worlds
-from llmfusion.data.rejections import Rejected as Rejected  # re-exported until all callers moved
 from llmfusion.errors import UserError
 from llmfusion.io import progress_bars
 from llmfusion.io.files import sha256_file

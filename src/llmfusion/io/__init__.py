@@ -1,1 +1,1 @@
-"""Readers and writers that every room needs: safetensors without torch, JSON, files that are there whole or not at all."""
+"""Readers and writers that every room needs: safetensors without torch, JSON, files written at once or not at all."""

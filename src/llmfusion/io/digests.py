@@ -1,4 +1,7 @@
-"""What identifies a value: its one JSON text, and the hash of that. Without the study's models, which take longer to import than most steps run."""
+"""Canonical JSON and its sha256: what identifies a value.
+
+Apart from the pydantic models of a study, which take longer to import than most steps run.
+"""
 
 import hashlib
 import json
@@ -6,10 +9,10 @@ from typing import Any
 
 
 def canonical(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no spaces, ASCII."""
+    """Canonical JSON of a value: sorted keys, no spaces, ASCII. Raises ``ValueError`` for NaN and infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def digest(*parts: str) -> str:
-    """sha256 over the parts, hex."""
+    """sha256 over the parts, a line each, hex."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

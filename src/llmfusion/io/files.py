@@ -12,7 +12,8 @@ from typing import Any
 
 from llmfusion.errors import DamagedError
 
-# errors of os.link that mean "copy instead": another file system, one without hard links, too many links, or a file of somebody else
+# errors of os.link that mean "copy instead": another file system, one without hard links, too many links, a file of
+# another user
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
@@ -33,9 +34,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; on success it is synced and renamed to ``path``, on an error removed.
+    """A temporary path beside ``path`` to write to; on success it is synced and renamed to ``path``, else removed.
 
-    Half a file on a full disk would keep it full, so the temporary file never stays. A killed process leaves ``.NAME.PID.tmp``.
+    Half a file on a full disk would keep it full, so the temporary file never stays. A killed process leaves
+    ``.NAME.PID.tmp``.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -54,7 +56,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name (a hard link); a copy where the two paths lie on different file systems, or on one without links."""
+    """Give a file a second name (a hard link), or copy it: between file systems, or on one without hard links."""
     try:
         os.link(source, target)
     except OSError as error:
@@ -73,7 +75,8 @@ def format_bytes(size: float) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object.
 
-    Raises :class:`DamagedError` for a file that is no JSON or holds something else, and ``OSError`` where it cannot be read.
+    Raises :class:`DamagedError` for a file that is no JSON or holds something else, ``OSError`` where it cannot be
+    read.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -85,8 +88,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def json_object_or_empty(path: Path) -> dict[str, Any]:
-    """The same, ``{}`` where there is no such file or not a whole one: for notes that are written anew if they cannot be used."""
+    """As :func:`read_json_object`, but ``{}`` where the file is absent or damaged: for notes that can be rewritten."""
     try:
         return read_json_object(path)
     except (OSError, DamagedError):
         return {}
+
+
+def format_bytes(size: float) -> str:
+    """A number of bytes for a message: ``3 KiB``, ``12 MiB``, ``40 GiB``."""
+    if size >= 10 * 2**30:
+        return f"{size / 2**30:,.0f} GiB"
+    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"

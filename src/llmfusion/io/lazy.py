@@ -1,7 +1,8 @@
 """Modules that are imported when they are first used.
 
-A plug-in holds its options and its computation in one file. A study is checked from the options alone, in half a second; torch
-and numba take several. ``from llmfusion.io.lazy import torch`` gives a plug-in the module without importing it yet.
+A plug-in holds its options and its computation in one file. A study is checked from the options alone, in half a
+second; torch and numba take several. ``from llmfusion.io.lazy import torch`` gives a plug-in the module without
+importing it yet.
 """
 
 from importlib import import_module

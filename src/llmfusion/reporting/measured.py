@@ -1,7 +1,6 @@
 """Coefficients from finished jobs: Snakemake's benchmark files say what a job took, its work is known."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,23 +8,26 @@ from typing import Any
 
 import numpy as np
 
+from llmfusion.io.files import json_object_or_empty
 from llmfusion.study.addresses import output_of
 from llmfusion.study.workload import Workload
 
-ALIKE = {"pretrain": "train"}  # one loop, whatever it starts from
+SHARED_RATES = {"pretrain": "train"}  # one training loop, whatever it starts from: both are fitted together
+Array = np.ndarray[Any, np.dtype[Any]]
+Coefficients = dict[str, tuple[float, ...]]  # seconds a unit of work, by name of the rates
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a finished job took: wall seconds of its program, peak resident memory in MB, and what its provenance tells."""
+class Measurement:
+    """What a finished job took: wall seconds of its program, peak resident memory in MB, and its provenance."""
 
     seconds: float
     memory_mb: float
     provenance: dict[str, Any]
 
 
-def measured(directory: Path, address: str) -> Measured | None:
-    """What the job that made ``address`` took, as its benchmark file says; None where there is none.
+def read_measurement(directory: Path, address: str) -> Measurement | None:
+    """What the job that made ``address`` took, from its benchmark file; None where there is none.
 
     A training that was interrupted is measured by its last attempt only.
     """
@@ -36,61 +38,67 @@ def measured(directory: Path, address: str) -> Measured | None:
     except (OSError, StopIteration, KeyError, ValueError):
         return None
     output = directory / output_of(address)
-    note = (
-        output.with_name("provenance.json")
-        if output.name == "manifest.json"
-        else output.with_suffix(".provenance.json")
-    )
+    in_folder = output.name == "manifest.json"
+    record = output.with_name("provenance.json") if in_folder else output.with_suffix(".provenance.json")
     try:
         memory = float(row.get("max_rss") or 0)
     except ValueError:  # "NA" or "-": the job was too short to be looked at
         memory = 0.0
-    try:
-        provenance = json.loads(note.read_bytes())
-    except (OSError, ValueError):
-        provenance = {}
-    return Measured(seconds, memory, provenance)
+    return Measurement(seconds, memory, json_object_or_empty(record))
 
 
-def refined(
-    coefficients: dict[str, tuple[float, ...]], workload: Workload
-) -> tuple[dict[str, tuple[float, ...]], dict[str, int]]:
-    """Coefficients that finished jobs of ``workload`` show, the given ones for steps without any; and the jobs behind each.
+def fit_coefficients(assumed: Coefficients, workload: Workload) -> tuple[Coefficients, dict[str, int]]:
+    """Coefficients that finished jobs of ``workload`` show, else the ``assumed`` ones; and how many jobs are behind each.
 
-    Relative errors are squared and summed; coefficients are never negative, and the sum of the jobs is met. Programs that load
-    a model note when their work begins; of others the start is told from the work where jobs differ, else it is the given one.
+    Relative errors are squared and summed; coefficients are never negative, and the sum of the jobs is met. Programs
+    that load a model record when their work begins; of others the start follows from the work where jobs differ, else
+    it is the assumed one.
     """
-    out, counts = dict(coefficients), {}
-    found: dict[str, list[tuple[tuple[float, ...], float, float | None]]] = {}
+    out = dict(assumed)
+    counts = {}
+    for rates, jobs in _finished_jobs(workload).items():
+        works = np.array([work for work, _ in jobs])  # (jobs, coefficients)
+        seconds = np.array([measurement.seconds for _, measurement in jobs])  # (jobs,)
+        starts = [start for _, one in jobs if (start := one.provenance.get("start_seconds")) is not None]
+        out[rates] = _fit(works, seconds, assumed[rates], sum(starts) / len(starts) if starts else None)
+        counts[rates] = len(jobs)
+    return out | {rates: out[other] for rates, other in SHARED_RATES.items()}, counts
+
+
+def _finished_jobs(workload: Workload) -> dict[str, list[tuple[tuple[float, ...], Measurement]]]:
+    """Work and measurement of every job that has finished, by the rates that it is a measurement of."""
+    out: dict[str, list[tuple[tuple[float, ...], Measurement]]] = {}
     for address, job in workload.jobs.items():
-        if workload.made(address) and (took := measured(workload.directory, address)) is not None:
-            found.setdefault(ALIKE.get(job.rates, job.rates), []).append(
-                (job.work, took.seconds, took.provenance.get("start_seconds"))
-            )
-    for step, jobs in found.items():
-        works, seconds = np.array([work for work, _, _ in jobs]), np.array([took for _, took, _ in jobs])
-        noted = [start for _, _, start in jobs if start is not None]
-        out[step] = _fit(works, seconds, coefficients[step], sum(noted) / len(noted) if noted else None)
-        counts[step] = len(seconds)
-    return out | {step: out[other] for step, other in ALIKE.items()}, counts
+        measurement = read_measurement(workload.directory, address) if workload.is_made(address) else None
+        if measurement is not None:
+            out.setdefault(SHARED_RATES.get(job.rates, job.rates), []).append((job.work, measurement))
+    return out
 
 
-def _fit(works: np.ndarray, seconds: np.ndarray, given: Sequence[float], noted: float | None) -> tuple[float, ...]:
-    """Coefficients of one step: ``works (jobs, coefficients)``, ``seconds (jobs,)``, and the mean start where programs noted it."""
-    totals = works[:, 1:] @ np.array(given[1:])  # (jobs,) work in the given coefficients' seconds
-    alike = totals.max() < 1.3 * totals.min() or len(seconds) < 3
-    if noted is None and not alike:
-        found = _not_negative(works, seconds, np.array(given))
-        return tuple(found * (seconds.sum() / (works @ found).sum()))
-    start = min(given[0] if noted is None else noted, 0.9 * float(seconds.min()))
-    rates = np.array(given[1:]) if alike else _not_negative(works[:, 1:], seconds - start, np.array(given[1:]))
+def _fit(works: Array, seconds: Array, assumed: Sequence[float], mean_start: float | None) -> tuple[float, ...]:
+    """Coefficients of one kind of work, ``works (jobs, coefficients)`` and ``seconds (jobs,)``.
+
+    ``mean_start``: seconds until the work began, where programs recorded it.
+    """
+    totals = works[:, 1:] @ np.array(assumed[1:])  # (jobs,) seconds by the assumed coefficients
+    similar = totals.max() < 1.3 * totals.min() or len(seconds) < 3  # too similar to separate the start from the rates
+    if mean_start is None and not similar:
+        fitted = _non_negative_least_squares(works, seconds, np.array(assumed))
+        return tuple(fitted * (seconds.sum() / (works @ fitted).sum()))
+    start = min(assumed[0] if mean_start is None else mean_start, 0.9 * float(seconds.min()))
+    rates = np.array(assumed[1:])  # (coefficients - 1,)
+    if not similar:
+        rates = _non_negative_least_squares(works[:, 1:], seconds - start, rates)
     spent = float((works[:, 1:] @ rates).sum())
     return (start, *(rates * (float((seconds - start).sum()) / spent if spent else 1.0)))
 
 
-def _not_negative(works: np.ndarray, seconds: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Least squares of relative errors; the most negative coefficient is set to 0 until there is none. Unused ones stay as given."""
-    used: np.ndarray = np.array(works.any(axis=0))
+def _non_negative_least_squares(works: Array, seconds: Array, assumed: Array) -> Array:
+    """Least squares of relative errors, ``(coefficients,)``; unused coefficients stay as assumed.
+
+    The most negative coefficient is set to 0 until there is none.
+    """
+    used: Array = np.array(works.any(axis=0))
     scaled = works / seconds[:, None]
     while True:
         columns = np.flatnonzero(used)
@@ -99,11 +107,11 @@ def _not_negative(works: np.ndarray, seconds: np.ndarray, given: np.ndarray) -> 
         if (solution >= 0).all():
             break
         used[columns[int(np.argmin(solution * size))]] = False
-    out = np.where(works.any(axis=0), 0.0, given)
+    out: Array = np.where(works.any(axis=0), 0.0, assumed)
     out[columns] = solution
     return out
 
 
 def seconds_of(work: Sequence[float], coefficients: Sequence[float]) -> float:
-    """A job's seconds."""
+    """A job's seconds: the sum of its amounts of work times their coefficients."""
     return float(sum(amount * rate for amount, rate in zip(work, coefficients, strict=True)))

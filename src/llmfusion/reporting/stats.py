@@ -1,11 +1,14 @@
-"""What a cell is worth: shares in per cent and their standard errors."""
+"""Shares in per cent, means, and their standard errors."""
 
 import math
 from collections.abc import Sequence
 
 
 def per_cent(k: int, n: int) -> tuple[float, float]:
-    """``(100 k/n, its standard error)``, both in points; the error is the binomial one, ``100 sqrt(p (1-p) / n)``."""
+    """``(100 k/n, its standard error)``, both in points; the error is the binomial one, ``100 sqrt(p (1-p) / n)``.
+
+    Raises :class:`ValueError` without items.
+    """
     if n <= 0:
         raise ValueError("a score needs at least one item")
     p = k / n

@@ -1,19 +1,20 @@
-"""Addresses and files: ``models/base/p`` and ``results/models/base/p/manifest.json`` name the same artifact (DESIGN of the project: docs/architecture.md).
+"""Addresses and files: ``models/base/p`` and ``results/models/base/p/manifest.json`` name the same artifact.
 
-An artifact is a folder with a manifest, a single file ``results/ADDRESS.json`` (scores), or a table: ``results/NAME.csv`` beside its manifest.
+An artifact is a folder with a manifest, a single file ``results/ADDRESS.json`` (scores), or a table:
+``results/NAME.csv`` beside its manifest.
 """
 
 from pathlib import Path
 
 from llmfusion.errors import UserError
 
-SHARDS = "/shards/"  # in addresses of jobs that did a part of another artifact's work, e.g. teachers/shards/base/p/mix/1-of-4
+SHARDS = "/shards/"  # in addresses of jobs that do a part of another artifact's work: teachers/shards/base/p/mix/1-of-4
 TABLES = "tables/"
 SINGLE_FILES = "scores/"
 
 
 def output_of(address: str) -> str:
-    """The file a job declares for an artifact, relative to the study's directory: its manifest, the score, or the table."""
+    """The file that a job declares, relative to the study's directory: a manifest, a score, or a table."""
     if address.startswith(SINGLE_FILES):
         return f"results/{address}.json"
     if address.startswith(TABLES):
@@ -35,7 +36,8 @@ def address_of(path: str | Path) -> str:
 def results_index(path: str | Path) -> int:
     """Position of the ``results`` folder among a path's parts: the last one with an artifact's file behind it.
 
-    Raises :class:`UserError` if there is none. No artifact may be named ``results`` (:data:`llmfusion.study.schema.base.Name`).
+    Raises :class:`UserError` if there is none. No entry of a study may be named ``results``
+    (:data:`llmfusion.study.schema.base.Name`), so the last one is the study's own, wherever the study lies.
     """
     parts = Path(path).parts
     for i in range(len(parts) - 2, -1, -1):
@@ -55,5 +57,5 @@ def is_shard(address: str) -> bool:
 
 
 def whole_of(address: str) -> str:
-    """The artifact that a shard became a part of: ``teachers/shards/base/p/mix/1-of-4`` -> ``teachers/base/p/mix``."""
+    """The artifact that a shard is a part of: ``teachers/shards/base/p/mix/1-of-4`` -> ``teachers/base/p/mix``."""
     return address.replace(SHARDS, "/", 1).rsplit("/", 1)[0] if is_shard(address) else address

@@ -1,4 +1,4 @@
-"""Every mistake in a study, told once: where, what was given, what is allowed, and the nearest name."""
+"""Every mistake in a study, reported once: where, what was given, what is allowed, and the nearest name."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import ValidationError
 
 Key = tuple[str | int, ...]
+Location = tuple[str | int, ...]  # as pydantic gives it: a key with the tags of unions, and "[key]" for a name itself
+Schema = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -41,17 +43,12 @@ def report(file: str, problems: Iterable[Problem], lines: dict[Key, int]) -> str
             key = key[:-1]
         return lines.get(key, 1)
 
-    rows = sorted({(line(p.key), _dotted(p.key), p.text) for p in problems})
-    head = f"{file}: {len(rows)} mistake{'s' * (len(rows) != 1)}; nothing was started"
-    return "\n".join(
-        [
-            head,
-            *(
-                f"  {file}{f':{number}' if lines else ''}: {key + ': ' if key else ''}{text}"
-                for number, key, text in rows
-            ),
-        ]
-    )
+    rows = sorted({(line(problem.key), _dotted(problem.key), problem.text) for problem in problems})
+    out = [f"{file}: {len(rows)} mistake{'s' * (len(rows) != 1)}; nothing was started"]
+    for number, key, text in rows:
+        place = f"{file}:{number}" if lines else file
+        out.append(f"  {place}: {key + ': ' if key else ''}{text}")
+    return "\n".join(out)
 
 
 def _dotted(key: Key) -> str:
@@ -61,46 +58,66 @@ def _dotted(key: Key) -> str:
     return out
 
 
-def from_pydantic(error: ValidationError, raw: Any, schema: dict) -> list[Problem]:
-    """pydantic's errors in the words of the study: paths without union tags, allowed keys with the nearest one."""
-    return [_problem(e, raw, schema) for e in error.errors(include_url=False)]
+def from_pydantic(error: ValidationError, raw: Any, schema: Schema) -> list[Problem]:
+    """pydantic's errors in the words of the study: paths without union tags, allowed keys with the nearest one.
+
+    ``raw`` is what was validated, ``schema`` the JSON schema of the model that refused it.
+    """
+    return [_problem(details, raw, schema) for details in error.errors(include_url=False)]
 
 
-def _problem(error: Any, raw: Any, schema: dict) -> Problem:
-    given, kind = error["input"], error["type"]
-    key = _plain_key(error["loc"], raw, absent=kind == "missing")
+def _problem(error: Any, raw: Any, schema: Schema) -> Problem:
+    kind = error["type"]
+    key = _plain_key(error["loc"], raw, schema, absent=kind == "missing")
     if kind == "extra_forbidden":
         return Problem(key, f"unknown key; {nearest(key[-1], _properties(error['loc'][:-1], schema))}")
     if kind == "missing":
         return Problem(key, "is missing")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        tag, context = str(error["ctx"]["discriminator"]).strip("'"), error["ctx"]
-        expected = [e.strip(" '") for e in context.get("expected_tags", "").split(",") if e.strip()]
-        if kind == "union_tag_not_found":
-            return Problem(
-                (*key, tag),
-                "is missing" if isinstance(given, dict) else f"expected a mapping with key {tag}, got {_show(given)}",
-            )
-        return Problem((*key, tag), f"got {_show(context['tag'])}; {nearest(context['tag'], expected)}")
-    if error["loc"] and error["loc"][-1] == "[key]":
-        return Problem(
-            key, "a name is made of lower-case letters, digits, '.', '_' and '-', and begins with a letter or digit"
-        )
-    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+        return _tag_problem(error, key)
     if kind == "value_error":
-        return Problem(key, message)
+        return Problem(key, str(error["msg"]).removeprefix("Value error, "))
+    if error["loc"] and error["loc"][-1] == "[key]":
+        return Problem(key, LONG_NAME if kind == "string_too_long" else NAME)
     if kind == "literal_error":
-        expected = [e.strip(" '") for e in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")]
-        near = f"; {nearest(given, expected)}" if len(expected) > 3 else ""
-        return Problem(key, f"got {_show(given)}; allowed: {message}{near}")
-    if kind == "string_pattern_mismatch":
-        message = PATTERNS.get(error["ctx"]["pattern"], message)
-    if kind in ("model_type", "model_attributes_type", "dict_type"):
-        message = "a mapping of keys"
-    if kind.endswith(("too_short", "too_long")):
-        message = message.split("should have ")[-1].split(" after validation")[0]
-    return Problem(key, f"got {_show(given)}; expected {message}")
+        return _literal_problem(error, key)
+    return Problem(key, f"got {_show(error['input'])}; expected {_expected(error)}")
 
+
+def _tag_problem(error: Any, key: Key) -> Problem:
+    """An entry whose kind (the key that chooses between models, e.g. ``method``) is missing or unknown."""
+    context = error["ctx"]
+    discriminator = str(context["discriminator"]).strip("'")
+    if error["type"] == "union_tag_invalid":
+        allowed = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+        return Problem((*key, discriminator), f"got {_show(context['tag'])}; {nearest(context['tag'], allowed)}")
+    if isinstance(error["input"], dict):
+        return Problem((*key, discriminator), "is missing")
+    text = f"expected a mapping with key {discriminator}, got {_show(error['input'])}"
+    return Problem((*key, discriminator), text)
+
+
+def _literal_problem(error: Any, key: Key) -> Problem:
+    message = str(error["msg"]).removeprefix("Input should be ")
+    allowed = [value.strip(" '") for value in str(error["ctx"]["expected"]).replace(" or ", ",").split(",")]
+    near = f"; {nearest(error['input'], allowed)}" if len(allowed) > 3 else ""
+    return Problem(key, f"got {_show(error['input'])}; allowed: {message}{near}")
+
+
+def _expected(error: Any) -> str:
+    kind = error["type"]
+    message = str(error["msg"]).removeprefix("Input should be ")
+    if kind == "string_pattern_mismatch":
+        return PATTERNS.get(error["ctx"]["pattern"], message)
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        return "a mapping of keys"
+    if kind.endswith(("too_short", "too_long")):
+        return message.split("should have ")[-1].split(" after validation")[0]
+    return message
+
+
+NAME = "a name is made of lower-case letters, digits, '.', '_' and '-', and begins with a letter or digit"
+LONG_NAME = "a name has at most 80 characters"
 
 PATTERNS = {
     r"^[0-9a-f]{40}$": "a commit of 40 hex digits (a branch can change under the study)",
@@ -110,62 +127,60 @@ PATTERNS = {
 }
 
 
-TAGS = ("kind", "method", "target")  # keys that choose between kinds of an entry
-
-
 def _show(value: object) -> str:
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(value).__name__})"
 
 
-def _plain_key(loc: tuple, raw: Any, absent: bool) -> Key:
-    """pydantic puts union tags into the path; keep only what the user wrote (and the last part if it is ``absent``)."""
+def _plain_key(loc: Location, raw: Any, schema: Schema, absent: bool) -> Key:
+    """What the user wrote of a pydantic location, without union tags; the last part also where it is ``absent``."""
     key: list[str | int] = []
-    at, told = raw, None
+    value: Any = raw
+    node: Schema = schema
     for i, part in enumerate(loc):
-        if part == "[key]":
+        node = _resolve(node, schema)
+        is_tag = "discriminator" in node  # this part chooses a model (kind: path); the next may be a key of that name
+        node = _inner(node, part)
+        if is_tag or part == "[key]":
             continue
-        if isinstance(at, dict) and at is not told and isinstance(part, str) and part in [at.get(tag) for tag in TAGS]:
-            told = at  # this part is the tag (kind: path), the next may be a key of the same name
-        elif (isinstance(at, dict) and part in at) or (
-            isinstance(at, list) and isinstance(part, int) and part < len(at)
-        ):
-            at = at[part]
-            key.append(part)
-        elif absent and i == len(loc) - 1 and isinstance(at, dict):
+        written = part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))
+        if written:
+            value = value[part]
+        if written or (absent and i == len(loc) - 1 and isinstance(value, dict)):
             key.append(part)
     return tuple(key)
 
 
-def _properties(loc: tuple, schema: dict) -> list[str]:
+def _properties(loc: Location, schema: Schema) -> list[str]:
     """Keys allowed at a pydantic location, read from the JSON schema."""
     node = schema
     for part in loc:
-        node = _step(_resolve(node, schema), part, schema)
+        node = _inner(_resolve(node, schema), part)
     return list(_resolve(node, schema).get("properties", {}))
 
 
-def _resolve(node: dict, schema: dict) -> dict:
+def _resolve(node: Schema, schema: Schema) -> Schema:
+    """A node behind its references, and of an optional one what is not null."""
     while "$ref" in node:
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
-    if "anyOf" in node and "properties" not in node:
-        for option in node["anyOf"]:
-            if option.get("type") != "null":
-                return _resolve(option, schema)
+    for option in node.get("anyOf", []) if "properties" not in node else []:
+        if option.get("type") != "null":
+            return _resolve(option, schema)
     return node
 
 
-def _step(node: dict, part: str | int, schema: dict) -> dict:
+def _inner(node: Schema, part: str | int) -> Schema:
+    """The node of one part of a location: a union's member by its tag, an item, a property, or any other entry."""
+    inner: Any
     if "discriminator" in node:
-        return (
-            {"$ref": node["discriminator"]["mapping"].get(part, "#/$defs/none")}
-            if part in node["discriminator"]["mapping"]
-            else {}
-        )
-    if isinstance(part, int):
-        return node.get("items", {})
-    inner = node.get("properties", {}).get(part)
-    if inner is None:
-        extra = node.get("additionalProperties")
-        inner = extra if isinstance(extra, dict) else next(iter(node.get("patternProperties", {}).values()), {})
-    return inner
+        reference = node["discriminator"]["mapping"].get(part)
+        inner = {} if reference is None else {"$ref": reference}
+    elif isinstance(part, int):
+        inner = node.get("items")
+    elif part in node.get("properties", {}):
+        inner = node["properties"][part]
+    else:
+        inner = node.get("additionalProperties")
+        if not isinstance(inner, dict):
+            inner = next(iter(node.get("patternProperties", {}).values()), None)
+    return inner if isinstance(inner, dict) else {}

@@ -1,8 +1,8 @@
 """From a study to its artifacts: for each one its address, its inputs and its spec.
 
-The spec is canonical JSON (sorted keys, defaults left out) and all a program needs besides its inputs, so the log line of a
-job reproduces the artifact. ``recipe`` is raised when a step's meaning changes. A fingerprint is the hash of a spec and of
-its inputs' fingerprints: it says what was asked for, before anything has been computed.
+The spec is canonical JSON (sorted keys, defaults left out) and all a program needs besides its inputs, so the log
+line of a job reproduces the artifact. ``recipe`` is raised when a step's meaning changes. A fingerprint is the hash
+of a spec and of its inputs' fingerprints: it says what was asked for, before anything has been computed.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlannedArtifact:
-    """What a job makes: the files it needs, its spec, what it is the hash of, and the jobs that do its work beforehand."""
+    """One artifact that the study can make."""
 
-    inputs: list[str]
-    spec: str
-    fingerprint: str
-    shards: list[str]  # it waits for them, but is the same without them
+    inputs: list[str]  # files that its job needs
+    spec: str  # canonical JSON
+    fingerprint: str  # hash of the spec and of the inputs' fingerprints
+    shards: list[str]  # addresses of jobs that do its work beforehand: it waits for them, but is the same without them
 
 
 class ArtifactGraph:
-    """All artifacts of a study by address."""
+    """All artifacts of a study by address (``artifacts``)."""
 
     def __init__(self, study: Study):
         self.study = study
@@ -44,17 +44,15 @@ class ArtifactGraph:
         if address not in self.artifacts:
             kind = kind_of(address)
             declared = kind.declare(self, **wildcards_of(address))
-            inputs = [self.add_artifact(source) for source in dict.fromkeys(declared.inputs)]
-            files = [output_of(source) for source in dict.fromkeys(declared.inputs)] + [
-                str(ROOT / file) for file in declared.files
-            ]
-            spec = self._spec(kind.step, kind.recipe, declared.body)
-            fingerprint = self._fingerprint(spec, [source.fingerprint for source in inputs])
+            inputs = list(dict.fromkeys(declared.inputs))
+            fingerprints = [self.fingerprint(source) for source in inputs]
             for shard in declared.shards:
                 self.add_artifact(shard)
-            self.artifacts[address] = PlannedArtifact(
-                [*files, *map(output_of, declared.shards)], spec, fingerprint, declared.shards
-            )
+            outside = [str(ROOT / file) for file in declared.files]
+            files = [*map(output_of, inputs), *outside, *map(output_of, declared.shards)]
+            spec = self._spec(kind.step, kind.recipe, declared.body)
+            fingerprint = self._fingerprint(spec, fingerprints)
+            self.artifacts[address] = PlannedArtifact(files, spec, fingerprint, declared.shards)
         return self.artifacts[address]
 
     def fingerprint(self, address: str) -> str:
@@ -64,11 +62,15 @@ class ArtifactGraph:
     def shards_made(
         self, address: str, step: str, recipe: int, body: dict[str, Any], inputs: Sequence[str]
     ) -> int | None:
-        """In how many shards an artifact was made that is there as the study asks for it: another number then does not make it again."""
-        asked = self._fingerprint(self._spec(step, recipe, body), [self.fingerprint(source) for source in inputs])
+        """In how many shards an artifact was made that is there as the study asks for it; None where it is not.
+
+        Asking for another number of shards then does not make it again.
+        """
+        spec = self._spec(step, recipe, body)
+        fingerprint = self._fingerprint(spec, [self.fingerprint(source) for source in inputs])
         output = ROOT / self.study.directory / output_of(address)
         try:
-            if json.loads(output.read_bytes())["fingerprint"] != asked:
+            if json.loads(output.read_bytes())["fingerprint"] != fingerprint:
                 return None
             return max(1, len(json.loads(output.with_name("provenance.json").read_bytes())["shards"]))
         except (OSError, ValueError, KeyError, TypeError):
@@ -79,7 +81,8 @@ class ArtifactGraph:
         return canonical({"step": step, "recipe": recipe, **body})
 
     @staticmethod
-    def _fingerprint(spec: str, inputs: list[str]) -> str:
+    def _fingerprint(spec: str, inputs: Sequence[str]) -> str:
+        """Hash of a spec and of the inputs' fingerprints."""
         return digest(spec, *sorted(inputs))
 
 

@@ -14,39 +14,38 @@ from llmfusion.study.schema.study import Study
 
 def read_study(file: str | Path) -> Study:
     """Read and check one study file. Raises :class:`StudyError` with every mistake in it."""
-    shown = _shown(Path(file))
+    name = _short_path(Path(file))
     try:
         raw, lines = strict_yaml.load(file)
     except OSError as error:
-        raise StudyError(f"{shown}: cannot be read: {error.strerror}") from None
+        raise StudyError(f"{name}: cannot be read: {error.strerror}") from None
     except strict_yaml.YamlError as error:
-        raise StudyError(_syntax(shown, error)) from None
+        raise StudyError(_syntax_report(name, error)) from None
     if not isinstance(raw, dict):
-        raise StudyError(
-            f"{shown}: a study is a mapping of keys (title, models, tables, ...); this is {type(raw).__name__}"
-        )
+        kind = type(raw).__name__
+        raise StudyError(f"{name}: a study is a mapping of keys (title, models, tables, ...); this is {kind}")
     raw = {key: value for key, value in raw.items() if not str(key).startswith("x-")}  # holders of YAML anchors
-    study, found = _parse(raw)
-    found += references.problems(references.Declared(raw, _valid_entries(raw, study)))
-    if found or study is None:
-        raise StudyError(report(shown, found, lines))
+    study, problems = _parse(raw)
+    problems += references.problems(references.Declared(raw, _valid_entries(raw, study)))
+    if problems or study is None:
+        raise StudyError(report(name, problems, lines))
     return study
 
 
-def _shown(file: Path) -> str:
-    """The path as short as it can be told: relative to the working directory or the clone."""
+def _short_path(file: Path) -> str:
+    """A path for messages: relative to the working directory or the clone if it lies in one of them."""
     for base in (Path.cwd(), ROOT):
         if file.resolve().is_relative_to(base):
             return str(file.resolve().relative_to(base))
     return str(file)
 
 
-def _syntax(shown: str, error: strict_yaml.YamlError) -> str:
-    rows = [f"  {shown}:{line}: {text}" for line, text in error.problems]
-    return "\n".join([f"{shown}: {len(rows)} mistake{'s' * (len(rows) != 1)}; nothing was started", *rows])
+def _syntax_report(name: str, error: strict_yaml.YamlError) -> str:
+    rows = [f"  {name}:{line}: {text}" for line, text in error.problems]
+    return "\n".join([f"{name}: {len(rows)} mistake{'s' * (len(rows) != 1)}; nothing was started", *rows])
 
 
-def _parse(raw: dict) -> tuple[Study | None, list[Problem]]:
+def _parse(raw: dict[str, Any]) -> tuple[Study | None, list[Problem]]:
     try:
         return Study.model_validate(raw), []
     except ValidationError as error:
@@ -62,28 +61,29 @@ def _valid_entries(raw: dict[str, Any], study: Study | None) -> dict[Key, Any]:
     """Entries that are valid on their own, so that references are checked even where others are faulty."""
     out: dict[Key, Any] = {}
     for section, entry_type in _entry_types(Study).items():
-        at: Any = raw if study is None else study
+        entries: Any = raw if study is None else study
         for part in section:
-            at = at.get(part) if isinstance(at, dict) else getattr(at, part, None)
-        for name, entry in at.items() if isinstance(at, dict) else []:
+            entries = entries.get(part) if isinstance(entries, dict) else getattr(entries, part, None)
+        for name, entry in entries.items() if isinstance(entries, dict) else []:
             valid = entry if study is not None else _validated(entry_type, entry)
             if valid is not None:
                 out[(*section, str(name))] = valid
     return out
 
 
-def _entry_types(model: type[BaseModel], at: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+def _entry_types(model: type[BaseModel], section: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     """Type of the entries of each section that holds named entries, e.g. ``("models", "trained")``."""
     out: dict[tuple[str, ...], Any] = {}
     for name, field in model.model_fields.items():
         if get_origin(field.annotation) is dict:
-            out[(*at, name)] = get_args(field.annotation)[1]
+            out[(*section, name)] = get_args(field.annotation)[1]
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            out |= _entry_types(field.annotation, (*at, name))
+            out |= _entry_types(field.annotation, (*section, name))
     return out
 
 
-def _validated(entry_type: Any, entry: Any) -> BaseModel | None:
+def _validated(entry_type: Any, entry: Any) -> Any:
+    """The entry as its model, or None if it is not valid."""
     try:
         return TypeAdapter(entry_type).validate_python(entry)
     except ValidationError:

@@ -1,41 +1,41 @@
-"""Plug-ins: every module of a package is one, named by its file. Adding a file adds a target, a method, a layout, a format, a kind."""
+"""Plug-ins: every module of a package is one, named by its file.
 
-import ast
+Adding a file adds a fusion target, a merge method, a data layout, an answer format, or a kind of artifact.
+"""
+
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+from llmfusion.errors import UserError
 
-class PluginError(Exception):
+DOCSTRING = "a docstring (its first line is the sentence of tables and model cards)"
+
+
+class PluginError(UserError):
     """A plug-in's file lacks what its room asks for. ``str()`` names the file and what is missing."""
 
 
 @cache
 def plugin_names(package: str) -> tuple[str, ...]:
     """Names of a package's plug-ins, sorted, without importing them. Names that begin with ``_`` are not plug-ins."""
-    spec = find_spec(package)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    found = {path.stem for place in spec.submodule_search_locations for path in Path(place).glob("[a-z]*.py")}
-    return tuple(sorted(found))
+    names = {path.stem for folder in _folders(package) for path in Path(folder).glob("[a-z]*.py")}
+    return tuple(sorted(names))
 
 
 @cache
 def load_plugin(package: str, name: str, *required: str) -> ModuleType:
-    """One plug-in's module. Raises :class:`PluginError` where it does not define the ``required`` names, or has no docstring."""
+    """One plug-in's module. Raises :class:`PluginError` where a ``required`` name or its docstring is missing."""
     module = import_module(f"{package}.{name}")
     missing = [attribute for attribute in required if not hasattr(module, attribute)]
-    missing += (
-        []
-        if (module.__doc__ or "").strip()
-        else ["a docstring (its first line is the sentence of tables and model cards)"]
-    )
+    if not (module.__doc__ or "").strip():
+        missing.append(DOCSTRING)
     if missing:
-        raise PluginError(
-            f"{module.__file__}: a plug-in of {package} needs: {', '.join(required)}; missing: {', '.join(missing)}"
-        )
+        needs = f"a plug-in of {package} needs: {', '.join(required)}"
+        raise PluginError(f"{module.__file__}: {needs}; missing: {', '.join(missing)}")
     return module
 
 
@@ -45,9 +45,17 @@ def load_plugins(package: str, *required: str) -> dict[str, ModuleType]:
 
 
 def summary_of(package: str, name: str) -> str:
-    """First line of a plug-in's docstring, without its full stop; read from the file, so that nothing heavy is imported."""
-    spec = find_spec(package)
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    text = (Path(spec.submodule_search_locations[0]) / f"{name}.py").read_text(encoding="utf-8")
+    """First line of a plug-in's docstring, without its full stop; read from the file, so that nothing is imported."""
+    import ast
+
+    paths = [Path(folder) / f"{name}.py" for folder in _folders(package)]
+    text = next(path for path in paths if path.exists()).read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0].rstrip(".")
+
+
+def _folders(package: str) -> Sequence[str]:
+    """Folders of a package: its own, and those that an extension has added to its ``__path__``."""
+    spec = find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        raise PluginError(f"{package}: is not a package")
+    return spec.submodule_search_locations

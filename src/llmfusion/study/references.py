@@ -1,7 +1,7 @@
 """What one section of a study says about another: names that must exist, no cycles, no source twice.
 
-Each kind checks its own sections (:data:`llmfusion.study.kinds.Kind.problems`) with the help of :class:`Declared`; what concerns
-several kinds at once is checked here.
+Each kind checks its own sections (:data:`llmfusion.study.kinds.Kind.problems`) with the help of :class:`Declared`; what
+concerns several kinds at once is checked here.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ MODEL_KINDS = ("base", "trained", "merged")
 
 
 class Declared:
-    """Names the file declares (``raw``), also of entries that are faulty, and the entries that are valid on their own."""
+    """Names the file declares (``raw``), also of faulty entries, and the entries that are valid on their own."""
 
     def __init__(self, raw: dict[str, Any], valid: dict[Key, Any]):
         self.valid = valid
@@ -40,7 +40,7 @@ class Declared:
         return self.valid.get(("models", kind, name))
 
     def vocabulary(self, address: str) -> str | None:
-        """A word that is the same for models with one vocabulary; None where an entry on the way to it is missing or faulty."""
+        """An identifier that models with one vocabulary share; None where an entry on the way to it is not valid."""
         seen: set[str] = set()
         while (entry := self.model(address)) is not None and address not in seen:
             seen.add(address)
@@ -81,7 +81,7 @@ class Declared:
 
 
 def started_from(entry: Any) -> str | None:
-    """Address of the model that a model of a study was trained from, or merged over; None for a base model that starts from nothing."""
+    """Address of the model that a model of a study was trained from, or merged over; None where there is none."""
     return getattr(entry, "init", None) or getattr(entry, "pivot", None)
 
 

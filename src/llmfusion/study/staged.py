@@ -1,4 +1,4 @@
-"""Checks that need what is already on disk: datasets too small for a mix, tokenizers that differ where one is declared."""
+"""Checks that need what is on disk: datasets too small for a mix, tokenizers that differ where one is declared."""
 
 import base64
 from pathlib import Path
@@ -21,10 +21,11 @@ def check_staged(file: str | Path, study: Study, graph: ArtifactGraph) -> None:
 
 
 class _Facts:
-    """What manifests of the study's own artifacts say (others are left alone: they will be made anew)."""
+    """Facts in manifests of the study's own artifacts (others are left alone: they will be made again)."""
 
     def __init__(self, study: Study, graph: ArtifactGraph):
-        self.directory, self.graph = ROOT / study.directory, graph
+        self.directory = ROOT / study.directory
+        self.graph = graph
 
     def __call__(self, address: str) -> dict[str, Any]:
         manifest = json_object_or_empty(manifest_of(self.directory / output_of(address)))
@@ -38,11 +39,8 @@ def _too_few_rows(study: Study, facts: _Facts) -> list[Problem]:
         for dataset, count in mix.datasets.items():
             rows = facts(f"data/dataset/{dataset}").get("samples")
             if rows is not None and rows < count:
-                out.append(
-                    Problem(
-                        ("mixes", name, "datasets", dataset), f"asks for {count} samples; the dataset staged has {rows}"
-                    )
-                )
+                text = f"asks for {count} samples; the dataset staged has {rows}"
+                out.append(Problem(("mixes", name, "datasets", dataset), text))
     return out
 
 
@@ -50,28 +48,31 @@ def _tokenizers(study: Study, facts: _Facts) -> list[Problem]:
     first: dict[str, tuple[str, str]] = {}
     out = []
     for name, entry in study.models.base.items():
-        word, found = getattr(entry, "vocabulary", None), facts(f"models/base/{name}").get("vocabulary_sha256")
-        if word is None or found is None:
+        vocabulary = getattr(entry, "vocabulary", None)
+        sha256 = facts(f"models/base/{name}").get("vocabulary_sha256")
+        if vocabulary is None or sha256 is None:
             continue
-        other, expected = first.setdefault(word, (name, found))
-        if found != expected:
-            text = f"base/{name} and base/{other} both say vocabulary {word!r}, but their tokenizers differ; give them different words"
+        other, expected = first.setdefault(vocabulary, (name, sha256))
+        if sha256 != expected:
+            models = f"base/{name} and base/{other} both say vocabulary {vocabulary!r}"
+            text = f"{models}, but their tokenizers differ; give them different words"
             out.append(Problem(("models", "base", name, "vocabulary"), text))
     return out
 
 
 def _orphans(facts: _Facts) -> list[Problem]:
-    """Artifacts of other settings that Snakemake would keep: it was killed before it could record how they were made."""
+    """Artifacts of other settings that Snakemake would keep: it was killed before it recorded how they were made."""
     out = []
     for address, artifact in facts.graph.artifacts.items():
         path = output_of(address)
-        record = base64.b64encode(path.encode()).decode()
+        name = base64.b64encode(path.encode()).decode()  # of Snakemake's record; a longer name is split into folders
         state = facts.directory / ".snakemake"
-        unknown = (state / "incomplete" / record).exists() or not (state / "metadata" / record).exists()
-        if len(record) > 255 or not unknown or not (facts.directory / path).exists():
+        unknown = (state / "incomplete" / name).exists() or not (state / "metadata" / name).exists()
+        if len(name) > 255 or not unknown or not (facts.directory / path).exists():
             continue
-        found = json_object_or_empty(manifest_of(facts.directory / path))
-        if found.get("spec") not in (None, artifact.spec):
-            text = f"lies in {facts.directory} with other settings than this study's, and Snakemake has no record of how it was made (it was killed, perhaps); remove {path} to have it made again"
-            out.append(Problem((), f"{address} {text}"))
+        manifest = json_object_or_empty(manifest_of(facts.directory / path))
+        if manifest.get("spec") not in (None, artifact.spec):
+            settings = f"{address} lies in {facts.directory} with other settings than this study's"
+            record = "Snakemake has no record of how it was made (it was killed, perhaps)"
+            out.append(Problem((), f"{settings}, and {record}; remove {path} to have it made again"))
     return out

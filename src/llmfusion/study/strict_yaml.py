@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 MAX_NODES = 200_000  # the paper's study has some hundreds
 
 
@@ -53,7 +53,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
-def load(path: str | Path) -> tuple[Any, dict[Path_, int]]:
+def load(path: str | Path) -> tuple[Any, dict[KeyPath, int]]:
     """Read one YAML document.
 
     Returns the data and, for every mapping key and list item, its line (from 1) under its path, e.g.
@@ -64,31 +64,32 @@ def load(path: str | Path) -> tuple[Any, dict[Path_, int]]:
         text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise YamlError([(1, f"not UTF-8: byte {error.start} is {error.object[error.start]:#x}")]) from None
-    loader = None
     try:
-        loader = _Loader(text)  # looks for characters that are not allowed
-        node = loader.get_single_node()
-        lines: dict[Path_, int] = {}
-        walk = _Walk()
-        if node is not None:
-            walk.visit(node, (), lines)
-        if walk.problems:
-            raise YamlError(walk.problems)
-        return (loader.construct_document(node) if node is not None else None), lines
+        return _load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise YamlError([(mark.line + 1 if mark else 1, error.problem or str(error))]) from None
-    except (
-        yaml.YAMLError,
-        RecursionError,
-        ValueError,
-        LookupError,
-        AttributeError,
-    ) as error:  # the last two: PyYAML on "!!bool x"
+    except UNREADABLE as error:
         raise YamlError([(1, (str(error).splitlines() or [type(error).__name__])[0])]) from None
+
+
+# what PyYAML raises for text that it cannot read; the last two for "!!bool x"
+UNREADABLE = (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError)
+
+
+def _load(text: str) -> tuple[Any, dict[KeyPath, int]]:
+    loader = _Loader(text)  # looks for characters that are not allowed
+    try:
+        node = loader.get_single_node()
+        lines: dict[KeyPath, int] = {}
+        visitor = _KeyVisitor()
+        if node is not None:
+            visitor.visit(node, (), lines)
+        if visitor.problems:
+            raise YamlError(visitor.problems)
+        return (loader.construct_document(node) if node is not None else None), lines
     finally:
-        if loader is not None:
-            loader.dispose()
+        loader.dispose()
 
 
 def load_text(text: str) -> Any:
@@ -96,24 +97,23 @@ def load_text(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader
 
 
-class _Walk:
-    """Records lines and finds duplicate keys before merge keys are flattened (an override of a merged key is no duplicate)."""
+class _KeyVisitor:
+    """Records lines and finds duplicate keys.
+
+    Before merge keys are flattened: an override of a merged key is no duplicate.
+    """
 
     def __init__(self) -> None:
         self.problems: list[tuple[int, str]] = []
         self.visited = 0
 
-    def visit(self, node: yaml.Node, path: Path_, lines: dict[Path_, int], above: frozenset[int] = frozenset()) -> None:
+    def visit(
+        self, node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int], above: frozenset[int] = frozenset()
+    ) -> None:
         self.visited += 1
         if self.visited > MAX_NODES:
-            raise YamlError(
-                [
-                    (
-                        node.start_mark.line + 1,
-                        f"anchors that repeat anchors make more than {MAX_NODES:,} entries of this file",
-                    )
-                ]
-            )
+            text = f"anchors that repeat anchors make more than {MAX_NODES:,} entries of this file"
+            raise YamlError([(node.start_mark.line + 1, text)])
         if id(node) in above:
             self.problems.append((node.start_mark.line + 1, "an anchor contains itself"))
             return
@@ -125,7 +125,7 @@ class _Walk:
         elif isinstance(node, yaml.MappingNode):
             self._mapping(node, path, lines, above)
 
-    def _mapping(self, node: yaml.MappingNode, path: Path_, lines: dict[Path_, int], above: frozenset[int]) -> None:
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath, lines: dict[KeyPath, int], above: frozenset[int]) -> None:
         seen: dict[str, int] = {}
         merges = []
         for key, value in node.value:
@@ -143,9 +143,10 @@ class _Walk:
             self.visit(value, (*path, key.value), lines, above)
         for merged in merges:
             for source in merged.value if isinstance(merged, yaml.SequenceNode) else [merged]:
-                inherited: dict[Path_, int] = {}
-                quiet, self.problems = self.problems, []  # what is wrong inside the anchor is told where it stands
+                inherited: dict[KeyPath, int] = {}
+                before = self.problems
+                self.problems = []  # what is wrong inside the anchor is reported where it is defined
                 self.visit(source, path, inherited, above)
-                self.problems = quiet + [p for p in self.problems if "contains itself" in p[1]]
+                self.problems = before + [problem for problem in self.problems if "contains itself" in problem[1]]
                 for inner, line in inherited.items():
                     lines.setdefault(inner, line)

@@ -144,14 +144,14 @@ CACHES: Cases = {
 def use_cache() -> None:
     """Everything a training takes from the cache: head, embeddings, and the rows of every sample of the mix."""
     from llmfusion.data.chat import encode
-    from llmfusion.data.samples import read_jsonl
+    from llmfusion.data.samples import read_samples
     from llmfusion.fusion.teacher import CachedTeacher
     from llmfusion.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(RESULTS / PIVOT, None)
     teacher = CachedTeacher("base/code", store.read(manifest_path(CACHE)), tokenizer, 400, "cpu")
     teacher.cache.embedding()
-    for sample in read_jsonl(RESULTS / MIX / "samples.jsonl"):
+    for sample in read_samples(RESULTS / MIX / "samples.jsonl"):
         teacher.batch([sample], [encode(sample, tokenizer, 128).label_ids])  # type: ignore[union-attr]
 
 

@@ -19,7 +19,7 @@ from tests.unit.stand_ins import question
 def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives fresh folders with a mix in them; loads, and uses once, what the children need."""
     from llmfusion.data.chat import encode
-    from llmfusion.data.samples import write_jsonl
+    from llmfusion.io.jsonl import write_jsonl
     from llmfusion.models.loading import save_model
     from llmfusion.models.scratch import make_model, make_tokenizer
 

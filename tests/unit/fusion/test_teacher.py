@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from llmfusion.data.chat import encode
-from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
 from llmfusion.fusion.distributions import HiddenStateDistribution, TeacherHead
 from llmfusion.fusion.fused_loss import fused_loss
 from llmfusion.fusion.teacher import CachedTeacher
+from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.batches import label_positions
 from llmfusion.models.loading import load_model, save_model
 from llmfusion.models.scratch import make_model, make_tokenizer

@@ -41,15 +41,14 @@ def declare(graph: ArtifactGraph, table: str) -> Declaration:
 
 
 def describe(study: Study, model: str) -> tuple[str, str]:
-    """``(method, sources)`` of a table row, from the entry itself: e.g. ``("kd", "code")``, ``("pairwise-rsaf", "code+math")``."""
+    """``(method, sources)`` of a table row, from the entry itself: e.g. ``("pairwise-rsaf", "code+math")``."""
     kind, name = model.split("/")
     if kind == "base":
         return "none", name
     if kind == "merged":
         merge = study.models.merged[name]
-        return f"pairwise-{merge.method}", "+".join(
-            dict.fromkeys(s for p in merge.parents for s in describe(study, p)[1].split("+"))
-        )
+        sources = [source for parent in merge.parents for source in describe(study, parent)[1].split("+")]
+        return f"pairwise-{merge.method}", "+".join(dict.fromkeys(sources))
     run = study.models.trained[name]
     if run.fusion is None:
         return ("seqkd" if run.generated else "sft"), "+".join(m.split("/")[1] for m in run.generated or [run.init])
@@ -78,14 +77,12 @@ def problems(declared: Declared) -> Iterator[Problem]:
                     yield Problem((*key, "rows", i, "model"), f"model {model!r} has a row already")
                 seen.add(model)
             if len(row.models) != len(table.rows[0].models):
-                counts = f"{len(row.models)} replicates, the first row {len(table.rows[0].models)}"
-                yield Problem(
-                    (*key, "rows", i, "model"), f"has {counts}: rows of a table are compared replicate by replicate"
-                )
+                counts = f"has {len(row.models)} replicates, the first row {len(table.rows[0].models)}"
+                text = f"{counts}: rows of a table are compared replicate by replicate"
+                yield Problem((*key, "rows", i, "model"), text)
         if table.reference is not None and table.reference not in seen:
-            yield Problem(
-                (*key, "reference"), f"{table.reference!r} has no row in this table; {nearest(table.reference, seen)}"
-            )
+            text = f"{table.reference!r} has no row in this table; {nearest(table.reference, seen)}"
+            yield Problem((*key, "reference"), text)
 
 
 KIND = Kind(

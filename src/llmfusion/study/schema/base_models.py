@@ -52,9 +52,8 @@ class Architecture(Section):
                 f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}"
             )
         if self.num_key_value_heads and self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
-            )
+            heads = f"num_attention_heads {self.num_attention_heads}"
+            raise ValueError(f"{heads} is no multiple of num_key_value_heads {self.num_key_value_heads}")
         return self
 
 
@@ -89,7 +88,7 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENS
 
 
 def model_files(entry: HubModel | PathModel | GgufModel | ScratchModel) -> list[str]:
-    """Files outside the study that a base model is staged from. A folder that is not there yet is missed by its ``config.json``."""
+    """Files outside the study that a base model is staged from; of a folder that does not exist its ``config.json``."""
     if isinstance(entry, GgufModel):
         return [entry.path]
     if not isinstance(entry, PathModel):

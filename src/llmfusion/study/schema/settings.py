@@ -10,8 +10,8 @@ from llmfusion.study.schema.base import Positive, Section
 class Capture(Section):
     kind: Literal["hidden", "topk", "online"] = Field(
         "hidden",
-        description="what is kept of a teacher: its final hidden states (exact), its k most likely tokens (smaller, a part of the distribution), "
-        "or neither: then every training loads the teacher itself",
+        description="what is kept of a teacher: its final hidden states (exact), its k most likely tokens (smaller, a "
+        "part of the distribution), or neither: then every training loads the teacher itself",
     )
     k: Positive = Field(10, description="for kind topk: how many tokens are kept at each position")
     dtype: Literal["float32", "bfloat16"] = Field(

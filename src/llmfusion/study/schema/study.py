@@ -1,6 +1,7 @@
 """A whole study: everything the workflow needs to know, in one file.
 
-Every key has a description; a default, once released, never changes, because artifacts leave defaults out of their spec.
+Every key has a description; a default, once released, never changes, because artifacts leave defaults out of their
+spec.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, create_model, field_validator
 
 from llmfusion.study.kinds import all_kinds
+from llmfusion.study.plugins import PluginError
 from llmfusion.study.schema.base import Name, Section, template_fields
 from llmfusion.study.schema.base_models import BaseModelEntry
 from llmfusion.study.schema.data import Dataset, Mix, Task
@@ -73,8 +75,20 @@ class BuiltinSections(Section):
 
 def _added_sections() -> dict[str, Any]:
     """Sections that kinds of artifacts add to a study: ``{key: {NAME: entry}}``, empty by default."""
-    sections = (kind.section for kind in all_kinds().values() if kind.section is not None)
-    return {key: (dict[Name, entry], Field({}, description=description)) for key, entry, description in sections}  # type: ignore[valid-type]
+    out: dict[str, Any] = {}
+    for name, kind in all_kinds().items():
+        if kind.section is None:
+            continue
+        key, entry, description = kind.section
+        if (
+            not key.isidentifier()
+            or key.startswith("_")
+            or hasattr(BuiltinSections, key)
+            or key in BuiltinSections.model_fields
+        ):
+            raise PluginError(f"kind {name}: section {key!r} is taken, or no name of a section; take another")
+        out[key] = (dict[Name, entry], Field({}, description=description))  # type: ignore[valid-type]
+    return out
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from llmfusion.study.schema.base import Address, Name, Section
 
 class Row(Section):
     model: Address | Annotated[list[Address], Field(min_length=2)] = Field(
-        description="the model of this row, or its replicates (the same method with other seeds): the row is then their mean"
+        description="the model of this row, or its replicates (the same method with other seeds): "
+        "the row is then their mean"
     )
     category: str = Field(description="block of the table")
     label: str = Field(description="what the row is called")

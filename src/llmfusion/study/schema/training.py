@@ -20,7 +20,8 @@ class Training(Section):
     )
     micro_batch_tokens: Positive | None = Field(
         None,
-        description="instead: tokens in one forward pass, padding included; each step's samples are sorted by length, so that there is little of it",
+        description="instead: tokens in one forward pass, padding included; each step's samples are sorted by length, "
+        "so that there is little of it",
     )
     activation_checkpointing: bool = Field(
         False, description="keep only each layer's input and compute the rest again: less memory, a third more time"
@@ -45,7 +46,8 @@ class Training(Section):
     precision: Literal["float32", "bfloat16"] = Field("float32", description="of the computation (autocast)")
     parameters: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="of the weights; bfloat16 halves them and their gradients and is refused at learning rates whose steps it would round away",
+        description="of the weights; bfloat16 halves them and their gradients and is refused at learning rates whose "
+        "steps it would round away",
     )
     save_dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="of the saved weights; parents of merges need float32"
@@ -56,7 +58,8 @@ class Training(Section):
     )
     sharding: Literal["none", "full"] = Field(
         "none",
-        description="none: each process holds the whole model; full: its part of every weight, gradient and moment (FSDP)",
+        description="none: each process holds the whole model; full: its part of every weight, gradient and moment "
+        "(FSDP)",
     )
 
     @model_validator(mode="after")

@@ -1,0 +1,30 @@
+"""Log lines of a job: the bare message on standard output, without secrets."""
+
+import logging
+import sys
+import traceback
+
+from llmfusion.errors import redacted
+
+
+class RedactedRecord(logging.LogRecord):
+    """A record of this package or of any library, whose message and traceback hold no secret."""
+
+    def __init__(self, *args: object, **kwargs: object):
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        if isinstance(self.exc_info, tuple):
+            self.exc_text = redacted("".join(traceback.format_exception(*self.exc_info))).rstrip("\n")
+
+    def getMessage(self) -> str:
+        """The message with its arguments, redacted."""
+        return redacted(super().getMessage())
+
+
+def log_to_stdout() -> None:
+    """Print INFO of this package and warnings of others to standard output, where a rule's log file receives them.
+
+    Secrets are removed from the records themselves, so that handlers which libraries install show none either.
+    """
+    logging.setLogRecordFactory(RedactedRecord)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("llmfusion").setLevel(logging.INFO)
