@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from benchmarks import small
 from llmfusion.artifacts.store import Artifact
-from llmfusion.data.samples import write_jsonl
-from llmfusion.fusion.distributions import HiddenStateDistribution, Vocabulary
+from llmfusion.fusion.distributions import HiddenStateDistribution, TeacherHead
 from llmfusion.fusion.fused_loss import fused_loss
 from llmfusion.fusion.teacher import load_teacher
+from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.batches import default_device
 from llmfusion.models.loading import load_model
 from llmfusion.teachers.capture import capture
@@ -63,10 +63,10 @@ def ours(given: Case) -> Tensor:
     """Half SFT, half knowledge fusion, summed over rows."""
     one = given.labels.new_ones(len(given.labels), dtype=torch.float32)
     vocabulary = len(given.teacher_head)
-    own = Vocabulary(given.teacher_head, None, torch.arange(vocabulary, device=one.device), vocabulary)
+    own = TeacherHead(given.teacher_head, None, torch.arange(vocabulary, device=one.device), vocabulary)
     teacher = HiddenStateDistribution(given.teacher, own, given.entropy, one, one)
     return fused_loss(
-        given.hidden, given.head, None, given.labels, [teacher], one[:, None], 0.5, products=given.hidden.dtype
+        given.hidden, given.head, None, given.labels, [teacher], one[:, None], 0.5, matmul_dtype=given.hidden.dtype
     ).loss
 
 

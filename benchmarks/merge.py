@@ -1,10 +1,11 @@
 """Merging: CPU seconds, memory and exactness against mergekit 0.1.5, in one run.
 
-``python -m benchmarks.merge`` makes seeded bfloat16 checkpoints (Llama shapes, about 105 million and 0.5 billion parameters, 2 and 4
-sources), merges them with this package, with mergekit in a virtual environment of its own (made on the first run) and with a copy loop
-that only reads and writes; then every tensor of the smaller merges is compared with a plain float64 reference. It ends with a line for
-each claim: goal, measured, held or not. Figures a parameter leave out the start-up, which is that of merging a model of a few thousand
-parameters. Takes about 15 minutes and 8 GB of disk, in a temporary folder; ``--only`` does one part of it.
+``python -m benchmarks.merge`` makes seeded bfloat16 checkpoints (Llama shapes, about 105 million and 0.5 billion
+parameters, 2 and 4 sources), merges them with this package, with mergekit in a virtual environment of its own (made on
+the first run) and with a copy loop that only reads and writes; then every tensor of the smaller merges is compared with
+a plain float64 reference. It ends with a line for each claim: goal, measured, held or not. Figures a parameter leave
+out the start-up, which is that of merging a model of a few thousand parameters. Takes about 15 minutes and 8 GB of
+disk, in a temporary folder; ``--only`` does one part of it.
 """
 
 import argparse
@@ -19,11 +20,11 @@ import time
 import venv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from llmfusion.io.safetensors import layout_of, read_checkpoint_headers, tensor_bytes
+from llmfusion.io.safetensors import TensorInfo, layout_of, read_checkpoint_headers, tensor_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 MERGEKIT = "mergekit==0.1.5"
@@ -80,30 +81,39 @@ def make(folder: Path, size: str, models: int) -> list[Path]:
     """A pivot (values of deviation 0.02) and models around it (deltas of deviation 1e-3), rounded to bfloat16."""
     width, layers, vocabulary = SIZES[size]
     tensors = shapes(width, layers, vocabulary)
-    settings = {
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-        "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": vocabulary, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    }  # fmt: skip
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
     places = [folder / size / name for name in ("pivot", *(f"model{j}" for j in range(models)))]
     layout = layout_of(Path("model.safetensors"), {name: ("BF16", shape) for name, shape in tensors.items()}, None)
     with contextlib.ExitStack() as stack:
         files = []
         for place in places:
             place.mkdir(parents=True)
-            (place / "config.json").write_text(json.dumps(settings))
+            (place / "config.json").write_text(json.dumps(config))
             files.append(stack.enter_context(open(place / "model.safetensors", "wb")))
             files[-1].write(layout.head)
         for i, shape in enumerate(tensors.values()):
             theta = np.random.default_rng([0, i]).standard_normal(int(np.prod(shape)), np.float32) * np.float32(0.02)
             for j, file in enumerate(files):
-                delta = (
-                    np.random.default_rng([j, i]).standard_normal(theta.size, np.float32) * np.float32(1e-3)
-                    if j
-                    else np.float32(0)
-                )
-                bits = (theta + delta).view(np.uint32)
-                file.write(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes())
+                delta = np.random.default_rng([j, i]).standard_normal(theta.size, np.float32) * np.float32(1e-3)
+                bits = (theta + delta if j else theta).view(np.uint32)
+                file.write(_rounded(bits).tobytes())
     return places
+
+
+def _rounded(bits: np.ndarray) -> np.ndarray:
+    """Bits of float32 rounded to bits of bfloat16, to the nearest, ties to even."""
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2")
 
 
 def cost(command: list[str | Path], environment: dict[str, str] | None = None) -> Cost:
@@ -115,10 +125,8 @@ def cost(command: list[str | Path], environment: dict[str, str] | None = None) -
         anonymous = 0
         while (waited := os.wait4(process.pid, os.WNOHANG))[0] == 0:
             try:
-                told = Path(f"/proc/{process.pid}/status").read_text()
-                anonymous = max(
-                    [anonymous, *(int(line.split()[1]) for line in told.splitlines() if line.startswith("RssAnon"))]
-                )
+                status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+                anonymous = max([anonymous, *(int(line.split()[1]) for line in status if line.startswith("RssAnon"))])
             except OSError:
                 pass
             time.sleep(0.01)
@@ -130,45 +138,43 @@ def cost(command: list[str | Path], environment: dict[str, str] | None = None) -
     return Cost(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, anonymous / 1024)
 
 
-def ours(method: str, models: list[Path], out: Path, *options: str) -> Cost:
+def ours(method: str, models: list[Path], out: Path) -> Cost:
+    """A merge with this package's command."""
     shutil.rmtree(out, ignore_errors=True)
-    given = [f"{key}={value}" for key, value in METHODS[method][1].items()]
+    pivot, *others = models
     words: list[str | Path] = [
         "--method",
         method,
         "--pivot",
-        models[0],
+        pivot,
         "--models",
-        *models[1:],
+        *others,
         "--out",
         out,
         "--threads",
         "1",
     ]
-    return cost(
-        [sys.executable, "-m", "llmfusion.steps.merge_models", *words, *(["--set", *given] if given else []), *options]
-    )
+    options = [f"{key}={value}" for key, value in METHODS[method][1].items()]
+    return cost([sys.executable, "-m", "llmfusion", "merge", *words, *(["--set", *options] if options else [])])
 
 
 def mergekit(kit: Path, method: str, models: list[Path], out: Path) -> Cost:
+    """The same merge with mergekit."""
     shutil.rmtree(out, ignore_errors=True)
     name, _, parameters = METHODS[method]
     own = {key: parameters[key] for key in ("weight", "density") if key in parameters}
     rest = {key: value for key, value in parameters.items() if key not in own}
     entries = [{"model": str(models[0])}, *({"model": str(model), "parameters": own} for model in models[1:])]
     config = out.with_suffix(".json")  # JSON is YAML
-    config.write_text(
-        json.dumps(
-            {
-                "merge_method": name,
-                "base_model": str(models[0]),
-                "models": entries,
-                "parameters": rest,
-                "dtype": "float32",
-                "out_dtype": "bfloat16",
-            }
-        )
-    )
+    content = {
+        "merge_method": name,
+        "base_model": str(models[0]),
+        "models": entries,
+        "parameters": rest,
+        "dtype": "float32",
+        "out_dtype": "bfloat16",
+    }
+    config.write_text(json.dumps(content))
     return cost([kit / "bin/mergekit-yaml", config, out, "--no-copy-tokenizer"], {"HF_HUB_OFFLINE": "1"})
 
 
@@ -182,7 +188,8 @@ def kit_in(folder: Path) -> Path:
 
 
 def parameters(model: Path) -> int:
-    return sum((entry.end - entry.start) // 2 for entry in read_checkpoint_headers(model).values())
+    """How many values a bfloat16 checkpoint has."""
+    return sum(info.nbytes // 2 for info in read_checkpoint_headers(model).values())
 
 
 def least(costs: list[Cost]) -> Cost:
@@ -200,18 +207,26 @@ class Claim(NamedTuple):
 
     def __str__(self) -> str:
         held = self.measured >= self.goal if self.least else self.measured <= self.goal
-        return f"{self.name:56} {'>=' if self.least else '<='} {self.goal:<6g} {self.measured:10.3g}  {'held' if held else 'NOT HELD'}"
+        limit = f"{'>=' if self.least else '<='} {self.goal:<6g}"
+        return f"{self.name:56} {limit} {self.measured:10.3g}  {'held' if held else 'NOT HELD'}"
 
 
-HEAD = "method  sources  parameters   CPU-s  ns/param  floor x   RSS MiB  anonymous MiB | mergekit CPU-s  ns/param   RSS MiB"
+HEAD = (
+    "method  sources  parameters   CPU-s  ns/param  floor x   RSS MiB  anonymous MiB "
+    "| mergekit CPU-s  ns/param   RSS MiB"
+)
 Key = tuple[str, str, int]  # method, size, sources
 
 
 class Figures:
-    """What was measured: ``ours`` and ``theirs`` (mergekit's) by method, size and sources, and the start-ups in CPU seconds."""
+    """What was measured: ``ours`` and ``theirs`` (mergekit's) by method, size and sources, and the start-ups in CPU
+    seconds."""
 
     def __init__(self, folder: Path, kit: Path | None, repeats: int):
-        self.folder, self.kit, self.repeats, self.out = folder, kit, repeats, folder / "out"
+        self.folder = folder
+        self.kit = kit
+        self.repeats = repeats
+        self.out = folder / "out"
         self.ours: dict[Key, Cost] = {}
         self.theirs: dict[Key, Cost] = {}
         self.values: dict[str, int] = {}
@@ -220,36 +235,44 @@ class Figures:
             ours(method, tiny, self.out)  # compiles, if nothing has been merged on this machine
         self.start = least([ours("ta", tiny, self.out) for _ in range(2 * repeats)]).cpu
         self.kit_start = mergekit(kit, "ta", tiny, self.out).cpu if kit else 0.0
-        print(
-            f"start-up: ours {self.start:.2f} CPU-s" + (f", mergekit {self.kit_start:.2f} CPU-s" if kit else ""),
-            flush=True,
-        )
+        theirs = f", mergekit {self.kit_start:.2f} CPU-s" if kit else ""
+        print(f"start-up: ours {self.start:.2f} CPU-s{theirs}", flush=True)
 
     def measure(self, size: str, models: list[Path], peer: bool = False) -> None:
         """Merge by every method, ours and mergekit in turns, and print a line for each."""
-        n, count, floor = parameters(models[0]), len(models) - 1, self.floor(models)
+        n = parameters(models[0])
+        count = len(models) - 1
+        floor = self.floor(models)
         self.values[size] = n
         print(f"\n{HEAD}", flush=True)
         for method in METHODS:
             key = (method, size, count)
-            found = self.ours[key] = least([ours(method, models, self.out) for _ in range(self.repeats)])
-            each = self.each(key)
-            told = f"{method:6} {count:8} {n:11,} {found.cpu:7.2f} {each:9.1f} {each * n / 1e9 / floor:8.1f} {found.resident:9.0f} {found.anonymous:14.0f}"
+            self.ours[key] = least([ours(method, models, self.out) for _ in range(self.repeats)])
             if peer and self.kit and METHODS[method][0]:
-                theirs = self.theirs[key] = mergekit(self.kit, method, models, self.out)
-                told += f" | {theirs.cpu:14.1f} {(theirs.cpu - self.kit_start) / n * 1e9:9.0f} {theirs.resident:9.0f}"
-            print(told, flush=True)
+                self.theirs[key] = mergekit(self.kit, method, models, self.out)
+            print(self._line(key, n, floor), flush=True)
         print(f"floor  {count:8} {n:11,} {floor:7.2f} {floor / n * 1e9:9.1f}", flush=True)
+
+    def _line(self, key: Key, n: int, floor: float) -> str:
+        method, _, count = key
+        used = self.ours[key]
+        each = self.each(key)
+        line = (
+            f"{method:6} {count:8} {n:11,} {used.cpu:7.2f} {each:9.1f} {each * n / 1e9 / floor:8.1f} "
+            f"{used.resident:9.0f} {used.anonymous:14.0f}"
+        )
+        if theirs := self.theirs.get(key):
+            line += f" | {theirs.cpu:14.1f} {(theirs.cpu - self.kit_start) / n * 1e9:9.0f} {theirs.resident:9.0f}"
+        return line
 
     def floor(self, models: list[Path]) -> float:
         """CPU seconds of a loop that only reads and writes."""
         bare = least([cost([sys.executable, "-c", "import numpy"]) for _ in range(self.repeats)]).cpu
         files = [model / "model.safetensors" for model in models]
-        found = least(
-            [cost([sys.executable, "-c", FLOOR, *files, self.folder / "floor"]) for _ in range(self.repeats)]
-        ).cpu
+        command = [sys.executable, "-c", FLOOR, *files, self.folder / "floor"]
+        copied = least([cost(command) for _ in range(self.repeats)]).cpu
         (self.folder / "floor").unlink()
-        return max(found - bare, 1e-9)
+        return max(copied - bare, 1e-9)
 
     def each(self, key: Key) -> float:
         """Our nanoseconds a parameter, without the start-up."""
@@ -285,36 +308,37 @@ class Figures:
 
 
 def check(models: list[Path], out: Path) -> Iterator[Claim]:
-    """Compare every tensor of each method with the plain reference of the tests, given the numbers of selected values."""
-    from tests.unit.test_merge_methods import reference
-
+    """Compare every tensor of each method with the plain reference of the tests, given the numbers of selected
+    values."""
     sources = [read_checkpoint_headers(model) for model in models]
     for method in METHODS:
         ours(method, models, out)
-        merged, rows = (
-            read_checkpoint_headers(out),
-            {row["tensor"]: row for row in json.loads((out / "merge_report.json").read_text())["tensors"]},
-        )
-        differing, worst = 0, 0.0
-        for name, row in rows.items():
-            theta, *phi = (
-                (tensor_bytes(source[name]).view("<u2").astype(np.uint32) << 16).view(np.float32) for source in sources
-            )
-            deltas = np.stack([values - theta for values in phi])
-            numbers = [int(row[f"k_{j}"]) for j in range(len(phi))] if method == "rsaf" else None
-            bits = reference(method, theta, deltas, METHODS[method][1], numbers).view(np.uint32)
-            differing += not np.array_equal(
-                ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2"), tensor_bytes(merged[name]).view("<u2")
-            )
-            if numbers:
-                worst = max(worst, *(abs(row[f"S_{j}"] / skewness(theta, delta) - 1) for j, delta in enumerate(deltas)))
-        print(
-            f"{method}: {len(rows) - differing} of {len(rows)} tensors are bit-identical to the plain reference",
-            flush=True,
-        )
-        yield Claim(f"{method}, {len(phi)} sources, tensors that differ from the reference", 0, differing)
+        rows = json.loads((out / "merge_report.json").read_text())["tensors"]
+        results = [_compare(method, row, sources, read_checkpoint_headers(out)[row["tensor"]]) for row in rows]
+        differing = sum(differs for differs, _ in results)
+        worst = max(error for _, error in results)
+        same = len(rows) - differing
+        print(f"{method}: {same} of {len(rows)} tensors are bit-identical to the plain reference", flush=True)
+        yield Claim(f"{method}, {len(models) - 1} sources, tensors that differ from the reference", 0, differing)
         if worst:
             yield Claim("rsaf, S against two passes in float64, relative", 1e-9, worst)
+
+
+def _compare(
+    method: str, row: dict[str, Any], sources: list[dict[str, TensorInfo]], merged: TensorInfo
+) -> tuple[bool, float]:
+    """Whether a tensor differs from the plain reference, and the largest relative error of its skewnesses."""
+    from tests.unit.merging.test_methods import reference
+
+    theta, *phi = (
+        (tensor_bytes(source[row["tensor"]]).view("<u2").astype(np.uint32) << 16).view(np.float32) for source in sources
+    )
+    deltas = np.stack([values - theta for values in phi])  # (J, n)
+    numbers = [int(row[f"k_{j}"]) for j in range(len(phi))] if method == "rsaf" else None
+    bits = reference(method, theta, deltas, METHODS[method][1], numbers).view(np.uint32)
+    differs = not np.array_equal(_rounded(bits), tensor_bytes(merged).view("<u2"))
+    errors = [abs(row[f"S_{j}"] / skewness(theta, delta) - 1) for j, delta in enumerate(deltas)] if numbers else []
+    return differs, max(errors, default=0.0)
 
 
 def skewness(theta: np.ndarray, delta: np.ndarray) -> float:
@@ -325,6 +349,7 @@ def skewness(theta: np.ndarray, delta: np.ndarray) -> float:
 
 
 def main() -> None:
+    """Measure, and print a line for each claim."""
     parser = argparse.ArgumentParser(description="Merging against mergekit 0.1.5: CPU, memory, exactness.")
     parser.add_argument(
         "--mergekit",
@@ -341,20 +366,22 @@ def main() -> None:
         default=PARTS,
         help="small: 105M parameters; large: 0.5B; exact: 105M against the reference",
     )
-    given = parser.parse_args()
-    kit = None if given.alone or "small" not in given.only else kit_in(given.mergekit)
+    arguments = parser.parse_args()
+    kit = None if arguments.alone or "small" not in arguments.only else kit_in(arguments.mergekit)
     with tempfile.TemporaryDirectory(prefix="merge-benchmark-") as name:
-        folder, checked = Path(name), []
-        figures = Figures(folder, kit, given.repeats)
-        if {"small", "exact"} & set(given.only):
+        folder = Path(name)
+        checked = []
+        figures = Figures(folder, kit, arguments.repeats)
+        if {"small", "exact"} & set(arguments.only):
             models = make(folder, "105M", 4)
-            for count in (2, 4) if "small" in given.only else ():
+            for count in (2, 4) if "small" in arguments.only else ():
                 figures.measure("105M", models[: count + 1], peer=count == 2)
-            if "exact" in given.only:
+            if "exact" in arguments.only:
                 checked = list(check(models[:3], folder / "out"))
             shutil.rmtree(folder / "105M")
-        if "large" in given.only:
-            models, figures.repeats = make(folder, "0.5B", 4), 1  # long enough to be measured once
+        if "large" in arguments.only:
+            models = make(folder, "0.5B", 4)
+            figures.repeats = 1  # long enough to be measured once
             for count in (2, 4):
                 figures.measure("0.5B", models[: count + 1])
     print("\n" + "\n".join(map(str, (*figures.claims(), *checked))))

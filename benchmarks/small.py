@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion.artifacts.store import Artifact, Draft, draft_folder, publish, read
-from llmfusion.data.samples import write_jsonl
 from llmfusion.io.digests import canonical
+from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.loading import save_model
 from llmfusion.models.scratch import make_model, make_tokenizer
 from llmfusion.study.graph import output_of

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.unit.test_distributed import in_two
 
 from benchmarks import small
 from llmfusion.fusion.fused_loss import fused_loss
@@ -27,7 +28,6 @@ from llmfusion.training import resume_state as checkpoint
 from llmfusion.training.loop import Student, train
 from llmfusion.training.optim import CautiousAdamW
 from tests.unit.stand_ins import artifact, job
-from tests.unit.test_distributed import in_two
 
 SHAPE = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,

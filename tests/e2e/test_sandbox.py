@@ -1,4 +1,4 @@
-"""The sandbox holds: no hostile program passes or does harm, and right and wrong programs get the verdicts they deserve."""
+"""The sandbox holds: no hostile program passes or does harm, and all others get the verdicts they deserve."""
 
 import json
 import os
@@ -43,20 +43,62 @@ GAINFUL = (
     "sees other processes",
 )
 AS_NOBODY = (
-    "endless loop in the call", "private memory maps", "fork bomb through libc", "a daemon that writes later", "fork by the 32-bit gate", "any file it can write",
-    "changes what it cannot write", "writes into the home", "TCP by the library", "environment of other processes", "kills everything", "traces its parent",
-    "imports the answers", "the file of the tasks", "the users of the machine", "equal to everything",
-)  # fmt: skip
-# What an unprotected run in the small machine cannot show: it needs rights or devices that a user without rights does not have there
-# either, meets a limit of the machine itself, takes longer to fill the memory than it is given, or has nothing to find there.
+    "endless loop in the call",
+    "private memory maps",
+    "fork bomb through libc",
+    "a daemon that writes later",
+    "fork by the 32-bit gate",
+    "any file it can write",
+    "changes what it cannot write",
+    "writes into the home",
+    "TCP by the library",
+    "environment of other processes",
+    "kills everything",
+    "traces its parent",
+    "imports the answers",
+    "the file of the tasks",
+    "the users of the machine",
+    "equal to everything",
+)
+# What an unprotected run in the small machine cannot show: it needs rights or devices that a user without rights does
+# not have there either, meets a limit of the machine itself, takes too long to fill the memory, or has nothing to find.
 POWERLESS = {
-    "a list of a range", "a list that doubles", "a list of bytearrays", "a text that doubles", "a compressed bomb", "an integer that grows",
-    "pipes full of data", "memory through threads' stacks", "many small objects", "fork by the x32 gate",
-    "another process's namespaces", "a device", "opens a device to everybody", "mount", "mount writable again", "unmount", "chroot", "writes to the kernel",
-    "raw devices", "the terminal", "a name server", "a name server that answers", "a raw socket", "a socket of the kernel's cryptography",
-    "changes its environment", "kills the first process", "raises its limits", "hurries", "runs in real time", "does not die with its parent",
-    "becomes another user", "regains capabilities", "open files of its parent", "the log of the kernel", "what comes in before it is asked",
-}  # fmt: skip
+    "a list of a range",
+    "a list that doubles",
+    "a list of bytearrays",
+    "a text that doubles",
+    "a compressed bomb",
+    "an integer that grows",
+    "pipes full of data",
+    "memory through threads' stacks",
+    "many small objects",
+    "fork by the x32 gate",
+    "another process's namespaces",
+    "a device",
+    "opens a device to everybody",
+    "mount",
+    "mount writable again",
+    "unmount",
+    "chroot",
+    "writes to the kernel",
+    "raw devices",
+    "the terminal",
+    "a name server",
+    "a name server that answers",
+    "a raw socket",
+    "a socket of the kernel's cryptography",
+    "changes its environment",
+    "kills the first process",
+    "raises its limits",
+    "hurries",
+    "runs in real time",
+    "does not die with its parent",
+    "becomes another user",
+    "regains capabilities",
+    "open files of its parent",
+    "the log of the kernel",
+    "what comes in before it is asked",
+}
 
 
 @pytest.fixture(scope="session")
@@ -68,19 +110,19 @@ def staged() -> Iterator[Path]:
 
 def undefeated(report: run.Report) -> list[str]:
     """What did not hold, in words."""
-    told = [
+    lines = [
         f"{o['name']}: {'passed' if o['passed'] else o['reason']}; {o['harm']}"
         for o in report["outcomes"]
         if not o["defeated"]
     ]
-    return told + [f"by one of them: {harm}" for harm in report["shared"]]
+    return lines + [f"by one of them: {harm}" for harm in report["shared"]]
 
 
 def judged(folder: Path, tasks: Sequence[dict[str, Any]], timeout: float = 10.0) -> list[dict[str, Any]]:
     """Verdicts of the program that users start."""
     (folder / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     words = ["tasks.jsonl", "verdicts.jsonl", "--jobs", "2", "--timeout", str(timeout)]
-    subprocess.run([sys.executable, "-m", "llmfusion.cli.sandbox", *words], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "llmfusion", "sandbox", *words], cwd=folder, check=True)
     return [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
 
 
@@ -145,9 +187,9 @@ def test_the_programs_would_do_harm_where_nothing_protects(staged: Path) -> None
 
 def test_right_solutions_pass_and_empty_ones_fail(tmp_path: Path) -> None:
     start = time.monotonic()
-    found = judged(tmp_path, solutions() + solutions("    pass\n"))
+    verdicts = judged(tmp_path, solutions() + solutions("    pass\n"))
     print(f"164 right and 164 empty solutions: {time.monotonic() - start:.1f} s")
-    assert [v["passed"] for v in found] == [True] * 164 + [False] * 164
+    assert [v["passed"] for v in verdicts] == [True] * 164 + [False] * 164
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(100, marks=pytest.mark.long)])

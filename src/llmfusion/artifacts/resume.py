@@ -1,7 +1,8 @@
 """Resume state: files that a job finishes one by one in ``work/``, so that the next start goes on from them.
 
-Each file has a note beside it, written last: the key of the work it belongs to (one spec over the very content of its inputs), its
-sha256, and what the job wants to remember. A file without its note, of another key or of other bytes does not count.
+Each file has a note beside it, written last: the key of the work it belongs to (one spec over the very content of its
+inputs), its sha256, and what the job wants to remember. A file without its note, of another key or of other bytes
+does not count.
 """
 
 import logging
@@ -29,7 +30,7 @@ class ResumeFolder:
         folder.mkdir(parents=True, exist_ok=True)
 
     def remove_temporary(self) -> None:
-        """Remove what killed writers left half-written; only for the one process that writes, or before others begin."""
+        """Remove what killed writers left half-written; for the one process that writes, or before others begin."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -46,20 +47,33 @@ class ResumeFolder:
         """What was noted of a file; empty where there is no note, or not a whole one."""
         return json_object_or_empty(note_path(self.folder / name))
 
-    def has(self, name: str) -> bool:
-        """Whether a file was finished, and its bytes are still those that were written. A damaged one is removed."""
+    def is_ours(self, name: str) -> bool:
+        """Whether a file's note carries this folder's key."""
+        return self.note(name).get("key") == self.key
+
+    def is_whole(self, name: str) -> bool:
+        """Whether a file was finished, and its bytes are still those that were written, whatever its key."""
         note = self.note(name)
-        if note.get("key") != self.key:
+        if "sha256" not in note:
             return False
         path = self.folder / name
-        if note["sha256"] is None or (path.exists() and sha256_file(path) == note["sha256"]):
+        return note["sha256"] is None or (path.exists() and sha256_file(path) == note["sha256"])
+
+    def has(self, name: str) -> bool:
+        """Whether a file was finished for this key and its bytes are as they were written. A damaged one is removed."""
+        if not self.is_ours(name):
+            return False
+        if self.is_whole(name):
             return True
-        logger.info("%s is missing or damaged; it is made again", path)
+        logger.info("%s is missing or damaged; it is made again", self.folder / name)
         self.remove(name)
         return False
 
     def put(self, name: str, write: Callable[[Path], str | None] | None, note: dict[str, Any]) -> None:
-        """Write a file with ``write(path)``, which may return the sha256 of what it wrote, then its note; without ``write`` only the note."""
+        """Write a file with ``write(path)``, then its note; without ``write`` only the note.
+
+        ``write`` may return the sha256 of what it wrote, so that the file need not be read once more.
+        """
         path = self.folder / name
         sha256 = None
         if write is not None:
@@ -78,4 +92,4 @@ class ResumeFolder:
         return sum(path.stat().st_size for path in self._own())
 
     def _own(self) -> list[Path]:
-        return [path for path in sorted(self.folder.iterdir()) if self.note(path.name).get("key") == self.key]
+        return [path for path in sorted(self.folder.iterdir()) if self.is_ours(path.name)]

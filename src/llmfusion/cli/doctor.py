@@ -1,7 +1,7 @@
 """Can this machine do what a study needs? Reported before anything runs.
 
-One line each for the study, cores, memory, GPU, sandbox, disk and token: ``ok``, ``note`` (works, but know this) or ``MISSING``
-(the study cannot be finished here) with what to do. Exit status 1 if something is missing.
+One line each for the study, cores, memory, GPU, sandbox, disk and token: ``ok``, ``note`` (works, but know this) or
+``MISSING`` (the study cannot be finished here) with what to do. Exit status 1 if something is missing.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import NamedTuple
 from llmfusion import ROOT
 from llmfusion.errors import UserError
 from llmfusion.evaluation.sandbox import bubblewrap, require_isolation
+from llmfusion.evaluation.task_format import load_format
 from llmfusion.study.addresses import output_of
 from llmfusion.study.errors import StudyError
 from llmfusion.study.schema.study import Study
@@ -43,26 +44,27 @@ def gpu(study: Study) -> Finding:
 
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-        return Finding(
-            "ok",
-            f"{len(devices)} x {devices[0].name}, {devices[0].total_memory / 2**30:.0f} GiB each (torch {torch.__version__})",
-        )
+        memory = devices[0].total_memory / 2**30
+        text = f"{len(devices)} x {devices[0].name}, {memory:.0f} GiB each (torch {torch.__version__})"
+        return Finding("ok", text)
     if Path("/proc/driver/nvidia").exists():
         return Finding(
             "note",
-            f"there is one, but torch {torch.__version__} cannot use it: install torch's CUDA build (see requirements.lock for the version)",
+            f"there is one, but torch {torch.__version__} cannot use it: install torch's CUDA build "
+            "(see requirements.lock for the version)",
         )
     if study.scale == "miniature":
         return Finding("ok", f"none (torch {torch.__version__}); a miniature study needs none")
     return Finding(
         "note",
-        f"none here (torch {torch.__version__}); jobs that run a model need one: start them on nodes that have it (--profile slurm)",
+        f"none here (torch {torch.__version__}); jobs that run a model need one: "
+        "start them on nodes that have it (--profile slurm)",
     )
 
 
 def sandbox(study: Study) -> Finding:
     """Whether programs written by models can be run here, and whether the sandbox holds."""
-    if not any(task.format == "code" for task in study.tasks.values()):
+    if not any(load_format(task.format).runs_programs for task in study.tasks.values()):
         return Finding("ok", "not needed: no task runs programs")
     try:
         require_isolation()
@@ -80,7 +82,8 @@ def disk(study: Study) -> Finding:
     except OSError as error:
         return Finding(
             "MISSING",
-            f"{place}: files cannot be written, linked and renamed there ({error.strerror}); set the study's 'directory' to another place",
+            f"{place}: files cannot be written, linked and renamed there ({error.strerror}); "
+            "set the study's 'directory' to another place",
         )
     free = shutil.disk_usage(place).free
     known, unknown = _bytes_of_checkpoints(study, place)
@@ -104,7 +107,7 @@ def _usable(place: Path) -> None:
 
 
 def _bytes_of_checkpoints(study: Study, place: Path) -> tuple[int, list[str]]:
-    """Bytes of trained and merged models that are not there yet, and the pivots whose size is not known before they are staged."""
+    """Bytes of trained and merged models that are not there yet, and the pivots of unknown size until staged."""
     runs = {
         f"trained/{name}": (run.init, 4 if run.save_dtype == "float32" else 2)
         for name, run in study.models.trained.items()
@@ -149,7 +152,8 @@ def token(study: Study) -> Finding:
         )
     return Finding(
         "note",
-        f"no Hugging Face token is set; gated repositories (of {', '.join(hub)}) refuse to be read without one: set HF_TOKEN",
+        f"no Hugging Face token is set; gated repositories (of {', '.join(hub)}) refuse to be read without one: "
+        "set HF_TOKEN",
     )
 
 

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmfusion.data.samples import read_jsonl
 from llmfusion.errors import UserError, require
 from llmfusion.evaluation.sandbox import verdicts
 from llmfusion.io.files import write_file
+from llmfusion.io.jsonl import read_jsonl
 
 FIELDS = ("task_id", "prompt", "completion", "test", "entry_point")
 
@@ -19,37 +19,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Files, jobs and the time limit."""
     parser.add_argument("tasks", type=Path, metavar="IN.jsonl", help=f"lines with {', '.join(FIELDS)}")
     parser.add_argument("verdicts", type=Path, metavar="OUT.jsonl", help="lines with task_id, passed, reason")
-    parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="sandboxes at a time (default: one a core)"
-    )
+    add_limits(parser)
+
+
+def add_limits(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that run programs."""
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help="sandboxes at a time (default: one a core)")
     parser.add_argument(
         "--timeout", type=float, default=10.0, help="seconds a program may take to load and for all calls together"
     )
 
 
+def check_arguments(arguments: argparse.Namespace, source: Path, target: Path) -> None:
+    """Raise :class:`UserError` for limits that cannot be meant, a missing file, and a missing folder for the result."""
+    timeout = arguments.timeout
+    require(arguments.jobs > 0, f"--jobs {arguments.jobs}: give at least 1")
+    require(0 < timeout <= 3600, f"--timeout {timeout:g}: give more than 0 and at most 3600 seconds")
+    require(source.is_file(), f"{source}: is not there")
+    require(target.parent.is_dir(), f"{target.parent}: is no folder; make it first")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Read tasks, write verdicts. Returns the exit status."""
     try:
-        require(arguments.jobs > 0, f"--jobs {arguments.jobs}: give at least 1")
-        require(
-            0 < arguments.timeout <= 3600, f"--timeout {arguments.timeout:g}: give more than 0 and at most 3600 seconds"
-        )
-        require(arguments.tasks.is_file(), f"{arguments.tasks}: is not there")
-        require(arguments.verdicts.parent.is_dir(), f"{arguments.verdicts.parent}: is no folder; make it first")
-        tasks = list(read_jsonl(arguments.tasks, lambda row, number: None))  # whatever the file is called
-        for number, task in enumerate(tasks, 1):
-            _check(task, f"{arguments.tasks}, line {number}")
-        found = list(verdicts(tasks, arguments.jobs, arguments.timeout))
-        write_file(arguments.verdicts, "".join(json.dumps(v, sort_keys=True) + "\n" for v in found).encode())
+        check_arguments(arguments, arguments.tasks, arguments.verdicts)
+        tasks = list(read_jsonl(arguments.tasks, _check))
+        judged = list(verdicts(tasks, arguments.jobs, arguments.timeout))
+        write_lines(arguments.verdicts, judged)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{sum(v['passed'] for v in found)} of {len(found)} passed")
+    print(f"{sum(verdict['passed'] for verdict in judged)} of {len(judged)} passed")
     return 0
 
 
-def _check(task: Any, place: str) -> None:
-    missing = [f for f in FIELDS if not isinstance(task, dict) or f not in task]
-    require(not missing, f"{place}: {', '.join(missing)} missing")
-    wrong = [f for f in FIELDS[1:] if not isinstance(task[f], str)]
-    require(not wrong, f"{place}: {', '.join(wrong)} must be text")
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, whole or not at all."""
+    write_file(path, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+
+
+def _check(task: dict[str, Any], number: int) -> str | None:
+    if missing := [field for field in FIELDS if field not in task]:
+        return f"{', '.join(missing)} missing"
+    if not_text := [field for field in FIELDS[1:] if not isinstance(task[field], str)]:
+        return f"{', '.join(not_text)} must be text"
+    return None

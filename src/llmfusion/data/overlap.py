@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 SIZES = (13, 8)
+COMPARED = ("question", "prompt", "solution", "test", "choices")  # fields of an item; its answer alone is no overlap
 
 
 def words(text: str) -> list[str]:
@@ -14,8 +15,8 @@ def words(text: str) -> list[str]:
 
 def ngrams(text: str, n: int) -> set[int]:
     """Hashes of all runs of ``n`` words (none if there are fewer)."""
-    found = words(text)
-    return {hash(tuple(found[i : i + n])) for i in range(len(found) - n + 1)}
+    all_words = words(text)
+    return {hash(tuple(all_words[i : i + n])) for i in range(len(all_words) - n + 1)}
 
 
 class Overlap:
@@ -26,9 +27,7 @@ class Overlap:
         self.counts = {name: {str(n): 0 for n in SIZES} for name in tests}
         for name, items in tests.items():
             for item in items:
-                text = " ".join(
-                    str(v) for k, v in item.items() if k in ("question", "prompt", "solution", "test", "choices")
-                )
+                text = " ".join(str(value) for key, value in item.items() if key in COMPARED)
                 for n in SIZES:
                     self.grams[name][n] |= ngrams(text, n)
 
@@ -38,7 +37,7 @@ class Overlap:
         for n in SIZES:
             grams = ngrams(text, n) if self.grams else set()
             for name, sizes in self.grams.items():
-                hit = not grams.isdisjoint(sizes[n])
-                self.counts[name][str(n)] += hit
-                shared |= hit and n == SIZES[0]
+                overlaps = not grams.isdisjoint(sizes[n])
+                self.counts[name][str(n)] += overlaps
+                shared |= overlaps and n == SIZES[0]
         return shared

@@ -1,20 +1,20 @@
-"""Samples and items as JSON lines: reading without loading everything, and stable ids.
+"""Samples, test items and stored answers: what a row of each must hold, and stable ids.
 
-A sample is ``{"id", "dataset", "domain", "messages": [{"role", "content"}, ...]}`` ending with the assistant, or the same
-with ``"text"`` instead of messages (raw text: every token is a label). Readers check every line of ``samples.jsonl``, of a
-task's ``items.jsonl`` and ``shots.jsonl`` (numbered by ``item``, nothing null) and of stored answers.
+A sample is ``{"id", "dataset", "domain", "messages": [{"role", "content"}, ...]}`` ending with the assistant, or the
+same with ``"text"`` instead of messages (raw text: every token is a label). A test item is numbered by ``item`` and
+holds the fields of its layout, nothing null. A stored answer is ``{"item", "prompt", "answer"}``.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmfusion.errors import DamagedError
+from llmfusion.io import jsonl
+from llmfusion.io.jsonl import Row
 
 Sample = dict[str, Any]
-Check = Callable[[dict[str, Any], int], str | None]  # what is wrong with the row of a line, counted from 0
 
 
 def sample_id(origin: str, row: int, sample: Sample) -> str:
@@ -28,65 +28,44 @@ def text_of(sample: Sample) -> str:
     return sample["text"] if "text" in sample else "\n".join(m["content"] for m in sample["messages"])
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows as JSON lines (ASCII, sorted keys). Returns how many."""
-    count = 0
-    with open(path, "w", encoding="ascii") as file:
-        for row in rows:
-            file.write(json.dumps(row, sort_keys=True) + "\n")
-            count += 1
-    return count
+def read_samples(path: Path) -> Iterator[Sample]:
+    """Samples of a dataset or a mix. Raises :class:`DamagedError` naming the first line that is none."""
+    return jsonl.read_jsonl(path, check_sample)
 
 
-def read_jsonl(path: Path, check: Check | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON-lines file. Raises :class:`DamagedError` naming the file and the line that cannot be used.
+def read_items(path: Path) -> Iterator[Row]:
+    """Items, or few-shot examples, of a task.
 
-    What a row must hold follows from the file's name (``samples.jsonl``, ...), or is what ``check`` says.
+    Raises :class:`DamagedError` naming file and line of the first row that is none.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            yield _row(path, number, line, check or CHECKS.get(path.name))
+    return jsonl.read_jsonl(path, check_item)
 
 
-def _row(path: Path, number: int, line: bytes, check: Check | None) -> dict[str, Any]:
-    try:
-        row = _DECODER.decode(line.decode("utf-8"))
-        wrong = None if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
-    except ValueError as error:
-        wrong = f"expected a JSON object in UTF-8: {error}"
-    if wrong is None and check is not None:
-        wrong = check(row, number)
-    if wrong is not None:
-        raise DamagedError(f"{path}, line {number + 1}: {wrong}")
-    return row
+def read_answers(path: Path) -> Iterator[Row]:
+    """Stored answers to a task. Raises :class:`DamagedError` naming file and line of the first row that is none."""
+    return jsonl.read_jsonl(path, check_answer)
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
-
-
-def wrong_sample(row: dict[str, Any], number: int) -> str | None:
+def check_sample(row: Row, number: int) -> str | None:
     """What keeps a row from being a sample, or None."""
-    wrong = [_not_text(row, key) for key in ("id", *(key for key in ("domain", "text") if key in row))]
+    problems = [_not_text(row, key) for key in ("id", *(key for key in ("domain", "text") if key in row))]
     if "text" not in row:
-        turns = row.get("messages")
-        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
-            return f"expected text or a list of messages, found {turns!r:.60}"
-        wrong += [_not_text(turn, key) for turn in turns for key in ("role", "content")]
-        wrong += [] if turns[-1].get("role") == "assistant" else ["expected the last message to be the assistant's"]
-    return next((w for w in wrong if w), None)
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            return f"expected text or a list of messages, found {messages!r:.60}"
+        problems += [_not_text(message, key) for message in messages for key in ("role", "content")]
+        if messages[-1].get("role") != "assistant":
+            problems.append("expected the last message to be the assistant's")
+    return next((problem for problem in problems if problem), None)
 
 
-def wrong_staged(row: dict[str, Any], number: int) -> str | None:
+def check_dataset_sample(row: Row, number: int) -> str | None:
     """The same for a sample of a dataset, which a mix also asks for its domain."""
-    return wrong_sample(row, number) or _not_text(row, "domain")
+    return check_sample(row, number) or _not_text(row, "domain")
 
 
-def wrong_item(row: dict[str, Any], number: int) -> str | None:
-    """What keeps a row from being a test item (or a few-shot example) of its line, or None."""
+def check_item(row: Row, number: int) -> str | None:
+    """What keeps a row from being the test item (or the few-shot example) of its line, or None."""
     if row.get("item") != number:
         return f"expected item {number}, found {row.get('item')!r}"
     try:
@@ -96,12 +75,12 @@ def wrong_item(row: dict[str, Any], number: int) -> str | None:
     return next((f"{key}: expected a value, found null" for key, value in row.items() if value is None), None)
 
 
-def wrong_answer(row: dict[str, Any], number: int) -> str | None:
+def check_answer(row: Row, number: int) -> str | None:
     """What keeps a row from being the stored answer to the item of its line, or None."""
-    return wrong_item(row, number) or _not_text(row, "prompt") or _not_text(row, "answer")
+    return check_item(row, number) or _not_text(row, "prompt") or _not_text(row, "answer")
 
 
-def _not_text(row: dict[str, Any], key: str) -> str | None:
+def _not_text(row: Row, key: str) -> str | None:
     value = row.get(key)
     if not isinstance(value, str):
         return f"{key}: expected text, found {value!r:.60}"
@@ -110,34 +89,3 @@ def _not_text(row: dict[str, Any], key: str) -> str | None:
     except UnicodeEncodeError:
         return f"{key}: expected text, found half a surrogate pair"
     return None
-
-
-CHECKS: dict[str, Check] = {"samples.jsonl": wrong_sample, "items.jsonl": wrong_item, "shots.jsonl": wrong_item}
-
-
-class LineIndex:
-    """Random access to the lines of a JSON-lines file: 8 bytes of memory a line, whatever its length."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.starts: list[int] = []
-        at = 0
-        with open(path, "rb") as file:
-            for line in file:
-                self.starts.append(at)
-                at += len(line)
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def rows(self, order: Iterable[int]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """``(line number, row)`` in the given order."""
-        with open(self.path, "rb") as file:
-            for number in order:
-                file.seek(self.starts[number])
-                yield (
-                    number,
-                    _row(
-                        self.path, number, file.readline(), wrong_staged if self.path.name == "samples.jsonl" else None
-                    ),
-                )

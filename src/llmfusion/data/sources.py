@@ -1,7 +1,6 @@
 """Rows from where a study says: the hub at a pinned commit, a file, or the generated worlds."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from llmfusion import ROOT
 from llmfusion.data import worlds
 from llmfusion.errors import UserError
+from llmfusion.io import progress_bars
 from llmfusion.io.files import sha256_file
 from llmfusion.study.schema.base import dump
 from llmfusion.study.schema.data import GeneratedSource, HubSource, PathSource, Source
@@ -27,7 +27,7 @@ def generated(source: GeneratedSource) -> Iterator[Row]:
 
 
 def origin(source: Source) -> str:
-    """What identifies the data behind a source, for sample ids: repository and commit, file content, or the world and its seed."""
+    """What identifies a source's data, for sample ids: repository and commit, file content, or world and seed."""
     if isinstance(source, HubSource):
         return f"{source.repo}@{source.revision}/{source.subset}/{source.split}/{source.files}"
     if isinstance(source, PathSource):
@@ -48,6 +48,7 @@ def license_of(source: Source) -> str:
 def _hub(source: HubSource) -> Iterator[Row]:
     import datasets
 
+    progress_bars.show_only_in_terminals()
     names = source.subset if isinstance(source.subset, list) else [source.subset]
     try:
         tables = [
@@ -59,8 +60,8 @@ def _hub(source: HubSource) -> Iterator[Row]:
     except Exception as error:  # the hub's client raises dozens of kinds; the user needs its words and the way out
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{source.repo} at {source.revision[:12]}: could not be loaded: {reason}. Is this machine online, the licence accepted "
-            "on the hub and HF_TOKEN set? Offline, download it elsewhere and use kind: path"
+            f"{source.repo} at {source.revision[:12]}: could not be loaded: {reason}. Is this machine online, the "
+            "licence accepted on the hub and HF_TOKEN set? Offline, download it elsewhere and use kind: path"
         ) from error
     for table in tables:
         yield from table
@@ -112,19 +113,3 @@ def apply_layout(name: str, convert: Callable[[Row], Row | None], row: Row, numb
         ) from None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         return None
-
-
-class Rejected:
-    """Rows left out, by reason, with the first few of each named."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, list[str]] = {}
-
-    def add(self, reason: str, name: object) -> None:
-        self.counts[reason] += 1
-        if len(self.first.setdefault(reason, [])) < 5:
-            self.first[reason].append(str(name))
-
-    def facts(self) -> dict[str, Any]:
-        return {reason: {"count": count, "first": self.first[reason]} for reason, count in sorted(self.counts.items())}

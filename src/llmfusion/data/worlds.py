@@ -1,8 +1,8 @@
 """The miniature study's own worlds: texts, questions and held-out tests, made deterministically from a seed.
 
-They mirror the paper's four benchmarks: multiple choice about facts (MMLU), one-step word problems with a worked equation
-(GSM8K), two-step expressions (MATH) and one-line functions (HumanEval). What a question asks is its *content*; a content
-whose hash is 0 modulo 4 belongs to the test and appears in no raw text and no training question.
+They mirror the paper's four benchmarks: multiple choice about facts (MMLU), one-step word problems with a worked
+equation (GSM8K), two-step expressions (MATH) and one-line functions (HumanEval). What a question asks is its *content*;
+a content whose hash is 0 modulo 4 belongs to the test and appears in no raw text and no training question.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ ANIMALS = [
     "zeb",
 ]
 ATTRIBUTES: dict[str, tuple[list[str], str, list[str]]] = {
-    # attribute: (values, how a raw text tells it, how it is asked)
+    # attribute: (values, sentence of a raw text, questions)
     "colour": (
         ["red", "blue", "green", "black", "white", "pink"],
         "The {a} is {v}.",
@@ -72,7 +72,7 @@ ATTRIBUTES: dict[str, tuple[list[str], str, list[str]]] = {
 NAMES = ["Tom", "Ann", "Max", "Eva", "Sam", "Mia", "Ben", "Zoe"]
 THINGS = ["apples", "pens", "cups", "books", "coins", "eggs"]
 WORD_PROBLEMS: dict[str, list[tuple[str, str]]] = {
-    # operation: (question, the same told as a story)
+    # operation: (question, the same as a story that holds the result)
     "+": [
         (
             "{n} has {x} {t} and gets {y} more. How many {t} does {n} have?",
@@ -116,12 +116,14 @@ FUNCTIONS: list[tuple[str, str]] = [
     ("the smaller of x and {k}", "min(x, {k})"),
     ("the square of x plus {k}", "x * x + {k}"),
 ]
+MISSES = 200_000  # draws that give no new test item, after which there are none left
+INPUTS = [-7, -1, 0, 3, 12]  # on which the functions are tested
 LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One draw: what it is about, a raw text, a question with its answer, a wrong answer, and the test item's fields."""
+    """One draw: its content, a raw text, a question with its answer, a wrong answer, and the test item's fields."""
 
     content: str
     text: str
@@ -146,39 +148,41 @@ FACTS = _facts()
 
 def animals(rng: random.Random) -> Row:
     """Multiple choice over invented animals; content is the question, which pairs a fact with a template."""
-    animal, name = rng.choice(ANIMALS), rng.choice(list(ATTRIBUTES))
-    values, told, asked = ATTRIBUTES[name]
+    animal = rng.choice(ANIMALS)
+    name = rng.choice(list(ATTRIBUTES))
+    values, sentence, questions = ATTRIBUTES[name]
     true = FACTS[animal, name]
     choices = [true, *rng.sample([v for v in values if v != true], 3)]
     rng.shuffle(choices)
-    question, right = rng.choice(asked).format(a=animal), choices.index(true)
-    prompt = "\n".join([question, *(f"{letter}. {value}" for letter, value in zip(LETTERS, choices, strict=True))])
-    # the answer is the value, not its letter: two layers learn to recall facts, not to look letters up
-    response, wrong = true, choices[(right + rng.randint(1, 3)) % 4]
+    question = rng.choice(questions).format(a=animal)
+    right = choices.index(true)
     return Row(
-        question,
-        told.format(a=animal, v=true),
-        prompt,
-        response,
-        wrong,
-        {"question": question, "choices": choices, "answer": right},
+        content=question,
+        text=sentence.format(a=animal, v=true),
+        prompt="\n".join([question, *(f"{letter}. {v}" for letter, v in zip(LETTERS, choices, strict=True))]),
+        response=true,  # the value, not its letter: two layers learn to recall facts, not to look letters up
+        wrong=choices[(right + rng.randint(1, 3)) % 4],
+        item={"question": question, "choices": choices, "answer": right},
     )
 
 
 def sums(rng: random.Random) -> Row:
-    """One-step word problems (sums up to 20, products of 2..6) answered by an equation and ``#### N``; raw text: equations."""
+    """One-step word problems (sums up to 20, products of 2..6), answered by an equation and ``#### N``.
+
+    The raw texts are the equations alone.
+    """
     x, y, z, operation = _numbers(rng)
     fields = {"n": rng.choice(NAMES), "t": rng.choice(THINGS), "x": x, "y": y, "z": z}
     question = rng.choice(WORD_PROBLEMS[operation])[0].format(**fields)
     bad = z + rng.choice([-2, -1, 1, 2])
-    text = f"{x} {operation} {y} = {z}"
+    equation = f"{x} {operation} {y} = {z}"
     return Row(
-        question,
-        text,
-        question,
-        f"{text}\n#### {z}",
-        f"{x} {operation} {y} = {bad}\n#### {bad}",
-        {"question": question, "answer": str(z)},
+        content=question,
+        text=equation,
+        prompt=question,
+        response=f"{equation}\n#### {z}",
+        wrong=f"{x} {operation} {y} = {bad}\n#### {bad}",
+        item={"question": question, "answer": str(z)},
     )
 
 
@@ -186,41 +190,47 @@ def stories(rng: random.Random) -> Row:
     """The word problems told as stories, result included; content is the question they would answer."""
     x, y, z, operation = _numbers(rng)
     fields = {"n": rng.choice(NAMES), "t": rng.choice(THINGS), "x": x, "y": y, "z": z}
-    question, told = rng.choice(WORD_PROBLEMS[operation])
-    question = question.format(**fields)
+    question, story = (template.format(**fields) for template in rng.choice(WORD_PROBLEMS[operation]))
     return Row(
-        question, told.format(**fields), question, told.format(**fields), "", {"question": question, "answer": str(z)}
+        content=question,
+        text=story,
+        prompt=question,
+        response=story,
+        wrong="",
+        item={"question": question, "answer": str(z)},
     )
 
 
 def _numbers(rng: random.Random) -> tuple[int, int, int, str]:
+    """``(x, y, z, operation)`` with x operation y = z."""
     if rng.random() < 0.5:
         x = rng.randint(1, 18)
         y = rng.randint(1, 20 - x)
         return x, y, x + y, "+"
-    x, y = rng.randint(2, 6), rng.randint(2, 6)
+    x = rng.randint(2, 6)
+    y = rng.randint(2, 6)
     return x, y, x * y, "*"
 
 
 def steps(rng: random.Random) -> Row:
     """Two-step expressions (operands 1..6, factor 2..4) worked line by line, the result in ``\\boxed{}``."""
-    shape, one, two = rng.choice(FORMS)
+    expression_form, first_form, second_form = rng.choice(FORMS)
     values = {"f": rng.randint(2, 4), "a": rng.randint(1, 6), "b": rng.randint(1, 6)}
-    expression, first = shape.format(**values), one.format(**values)
-    s = _value(first)
-    second = two.format(**values, s=s)
+    expression = expression_form.format(**values)
+    first = first_form.format(**values)
+    first_result = _value(first)
+    second = second_form.format(**values, s=first_result)
     z = _value(second)
     question = rng.choice(ASKS).format(e=expression)
     bad = z + rng.choice([-2, -1, 1, 2])
-    solution = f"{first} = {s}\n{second} = "
-    item = {"question": question, "answer": str(z)}
+    solution = f"{first} = {first_result}\n{second} = "
     return Row(
-        expression,
-        f"{expression} = {second} = {z}",
-        question,
-        f"{solution}{z}\n\\boxed{{{z}}}",
-        f"{solution}{bad}\n\\boxed{{{bad}}}",
-        item,
+        content=expression,
+        text=f"{expression} = {second} = {z}",
+        prompt=question,
+        response=f"{solution}{z}\n\\boxed{{{z}}}",
+        wrong=f"{solution}{bad}\n\\boxed{{{bad}}}",
+        item={"question": question, "answer": str(z)},
     )
 
 
@@ -231,17 +241,22 @@ def _value(expression: str) -> int:
 
 
 def code(rng: random.Random) -> Row:
-    """One-line functions from a docstring, checked by running them on five inputs."""
-    said, body = rng.choice(FUNCTIONS)
+    """One-line functions from a docstring, checked by running them on five inputs; content is the description."""
+    function = rng.choice(FUNCTIONS)
     values = {"k": rng.randint(2, 9), "m": rng.randint(2, 9)}
     name = rng.choice(["f", "g", "h"])
-    said, body = said.format(**values), body.format(**values)
-    head = f'def {name}(x):\n    """Return {said}."""'
+    description, body = (template.format(**values) for template in function)
+    head = f'def {name}(x):\n    """Return {description}."""'
     bad = _broken(body, rng)
-    inputs = [-7, -1, 0, 3, 12]
-    checks = "\n".join(f"    assert candidate({x}) == {_call(body, x)}" for x in inputs)
-    item = {"prompt": head + "\n", "entry_point": name, "test": f"def check(candidate):\n{checks}\n"}
-    return Row(said, f"{head}\n    return {body}", head, f"    return {body}", f"    return {bad}", item)
+    checks = "\n".join(f"    assert candidate({x}) == {_call(body, x)}" for x in INPUTS)
+    return Row(
+        content=description,
+        text=f"{head}\n    return {body}",
+        prompt=head,
+        response=f"    return {body}",
+        wrong=f"    return {bad}",
+        item={"prompt": head + "\n", "entry_point": name, "test": f"def check(candidate):\n{checks}\n"},
+    )
 
 
 def _broken(body: str, rng: random.Random) -> str:
@@ -269,28 +284,36 @@ WORLDS: dict[str, Callable[[random.Random], Row]] = {
 def draw(generator: str, form: str, rows: int, seed: int, wrong: float = 0.0) -> Iterator[dict[str, Any]]:
     """Draw ``rows`` rows of a world.
 
-    ``form`` text gives ``{"text"}``, chat ``{"messages"}`` (a share ``wrong`` of the answers is wrong), test the fields of a
-    task item, each prompt once. Raises :class:`UserError` if a test asks for more items than the world holds out.
+    ``form`` text gives ``{"text"}``, chat ``{"messages"}`` (a share ``wrong`` of the answers is wrong), test the fields
+    of a task item, each prompt once. Raises :class:`UserError` if a test asks for more items than the world holds out.
     """
     rng = random.Random(f"{generator} {form} {seed}")
-    world, misses = WORLDS[generator], 0
-    seen: set[str] = set()
-    while len(seen) < rows if form == "test" else rows > 0:
-        row = world(rng)
-        if form == "test":
-            key = row.prompt
-            if not is_test(row.content) or key in seen:
-                misses += 1
-                if misses > 200_000:
-                    raise UserError(
-                        f"generator {generator}: {rows} test items asked, the world holds out only {len(seen)}"
-                    )
-                continue
-            seen.add(key)
-            yield row.item
-        elif (form == "text" and generator in ("animals", "sums")) or not is_test(row.content):
+    if form == "test":
+        yield from _test_items(generator, rows, rng)
+        return
+    may_use_all = form == "text" and generator in (
+        "animals",
+        "sums",
+    )  # facts and equations, not the questions of a test
+    while rows > 0:
+        row = WORLDS[generator](rng)
+        if may_use_all or not is_test(row.content):
             rows -= 1
             yield {"text": row.text} if form == "text" else _chat(row, rng.random() < wrong)
+
+
+def _test_items(generator: str, rows: int, rng: random.Random) -> Iterator[dict[str, Any]]:
+    seen: set[str] = set()
+    misses = 0
+    while len(seen) < rows:
+        row = WORLDS[generator](rng)
+        if is_test(row.content) and row.prompt not in seen:
+            seen.add(row.prompt)
+            yield row.item
+            continue
+        misses += 1
+        if misses > MISSES:
+            raise UserError(f"generator {generator}: {rows} test items asked, the world holds out only {len(seen)}")
 
 
 def _chat(row: Row, wrong: bool) -> dict[str, Any]:

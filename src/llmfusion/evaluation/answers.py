@@ -1,4 +1,4 @@
-"""Ask a model a batch of tasks through lm-eval and keep every answer. Grading is a separate step that needs no model."""
+"""Ask a model a batch of tasks through lm-eval and keep every answer. Grading is another step, without a model."""
 
 import logging
 import os
@@ -12,17 +12,13 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_EVALUATE_OFFLINE"] = "1"
 
-import yaml
-
 from llmfusion.artifacts.store import Artifact
-from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError, require
-from llmfusion.evaluation.grading import items_of
+from llmfusion.evaluation.items import items_of
+from llmfusion.evaluation.task_format import Item, load_format
+from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.loading import end_tokens
 from llmfusion.study.schema.data import TaskPrompt
-
-FORMATS = Path(__file__).parent / "tasks"
-Item = dict[str, Any]
 
 
 def ask(
@@ -31,42 +27,21 @@ def ask(
     """Write ``TASK.jsonl`` (item number, prompt, answer) for each task. Returns facts by task.
 
     ``tasks`` maps a name to its format, shots, prompt and max_new_tokens, ``staged`` to its items. Decoding is greedy,
-    through the tokenizer's chat template.
+    through the tokenizer's chat template. Raises :class:`UserError` where a prompt leaves no room for the answer.
     """
-    from lm_eval.evaluator import evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from transformers import GenerationConfig
-
-    # settings of our own: the model's may bring a repetition penalty or sampling, and greedy means neither
-    model.generation_config = GenerationConfig(
-        eos_token_id=end_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id
-    )
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    loaded = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
+    language_model = _language_model(model, tokenizer, batch_size)
     for name, task in tasks.items():
         require(
-            _room(loaded, task) > 0,
-            f"task {name}: max_new_tokens {task.max_new_tokens} fill the model's {loaded.max_length} positions; ask for fewer",
+            _longest_prompt(language_model, task) > 0,
+            f"task {name}: max_new_tokens {task.max_new_tokens} fill the model's {language_model.max_length} "
+            "positions; ask for fewer",
         )
-    manager = TaskManager(include_path=str(FORMATS), include_defaults=False)
-    configs = [config(name, task, staged[name]) for name, task in tasks.items()]
-    asked = manager.load(configs)
-    for task in asked["tasks"].values():
-        task.override_metric(
-            "bypass"
-        )  # only answers: simple_evaluate's predict_only, without its second of questions about the machine
-    found = evaluate(loaded, asked, apply_chat_template=True, bootstrap_iters=0, log_samples=True)
+    results = _evaluate(language_model, [config(name, task, staged[name]) for name, task in tasks.items()])
     facts = {}
     for name, task in tasks.items():
-        samples = sorted(found["samples"][name], key=lambda s: s["doc"]["item"])
+        samples = sorted(results["samples"][name], key=lambda s: s["doc"]["item"])
         rows = [{"item": s["doc"]["item"], "prompt": s["arguments"][0][0], "answer": s["resps"][0][0]} for s in samples]
-        cut = [len(tokenizer(r["prompt"], add_special_tokens=False)["input_ids"]) - _room(loaded, task) for r in rows]
-        if max(cut) > 0:
-            raise UserError(
-                f"task {name}: {sum(c > 0 for c in cut)} of {len(rows)} prompts do not fit the model's {loaded.max_length} positions beside "
-                f"{task.max_new_tokens} new tokens (by up to {max(cut)}); they would be asked without their beginning. Lower shots or max_new_tokens"
-            )
+        _require_whole_prompts(name, task, rows, tokenizer, language_model)
         expected = len(items_of(staged[name], task.format))
         if len(rows) != expected:
             raise UserError(f"task {name}: {expected} items asked, {len(rows)} answers came back")
@@ -75,7 +50,7 @@ def ask(
             "items": len(rows),
             "shots": task.shots,
             "format": task.format,
-            "format_version": found["versions"][name],
+            "format_version": results["versions"][name],
         }
     return {
         "tasks": facts,
@@ -85,56 +60,114 @@ def ask(
     }
 
 
-def _room(loaded: Any, task: TaskPrompt) -> int:
-    """Longest prompt in tokens that leaves room for the answer."""
-    return loaded.max_length - task.max_new_tokens
+def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
+    """The model as lm-eval calls it, with generation settings of our own.
+
+    The model's own settings may bring a repetition penalty or sampling, and greedy means neither.
+    """
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(
+        eos_token_id=end_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
+
+
+def _evaluate(language_model: Any, configs: list[dict[str, Any]]) -> Any:
+    """lm-eval's results with every sample, and no metric.
+
+    What simple_evaluate(predict_only=True) does, without its second of questions about the machine.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.tasks import TaskManager
+
+    loaded = TaskManager(include_defaults=False).load(configs)
+    for task in loaded["tasks"].values():
+        task.override_metric("bypass")
+    return evaluate(language_model, loaded, apply_chat_template=True, bootstrap_iters=0, log_samples=True)
+
+
+def _longest_prompt(language_model: Any, task: TaskPrompt) -> int:
+    """Tokens a prompt may have so that there is room for the answer."""
+    return language_model.max_length - task.max_new_tokens
+
+
+def _require_whole_prompts(
+    name: str, task: TaskPrompt, rows: list[dict[str, Any]], tokenizer: Any, language_model: Any
+) -> None:
+    """Raise :class:`UserError` where prompts were longer than the model takes: lm-eval cuts their beginning."""
+    longest = _longest_prompt(language_model, task)
+    excess = [len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]) - longest for row in rows]
+    require(
+        max(excess) <= 0,
+        f"task {name}: {sum(tokens > 0 for tokens in excess)} of {len(rows)} prompts do not fit the model's "
+        f"{language_model.max_length} positions beside {task.max_new_tokens} new tokens (by up to {max(excess)}); "
+        "they would be asked without their beginning. Lower shots or max_new_tokens",
+    )
 
 
 def config(name: str, task: TaskPrompt, staged: Artifact) -> dict[str, Any]:
-    """lm-eval's configuration of one task: the format's YAML, the study's prompt and limits, and the staged items."""
+    """lm-eval's configuration of one task: the format's templates, the study's prompt and limits, the staged items."""
     import datasets
 
-    base = yaml.safe_load((FORMATS / f"{task.format}.yaml").read_text())
-    text = task.prompt or base["doc_to_text"]
+    task_format = load_format(task.format)
+    text = task.prompt or task_format.doc_to_text
     items = items_of(staged, task.format)
     if task.shots:
-        items = with_shots(items, items_of(staged, task.format, "shots"), task.shots, text, base["doc_to_target"])
+        examples = items_of(staged, task.format, "shots")
+        items = with_shots(items, examples, task.shots, text, task_format.doc_to_target)
         text = "{{ shots }}" + text
     return {
-        **base,
         "task": name,
+        "output_type": "generate_until",
+        "test_split": "test",
         "doc_to_text": _compiled(text),
-        "doc_to_target": _compiled(base["doc_to_target"]),
-        "num_fewshot": 0,  # the shots are part of the prompt: chosen by subject, which lm-eval does only through 57 tasks
+        "doc_to_target": _compiled(task_format.doc_to_target),
+        "num_fewshot": 0,  # shots are in the prompt: chosen by subject, for which lm-eval would need a task a subject
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)},
-        "generation_kwargs": {**base["generation_kwargs"], "max_gen_toks": task.max_new_tokens},
+        "generation_kwargs": {
+            "until": [],
+            "do_sample": False,
+            "temperature": 0.0,
+            "max_gen_toks": task.max_new_tokens,
+        },
+        "metadata": {"version": task_format.version},
     }
 
 
 def _compiled(template: str) -> Callable[[Item], str]:
-    """lm-eval's own rendering; given the text, it would compile it anew for every item, which costs more than a small model's answer."""
+    """lm-eval's own rendering, compiled once.
+
+    Given the text, lm-eval would compile it anew for every item, which costs more than a small model's answer. A
+    function, as lm-eval copies the configuration deeply, which a template does not survive.
+    """
     from lm_eval.utils import env
 
     compiled = env.from_string(template)
-    return lambda item: compiled.render(
-        **item
-    )  # a function: lm-eval copies the configuration deeply, which a template does not survive
+    return lambda item: compiled.render(**item)
 
 
-def with_shots(items: list[Item], pool: list[Item], count: int, prompt: str, target: str) -> list[Item]:
-    """Items with a field ``shots``: the first ``count`` examples of the item's subject, asked and answered, blank lines between."""
+def with_shots(items: list[Item], examples: list[Item], count: int, prompt: str, target: str) -> list[Item]:
+    """Items with a field ``shots``: the first ``count`` examples of the item's subject, each asked and answered.
+
+    An example's ``solution`` is its answer; without one it is what ``target`` renders. Raises :class:`UserError` where
+    a subject has too few.
+    """
     import jinja2
 
     strict = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    ask_, answer = strict.from_string(prompt), strict.from_string(target)
+    question = strict.from_string(prompt)
+    answer = strict.from_string(target)
     by_subject: dict[str, list[Item]] = {}
-    for shot in pool:
-        by_subject.setdefault(shot.get("subject", ""), []).append(shot)
+    for example in examples:
+        by_subject.setdefault(example.get("subject", ""), []).append(example)
     out = []
     for item in items:
         chosen = by_subject.get(item.get("subject", ""), [])[:count]
         if len(chosen) < count:
             raise UserError(f"{count} shots asked, {len(chosen)} there for subject {item.get('subject', '')!r}")
-        told = [f"{ask_.render(**s)}\n{s.get('solution') or answer.render(**s)}\n\n" for s in chosen]
-        out.append({**item, "shots": "".join(told)})
+        texts = [f"{question.render(**e)}\n{e.get('solution') or answer.render(**e)}\n\n" for e in chosen]
+        out.append({**item, "shots": "".join(texts)})
     return out

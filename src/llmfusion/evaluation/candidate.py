@@ -1,11 +1,12 @@
-"""Runs INSIDE the sandbox: for every program a fork that gives up what it must not have, executes it and answers calls of its entry point.
+"""Runs INSIDE the sandbox: for every program a fork that confines itself, executes it and answers calls.
 
-The process that forks never runs untrusted code, and there is nothing a program could leave for the next: no writable place, no other
-process it may signal. A start of the interpreter for each program would take ten times as long as the program.
+The process that forks never runs untrusted code, and there is nothing a program could leave for the next: no writable
+place, no other process it may signal. A start of the interpreter for each program would take ten times as long as the
+program.
 
-Requests are single lines of Python literals from the trusted side, replies single lines of tagged JSON. Nothing that comes
-out of here is trusted: the other side decodes plain values and compares them itself, so a forged reply is worth no more
-than a wrong return value. Standard library only.
+Requests are single lines of Python literals from the trusted side, replies single lines of tagged JSON. Nothing that
+comes out of here is trusted: the other side decodes plain values and compares them itself, so a forged reply is worth
+no more than a wrong return value. Standard library only.
 """
 
 import ctypes
@@ -17,15 +18,21 @@ import sys
 
 MAX_REPLY = 4_000_000
 MAX_DEPTH = 32
+PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
+PR_SET_SECCOMP = 22
+SECCOMP_MODE_FILTER = 2  # linux/seccomp.h
 LITERALS = {"inf": float("inf"), "nan": float("nan"), "set": set, "frozenset": frozenset}
 
 
 class NoPlainValue(ValueError):
-    """A value that cannot be told in tagged JSON."""
+    """A value that tagged JSON cannot express."""
 
 
 def encode(value, depth=0):
-    """Tagged JSON text of a plain value. A subclass counts as its plain base, by the base's methods: its own are never called."""
+    """Tagged JSON text of a plain value.
+
+    A subclass counts as its plain base, by the base's methods: its own are never called.
+    """
     kind = type(value)
     if depth > MAX_DEPTH:
         raise NoPlainValue("nested too deeply")
@@ -43,14 +50,19 @@ def encode(value, depth=0):
         return f'{{"bytes": "{bytes.hex(value) if issubclass(kind, bytes) else bytearray.hex(value)}"}}'
     for sequence in (list, tuple, set, frozenset):
         if issubclass(kind, sequence):
-            return f'{{"{sequence.__name__}": [{", ".join([encode(v, depth + 1) for v in sequence.__iter__(value)])}]}}'
+            items = [encode(v, depth + 1) for v in sequence.__iter__(value)]
+            return f'{{"{sequence.__name__}": [{", ".join(items)}]}}'
     if issubclass(kind, dict):
-        return f'{{"dict": [{", ".join([f"[{encode(k, depth + 1)}, {encode(v, depth + 1)}]" for k, v in dict.items(value)])}]}}'
+        items = [f"[{encode(k, depth + 1)}, {encode(v, depth + 1)}]" for k, v in dict.items(value)]
+        return f'{{"dict": [{", ".join(items)}]}}'
     raise NoPlainValue("no plain value")
 
 
 def confine(limits, program):
-    """Give up for good what untrusted code must not have: resources, then system calls. Raises OSError if it cannot be done."""
+    """Give up for good what untrusted code must not have: resources, then system calls.
+
+    Raises OSError if it cannot be done.
+    """
     for name, limit in limits.items():
         resource.setrlimit(getattr(resource, name), (limit, limit))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -60,18 +72,21 @@ def confine(limits, program):
         _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
 
     loaded = Filter(len(program) // 8, ctypes.addressof(code))
-    no_new_privileges, set_seccomp, with_filter = 38, 22, 2  # linux/prctl.h, linux/seccomp.h
     zero = ctypes.c_ulong(0)
     for words in (
-        (no_new_privileges, ctypes.c_ulong(1), zero, zero, zero),
-        (set_seccomp, ctypes.c_ulong(with_filter), ctypes.byref(loaded), zero, zero),
+        (PR_SET_NO_NEW_PRIVS, ctypes.c_ulong(1), zero, zero, zero),
+        (PR_SET_SECCOMP, ctypes.c_ulong(SECCOMP_MODE_FILTER), ctypes.byref(loaded), zero, zero),
     ):
         if libc.prctl(*words) != 0:
             raise OSError(ctypes.get_errno(), "prctl")
 
 
 def main():
-    """Take one program after the other: two pipes through the socket on stdin, a byte when it is to end, a byte back when it has."""
+    """Take one program after the other.
+
+    Through the socket on stdin come two pipes, and a byte when the program is to end; a byte goes back when it has
+    ended.
+    """
     control = socket.socket(fileno=0)
     while True:
         _, pipes, _, _ = socket.recv_fds(control, 1, 2)
@@ -94,12 +109,13 @@ def main():
 
 def run(reading, writing):
     """Read limits, filter and program from the first line, then answer calls until the pipe closes."""
-    requests, replies = os.fdopen(reading, "rb"), os.fdopen(writing, "wb")
+    requests = os.fdopen(reading, "rb")
+    replies = os.fdopen(writing, "wb")
     first = eval(requests.readline(), LITERALS)
-    nowhere = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):  # 0 is the way to the process that forks
-        os.dup2(nowhere, fd)
-    os.close(nowhere)
+    null_device = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):  # 0 is the socket to the process that forks
+        os.dup2(null_device, fd)
+    os.close(null_device)
     confine(first["limits"], bytes.fromhex(first["filter"]))
     sys.setrecursionlimit(10_000)
     names = {"__name__": "__candidate__"}

@@ -1,8 +1,8 @@
-"""One test against one untrusted program: trusted code in a process of its own, which the kernel ends at the time limit.
+"""One test against one untrusted program, in a trusted process that the kernel ends at the time limit.
 
-``python -m llmfusion.evaluation.judge`` reads requests (JSON lines) and writes verdicts. The test runs here, never in the
-sandbox, and calls the candidate through a pipe, so it cannot be read, patched or talked into passing. It is trusted, yet
-a value it is handed may keep it busy for ever or fill its memory: hence the alarm and the memory limit.
+``python -m llmfusion.evaluation.judge`` reads requests (JSON lines) and writes verdicts. The test runs here, never in
+the sandbox, and calls the candidate through a pipe, so the candidate can neither read nor patch it. The test is
+trusted, yet a value it is handed may keep it busy for ever or fill its memory: hence the alarm and the memory limit.
 """
 
 import builtins
@@ -27,9 +27,7 @@ START_SECONDS = 60.0  # for the sandbox to come up on a busy machine; no untrust
 GRACE_SECONDS = 0.5  # between the candidate's time limit and the end of a test that is busy with itself
 TEST_MEMORY = 4 << 30
 TOO_LONG = "the reply is too long"
-TOLD = re.compile(
-    rf"\w{{1,60}}( while loading)?|{TOO_LONG}"
-)  # what candidate.py says of itself; anything else is forged
+REPORTED = re.compile(rf"\w{{1,60}}( while loading)?|{TOO_LONG}")  # errors that candidate.py reports; others are forged
 
 SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
     "list": list,
@@ -44,12 +42,8 @@ SIMPLE: dict[str, Callable[[str], Any]] = {
     "bytes": bytes.fromhex,
 }
 
-EXPECTED = (
-    ValueError,
-    TypeError,
-    ArithmeticError,
-    NotImplementedError,
-)  # not what Python itself waits for: StopIteration, IndexError, ...
+# Builtin exceptions that a test may catch; not those that Python itself catches: StopIteration, IndexError, ...
+EXPECTED = (ValueError, TypeError, ArithmeticError, NotImplementedError)
 
 
 class Failed(Exception):
@@ -94,31 +88,32 @@ def decode(value: Any, depth: int = 0) -> Any:
 
 
 class Sandbox:
-    """The process in bubblewrap that forks for every program; it serves one at a time."""
+    """The process in bubblewrap that forks for every program, one at a time."""
 
     def __init__(self, command: list[str]):
-        self.control, theirs = socket.socketpair()
+        self.control, child_end = socket.socketpair()
         self.process = subprocess.Popen(
             command,
-            stdin=theirs.fileno(),
+            stdin=child_end.fileno(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env={},
             start_new_session=True,
         )
-        theirs.close()
+        child_end.close()
 
     def start(self) -> tuple[int, int]:
         """Have it fork for a program. Returns our ends of the pipes: one to write requests, one to read replies."""
-        (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
+        read_requests, write_requests = os.pipe()
+        read_replies, write_replies = os.pipe()
         try:
-            socket.send_fds(self.control, [b"p"], [theirs_in, theirs_out])
+            socket.send_fds(self.control, [b"p"], [read_requests, write_replies])
         except OSError:
-            pass  # it is dead, which who reads the pipes will find
+            pass  # the sandbox is dead: whoever reads the replies will see their end
         finally:
-            os.close(theirs_in)
-            os.close(theirs_out)
-        return ours_out, ours_in
+            os.close(read_requests)
+            os.close(write_replies)
+        return write_requests, read_replies
 
     def end(self) -> bool:
         """End the program and whatever it is busy with. Returns whether the sandbox can take another one."""
@@ -135,7 +130,7 @@ class Sandbox:
         self.process.communicate()
         self.control.close()
 
-    def said(self) -> str | None:
+    def last_error_line(self) -> str | None:
         """The last line of what it wrote to stderr, if anything."""
         assert self.process.stderr is not None
         os.set_blocking(self.process.stderr.fileno(), False)
@@ -152,14 +147,15 @@ class Candidate:
     def __init__(self, request: dict[str, Any], sandbox: Sandbox, pipes: tuple[int, int]):
         self.lost: Failed | None = None  # why there can be no more answers; a test that swallows it has proved nothing
         self.deadline = time.monotonic() + START_SECONDS
-        self.requests, self.replies, self.pending = *pipes, b""
+        self.requests, self.replies = pipes
+        self.pending = b""  # bytes of a reply that is not complete
         for pipe in pipes:
             os.set_blocking(pipe, False)
         try:
             self._send({key: request[key] for key in ("limits", "filter", "program", "entry_point")})
             self._receive("confined")
         except Failed as error:
-            raise Unusable(f"the sandbox did not start ({sandbox.said() or error})") from None
+            raise Unusable(f"the sandbox did not start ({sandbox.last_error_line() or error})") from None
         self.deadline = time.monotonic() + request["timeout"]
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # from now on it ends the process, whatever the test is busy with
         signal.setitimer(signal.ITIMER_REAL, request["timeout"] + GRACE_SECONDS)
@@ -169,11 +165,11 @@ class Candidate:
         if self.lost:
             raise self.lost
         try:
-            told = decode(json.loads(candidate.encode([list(arguments), keywords])))
+            call = decode(json.loads(candidate.encode([list(arguments), keywords])))  # by value, without subclasses
         except candidate.NoPlainValue:
             raise Unusable("its test gives the program an argument that is no plain value") from None
         try:
-            self._send(told)
+            self._send(call)
             return decode(self._receive("value"))
         except Raised:
             raise
@@ -183,15 +179,15 @@ class Candidate:
 
     def _send(self, message: Any) -> None:
         """Write one request; a program that never reads it cannot hold us beyond the deadline."""
-        left = memoryview(repr(message).encode("utf-8", "surrogatepass") + b"\n")
+        unsent = memoryview(repr(message).encode("utf-8", "surrogatepass") + b"\n")
         with selectors.DefaultSelector() as selector:
             selector.register(self.requests, selectors.EVENT_WRITE)
-            while left:
+            while unsent:
                 wait = self.deadline - time.monotonic()
                 if wait <= 0 or not selector.select(wait):
                     raise Failed("time limit")
                 try:
-                    left = left[os.write(self.requests, left) :]
+                    unsent = unsent[os.write(self.requests, unsent) :]
                 except OSError:
                     raise Failed("the program ended") from None
 
@@ -199,8 +195,8 @@ class Candidate:
         with selectors.DefaultSelector() as selector:
             selector.register(self.replies, selectors.EVENT_READ)
             while b"\n" not in self.pending:
-                left = self.deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
+                wait = self.deadline - time.monotonic()
+                if wait <= 0 or not selector.select(wait):
                     raise Failed("time limit")
                 chunk = os.read(self.replies, 65536)
                 if not chunk:
@@ -214,17 +210,21 @@ class Candidate:
         except (ValueError, RecursionError):
             raise Failed("no proper reply") from None
         if not isinstance(message, dict) or kind not in message:
-            told = message.get("error") if isinstance(message, dict) else None
-            if not isinstance(told, str) or not TOLD.fullmatch(told) or told == "passed":
+            error = message.get("error") if isinstance(message, dict) else None
+            if not isinstance(error, str) or not REPORTED.fullmatch(error) or error == "passed":
                 raise Failed("no proper reply")
-            raise Failed(told) if told == TOO_LONG else _raised(told)
+            raise Failed(error) if error == TOO_LONG else _raised(error)
         return message[kind]
 
 
 def verdict(task: dict[str, Any], request: dict[str, Any], sandbox: Sandbox, pipes: tuple[int, int]) -> dict[str, Any]:
-    """Test one ``{task_id, prompt, completion, test, entry_point}``: ``{task_id, passed, reason}``. Raises :class:`Unusable`."""
+    """Test one ``{task_id, prompt, completion, test, entry_point}``: ``{task_id, passed, reason}``.
+
+    Raises :class:`Unusable`.
+    """
     names = _trusted(task)
-    passed, reason = False, "passed"
+    passed = False
+    reason = "passed"
     try:
         tested = Candidate(
             {**request, "program": task["prompt"] + task["completion"], "entry_point": task["entry_point"]},
@@ -239,7 +239,7 @@ def verdict(task: dict[str, Any], request: dict[str, Any], sandbox: Sandbox, pip
                 raise tested.lost
             passed = True
         finally:
-            _allow(2 * TEST_MEMORY)  # a full memory must not keep us from the verdict
+            _limit_memory(2 * TEST_MEMORY)  # a full memory must not keep us from the verdict
     except AssertionError:
         reason = "wrong answer"
     except Failed as error:
@@ -252,7 +252,7 @@ def verdict(task: dict[str, Any], request: dict[str, Any], sandbox: Sandbox, pip
 
 
 def _trusted(task: dict[str, Any]) -> dict[str, Any]:
-    """What prompt and test define; both are the data set's, not the model's, and some tests use helpers that the prompt defines."""
+    """What prompt and test define. Both are the data set's, not the model's; some tests use helpers of the prompt."""
     names: dict[str, Any] = {}
     try:
         exec(_helpers(task["prompt"]), names)
@@ -273,7 +273,10 @@ def _helpers(prompt: str) -> CodeType:
 
 
 def serve() -> None:
-    """Answer requests, one a line, each in a fork of this fresh process: a verdict, ``{"unusable": why}`` or ``{"signal": number}``."""
+    """Answer requests, one a line, each in a fork of this fresh process.
+
+    An answer is a verdict, ``{"unusable": why}`` or ``{"signal": number}``.
+    """
     sandbox: Sandbox | None = None
     for line in sys.stdin.buffer:
         request = json.loads(line)
@@ -286,45 +289,52 @@ def serve() -> None:
         for pipe in (writing, *pipes):
             os.close(pipe)
         with open(reading, "rb") as file:
-            told = file.readline()  # not to the end: a test's own child may keep the pipe open
+            answer = file.readline()  # not to the end: a test's own child may keep the pipe open
         status = os.waitpid(child, 0)[1]
         if not sandbox.end():
             sandbox.close()
             sandbox = None
-        ended = (
-            {"signal": os.WTERMSIG(status)}
-            if os.WIFSIGNALED(status)
-            else {"unusable": f"it ended with status {status}"}
-        )
-        sys.stdout.buffer.write(told if told.endswith(b"\n") else json.dumps(ended).encode() + b"\n")
+        if not answer.endswith(b"\n"):
+            answer = json.dumps(_how_it_ended(status)).encode() + b"\n"
+        sys.stdout.buffer.write(answer)
         sys.stdout.buffer.flush()
 
 
+def _how_it_ended(status: int) -> dict[str, Any]:
+    """For a fork that gave no answer."""
+    if os.WIFSIGNALED(status):
+        return {"signal": os.WTERMSIG(status)}
+    return {"unusable": f"it ended with status {status}"}
+
+
 def _answer(request: dict[str, Any], sandbox: Sandbox, pipes: tuple[int, int], writing: int) -> None:
-    """The forked process: one verdict, within the time and memory limits; what the test prints goes nowhere. Never returns."""
-    signal.signal(signal.SIGALRM, _late)
+    """The forked process: one verdict, within the time and memory limits; what the test prints goes nowhere.
+
+    Never returns.
+    """
+    signal.signal(signal.SIGALRM, _too_late)
     signal.alarm(int(START_SECONDS) + 5)
-    _allow(TEST_MEMORY)
-    nowhere = os.open(os.devnull, os.O_RDWR)
+    _limit_memory(TEST_MEMORY)
+    null_device = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
-        os.dup2(nowhere, fd)
+        os.dup2(null_device, fd)
     try:
-        told = verdict(request.pop("task"), request, sandbox, pipes)
+        answer = verdict(request.pop("task"), request, sandbox, pipes)
     except Unusable as error:
-        told = {"unusable": str(error)}
+        answer = {"unusable": str(error)}
     except BaseException as error:  # SystemExit of a test, say
-        told = {"unusable": f"its test ended with {type(error).__name__}"}
-    os.write(writing, json.dumps(told).encode() + b"\n")
+        answer = {"unusable": f"its test ended with {type(error).__name__}"}
+    os.write(writing, json.dumps(answer).encode() + b"\n")
     os._exit(0)
 
 
-def _late(*_: object) -> None:
+def _too_late(*_: object) -> None:
     raise Unusable(
         f"the sandbox was not up after {START_SECONDS:.0f} s, or its test is busy before it calls the program"
     )
 
 
-def _allow(memory: int) -> None:
+def _limit_memory(memory: int) -> None:
     """Limit this process's memory, and leave the hard limit, if there is one, as it is."""
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (memory if hard == resource.RLIM_INFINITY else min(memory, hard), hard))

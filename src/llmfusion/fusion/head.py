@@ -6,16 +6,16 @@ Inputs may be 16-bit: a GPU multiplies them as they are and adds up in float32; 
 import torch
 from torch import Tensor
 
-LOGITS = 2**22  # values of (c, V) logits at least worth taking at once: a small vocabulary goes through in few chunks
-ROWS, ROWS_GPU = (
-    192,
-    1024,
-)  # at most, where the vocabulary is large: fewer make reading and writing the head's gradient dear
+CHUNK_VALUES = 2**22  # values of (c, V) logits taken at once: a small vocabulary goes through in few chunks
+CHUNK_ROWS = (
+    192  # rows taken at once of a large vocabulary; fewer make reading and writing the head's gradient expensive
+)
+CHUNK_ROWS_GPU = 1024
 
 
-def chunk_for(head: Tensor) -> int:
+def chunk_rows(head: Tensor) -> int:
     """How many rows to take at once through a head ``(V, .)``."""
-    return max(ROWS_GPU if head.is_cuda else ROWS, LOGITS // len(head))
+    return max(CHUNK_ROWS_GPU if head.is_cuda else CHUNK_ROWS, CHUNK_VALUES // len(head))
 
 
 def accum_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,140 +1,189 @@
 """What a training minimises: SFT alone, or with a fusion target over teachers. The trainer does not know which.
 
-``L = (1 - lambda) SFT + lambda [F + sum_het (CE_t2s + s2t) / K_het]``: F is the target over all teachers' distributions at the
-student's rows, and every teacher of another vocabulary adds what trains its projectors (docs/methods.md).
+``L = (1 - lambda) SFT + lambda [F + penalty + sum_het (CE_t2s + s2t) / K_het]``: F is the target over all teachers'
+distributions at the student's rows, the penalty is the target's own, and every teacher of another vocabulary adds what
+trains its projectors (docs/methods.md).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llmfusion.data.chat import TokenizedSample
 from llmfusion.fusion.divergences import DIVERGENCES
-from llmfusion.fusion.dskd import StudentBatch, auxiliary
-from llmfusion.fusion.fused_loss import TeacherDistribution, fused_loss
-from llmfusion.fusion.minilogit import MinilogitDistribution
-from llmfusion.fusion.targets import TARGETS, TeacherStats
-from llmfusion.fusion.teacher import Teacher, TeacherOutput, TokenizedSample
+from llmfusion.fusion.dskd import auxiliary_loss
+from llmfusion.fusion.fused_loss import FusedLoss, fused_loss
+from llmfusion.fusion.student import StudentBatch
+from llmfusion.fusion.target import Combination, FusionTarget, TeacherStats
+from llmfusion.fusion.teacher import Teacher, TeacherOutput
+from llmfusion.study.fusion_targets import load_target
 from llmfusion.study.schema.options import FusionOptions
-
-NAMES = (*TARGETS, "minilogit")
+from llmfusion.study.schema.training import Training
 
 
 @dataclass(frozen=True)
 class StepTokenCounts:
-    """What the loss of a whole optimizer step is divided by: label tokens of the student, and label rows of each teacher."""
+    """What the loss of an optimizer step is divided by: label tokens of the student, and label rows of each teacher."""
 
     labels: int
     teachers: list[int]
 
 
+def build_target(options: FusionOptions, teachers: int) -> FusionTarget:
+    """The target that ``options`` name, over this many teachers, as an ``nn.Module``."""
+    cls = load_target(options.target).Target
+    module = type(cls.__name__, (cls, nn.Module), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    target: FusionTarget = module(options, teachers)
+    return target
+
+
 class Objective(nn.Module):
-    """The loss of a training, and the projectors it trains beside the student (created under the global seed, in teacher order)."""
+    """The loss of a training, and what it trains beside the student: projectors, and the target's parameters.
 
-    teachers: list[Teacher]
+    They are created under the global seed: first the projectors in the order of the teachers, then the target.
+    """
 
-    def __init__(self, fusion: FusionOptions | None, teachers: Sequence[Teacher], width: int):
+    def __init__(self, fusion: FusionOptions | None, teachers: Sequence[Teacher], student_width: int):
         super().__init__()
+        if bool(teachers) != (fusion is not None):
+            raise ValueError("teachers and options of a fusion target go together")
         self.teachers: list[Teacher] = list(teachers)
         self.fusion = fusion
-        self.target = fusion.target if fusion else "kd"
-        self.weight = fusion.weight if fusion else 0.0
-        self.temperature = fusion.temperature if fusion else 1.0
-        self.divergence = DIVERGENCES[fusion.divergence if fusion else "forward_kl"]
-        self.given = [teacher.projectors(width) for teacher in self.teachers]
-        self.projectors = nn.ModuleList([module for module in self.given if module is not None])
+        self.projectors_of = [teacher.projectors(student_width) for teacher in self.teachers]  # None: needs none
+        self.projectors = nn.ModuleList([module for module in self.projectors_of if module is not None])
+        self.target = None if fusion is None else build_target(fusion, len(self.teachers))
 
-    def totals(self, drawn: Sequence[TokenizedSample]) -> StepTokenCounts:
-        """The counts of a whole optimizer step; its micro-batches are divided by them, so that their split does not matter."""
-        return StepTokenCounts(
-            sum(len(d.encoded.label_ids) for d in drawn), [teacher.rows_of(drawn) for teacher in self.teachers]
-        )
+    def parameter_groups(self, run: Training) -> list[dict[str, Any]]:
+        """Groups for the optimizer, none of them empty: ``params``, and ``rate``, a multiple of ``run.lr``."""
+        if self.fusion is None or self.target is None:
+            return []
+        target_lr = run.lr if self.target.learning_rate is None else self.target.learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.projectors.parameters()), "rate": self.fusion.projector_lr / run.lr},
+            {"params": list(self.target.parameters()), "rate": target_lr / run.lr},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def count_tokens(self, batch: Sequence[TokenizedSample]) -> StepTokenCounts:
+        """The counts of a whole optimizer step; its micro-batches are divided by them, so that the split is free."""
+        labels = sum(len(sample.encoded.label_ids) for sample in batch)
+        return StepTokenCounts(labels, [teacher.label_count(batch) for teacher in self.teachers])
 
     def forward(
-        self, student: StudentBatch, drawn: Sequence[TokenizedSample], totals: StepTokenCounts
+        self, student: StudentBatch, batch: Sequence[TokenizedSample], counts: StepTokenCounts
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Loss of a micro-batch, divided by ``totals``, and what is to be recorded; both add up over micro-batches.
+        """Loss of a micro-batch, divided by ``counts``, and what is to be recorded; both add up over micro-batches.
 
         Recorded per token (nats): ``loss``, ``sft``; with teachers ``fusion``, and by teacher ``weight``, ``usable``,
-        ``cross_entropy`` (the teacher's, on its usable rows); by projected teacher ``t2s_ce``, ``s2t_kl`` and ``aligned``.
+        ``cross_entropy`` (the teacher's, on its usable rows); by projected teacher ``t2s_ce``, ``s2t_kl`` and
+        ``aligned``; ``penalty`` of a target that has one.
         """
-        fused = partial(
-            fused_loss,
-            student.hidden,
-            student.head,
-            student.bias,
-            student.labels,
-            count=totals.labels,
-            products=student.products,
-        )
-        if not self.teachers:
-            result = fused()
-            return result.loss, {"loss": float(result.loss.detach()), "sft": float(result.sft) / totals.labels}
-        views = self._views(student, drawn)
-        rows, weights, shares = self._combined([view.rows for view in views], student)
-        result = fused(rows, weights, self.weight, self.temperature, self.divergence)
-        loss = result.loss + self.weight * self._auxiliary(views, totals)
-        sums = {"loss": loss, "sft": result.sft / totals.labels, "fusion": result.fusion / totals.labels}
-        return loss, {
-            **{name: float(value.detach()) for name, value in sums.items()},
-            **self._by_teacher(views, shares, totals),
-        }
+        if self.fusion is None or self.target is None:
+            result = _fused_loss(student, counts)
+            return result.loss, {"loss": float(result.loss.detach()), "sft": float(result.sft) / counts.labels}
+        outputs = self._outputs(student, batch)
+        distributions = [output.distribution for output in outputs]
+        combination = self.target.combine(distributions, student, _teacher_stats(outputs, student))
+        result = _fused_loss(student, counts, self.fusion, combination)
+        loss = result.loss + self.fusion.weight * _auxiliary_loss(outputs, counts)
+        sums = {"sft": result.sft / counts.labels, "fusion": result.fusion / counts.labels}
+        if combination.penalty is not None:  # a mean over this micro-batch, which has a share of the step's tokens
+            sums["penalty"] = combination.penalty * (len(student.labels) / counts.labels)
+            loss = loss + self.fusion.weight * sums["penalty"]
+        record = {name: float(value.detach()) for name, value in {"loss": loss, **sums}.items()}
+        return loss, {**record, **self._by_teacher(outputs, combination.shares, counts)}
 
-    def projection(self, student: StudentBatch, drawn: Sequence[TokenizedSample], totals: StepTokenCounts) -> Tensor:
-        """Only what trains the projectors, for steps before the student's first; the student's states must be detached."""
-        return torch.as_tensor(self._auxiliary(self._views(student, drawn), totals))
+    def projector_loss(
+        self, student: StudentBatch, batch: Sequence[TokenizedSample], counts: StepTokenCounts
+    ) -> Tensor:
+        """Only what trains the projectors, for steps before the student's first; its states must be detached."""
+        return torch.as_tensor(_auxiliary_loss(self._outputs(student, batch), counts))
 
-    def _views(self, student: StudentBatch, drawn: Sequence[TokenizedSample]) -> list[TeacherOutput]:
+    def _outputs(self, student: StudentBatch, batch: Sequence[TokenizedSample]) -> list[TeacherOutput]:
+        temperature = self.fusion.temperature if self.fusion else 1.0
         return [
-            teacher.view(drawn, student, given, self.temperature)
-            for teacher, given in zip(self.teachers, self.given, strict=True)
+            teacher.output(batch, student, projectors, temperature)
+            for teacher, projectors in zip(self.teachers, self.projectors_of, strict=True)
         ]
-
-    def _combined(
-        self, rows: list[TeacherDistribution], student: StudentBatch
-    ) -> tuple[list[TeacherDistribution], Tensor, Tensor]:
-        """What the student is drawn to, its weights (N, .), and how much each teacher has to say, (N, K)."""
-        if self.target == "minilogit":  # the one target that is no mixture of the teachers' distributions
-            ensemble = MinilogitDistribution(rows, student.labels)
-            return [ensemble], ensemble.mask[:, None], ensemble.share
-        sequence = torch.repeat_interleave(torch.arange(len(student.sizes)), torch.tensor(student.sizes)).to(
-            student.labels.device
-        )
-        entropy, cross_entropy, mask = (
-            torch.stack([getattr(r, name) for r in rows], 1) for name in ("entropy", "cross_entropy", "mask")
-        )
-        weights = TARGETS[self.target](TeacherStats(entropy, cross_entropy, mask, sequence), self.fusion)
-        return rows, weights, weights
-
-    def _auxiliary(self, views: list[TeacherOutput], totals: StepTokenCounts) -> Tensor | float:
-        projected = [
-            (view.space, count) for view, count in zip(views, totals.teachers, strict=True) if view.space is not None
-        ]
-        return (
-            auxiliary([space for space, _ in projected], totals.labels, [count for _, count in projected])
-            if projected
-            else 0.0
-        )
 
     def _by_teacher(
-        self, views: list[TeacherOutput], shares: Tensor, totals: StepTokenCounts
+        self, outputs: Sequence[TeacherOutput], shares: Tensor, counts: StepTokenCounts
     ) -> dict[str, dict[str, float]]:
+        """Records by name and teacher."""
         names = [teacher.name for teacher in self.teachers]
-        mean = {"weight": shares.sum(0).tolist(), "usable": [float(v.rows.mask.sum()) for v in views]}
-        mean["cross_entropy"] = [float((v.rows.cross_entropy * v.rows.mask).sum()) for v in views]
-        out = {
-            key: {n: value / totals.labels for n, value in zip(names, values, strict=True)}
-            for key, values in mean.items()
+        distributions = [output.distribution for output in outputs]
+        sums = {
+            "weight": shares.sum(0).tolist(),
+            "usable": [float(d.mask.sum()) for d in distributions],
+            "cross_entropy": [float((d.cross_entropy * d.mask).sum()) for d in distributions],
         }
-        spaces = [(n, v.space, m) for n, v, m in zip(names, views, totals.teachers, strict=True) if v.space is not None]
-        if spaces:
-            out["t2s_ce"] = {n: float(space.t2s_ce.detach()) / totals.labels for n, space, _ in spaces}
-            out["s2t_kl"] = {n: float(space.s2t_kl.detach()) / rows for n, space, rows in spaces}
-            out["aligned"] = {n: float(space.aligned.sum()) / totals.labels for n, space, _ in spaces}
+        out = {
+            key: {name: value / counts.labels for name, value in zip(names, values, strict=True)}
+            for key, values in sums.items()
+        }
+        return out | self._by_projected_teacher(outputs, counts)
+
+    def _by_projected_teacher(
+        self, outputs: Sequence[TeacherOutput], counts: StepTokenCounts
+    ) -> dict[str, dict[str, float]]:
+        """Records of the projected teachers, by name and teacher; empty without any."""
+        out: dict[str, dict[str, float]] = {}
+        for teacher, output, count in zip(self.teachers, outputs, counts.teachers, strict=True):
+            if (space := output.dual_space) is not None:
+                out.setdefault("t2s_ce", {})[teacher.name] = float(space.t2s_ce.detach()) / counts.labels
+                out.setdefault("s2t_kl", {})[teacher.name] = float(space.s2t_kl.detach()) / count
+                out.setdefault("aligned", {})[teacher.name] = float(space.aligned.sum()) / counts.labels
         return out
+
+
+def _fused_loss(
+    student: StudentBatch,
+    counts: StepTokenCounts,
+    fusion: FusionOptions | None = None,
+    combination: Combination | None = None,
+) -> FusedLoss:
+    """SFT, or SFT and fusion, of a micro-batch, divided by the step's label tokens."""
+    return fused_loss(
+        student.hidden,
+        student.head,
+        student.bias,
+        student.labels,
+        combination.distributions if combination else (),
+        combination.weights if combination else None,
+        fusion_weight=fusion.weight if fusion else 0.0,
+        temperature=fusion.temperature if fusion else 1.0,
+        divergence=DIVERGENCES[fusion.divergence if fusion else "forward_kl"],
+        count=counts.labels,
+        matmul_dtype=student.matmul_dtype,
+    )
+
+
+def _teacher_stats(outputs: Sequence[TeacherOutput], student: StudentBatch) -> TeacherStats:
+    """Statistics of the K teachers at the batch's N label rows."""
+    sizes = torch.tensor(student.sizes)
+    sequence = torch.repeat_interleave(torch.arange(len(student.sizes)), sizes).to(student.labels.device)  # (N,)
+    distributions = [output.distribution for output in outputs]
+    return TeacherStats(
+        entropy=torch.stack([d.entropy for d in distributions], 1),  # (N, K)
+        cross_entropy=torch.stack([d.cross_entropy for d in distributions], 1),
+        mask=torch.stack([d.mask for d in distributions], 1),
+        sequence=sequence,
+    )
+
+
+def _auxiliary_loss(outputs: Sequence[TeacherOutput], counts: StepTokenCounts) -> Tensor | float:
+    """The terms of the projected teachers; 0 without any."""
+    projected = [
+        (output.dual_space, count)
+        for output, count in zip(outputs, counts.teachers, strict=True)
+        if output.dual_space is not None
+    ]
+    if not projected:
+        return 0.0
+    return auxiliary_loss([space for space, _ in projected], counts.labels, [count for _, count in projected])
 
 
 def add_records(sums: dict[str, Any], more: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where a teacher's distributions come from during training. All sources share one face, :class:`Teacher`."""
+"""Where a teacher's distributions come from during training. All teachers implement one interface, :class:`Teacher`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,22 +8,14 @@ import torch
 from torch import Tensor
 
 from llmfusion.artifacts.store import Artifact
-from llmfusion.data.chat import Encoded
+from llmfusion.data.chat import TokenizedSample
 from llmfusion.data.samples import Sample
 from llmfusion.errors import UserError
-from llmfusion.fusion.distributions import HiddenStateDistribution, TopKDistribution, Vocabulary
-from llmfusion.fusion.dskd import (
-    DualSpace,
-    OwnScores,
-    Projectors,
-    StudentBatch,
-    TeacherBatch,
-    TeacherSpace,
-    dual_space,
-    input_ids,
-)
+from llmfusion.fusion.distributions import HiddenStateDistribution, TeacherHead, TopKDistribution
+from llmfusion.fusion.dskd import DualSpace, OwnScores, Projectors, TeacherBatch, TeacherSpace, dual_space, input_ids
 from llmfusion.fusion.fused_loss import TeacherDistribution
-from llmfusion.fusion.head import chunk_for, head_for_device
+from llmfusion.fusion.head import chunk_rows, head_for_device
+from llmfusion.fusion.student import StudentBatch
 from llmfusion.models.loading import load_tokenizer, vocabulary_sha256
 from llmfusion.study.schema.options import FusionOptions
 from llmfusion.teachers.alignment import (
@@ -34,25 +26,19 @@ from llmfusion.teachers.alignment import (
     row_spans,
     token_bytes,
 )
-from llmfusion.teachers.cache import Cache, HiddenStateSource
+from llmfusion.teachers.cache import HiddenStateSource, TeacherCache
 from llmfusion.teachers.cache_format import response_sha256
 from llmfusion.teachers.fingerprint import require_recomputed
 
-
-@dataclass(frozen=True)
-class TokenizedSample:
-    """A sample of a batch, as it is and as the student reads it."""
-
-    sample: Sample
-    encoded: Encoded
+Spans = tuple[Tensor, Tensor]  # byte spans of the student's (N, 2) and of the teacher's (M, 2) label rows in a sample
 
 
 @dataclass(frozen=True)
 class TeacherOutput:
-    """A teacher at the N label rows of a batch; ``space`` holds the terms of a teacher that had to be projected."""
+    """A teacher's distribution at the N label rows of a batch; ``dual_space``: the loss terms of a projected one."""
 
-    rows: TeacherDistribution
-    space: DualSpace | None = None
+    distribution: TeacherDistribution
+    dual_space: DualSpace | None = None
 
 
 class Teacher(Protocol):
@@ -60,29 +46,34 @@ class Teacher(Protocol):
 
     name: str
 
-    def projectors(self, width: int) -> Projectors | None:
-        """New projectors into a student's space of ``width``, for a teacher that needs them."""
+    def projectors(self, student_width: int) -> Projectors | None:
+        """New projectors into a student's space of this width, for a teacher that needs them."""
         ...
 
-    def view(
-        self, drawn: Sequence[TokenizedSample], student: StudentBatch, projectors: Projectors | None, temperature: float
+    def output(
+        self,
+        batch: Sequence[TokenizedSample],
+        student: StudentBatch,
+        projectors: Projectors | None,
+        temperature: float,
     ) -> TeacherOutput:
         """The teacher at the label rows of these samples, in order."""
         ...
 
-    def rows_of(self, drawn: Sequence[TokenizedSample]) -> int:
-        """The teacher's own number of label rows in these samples."""
+    def label_count(self, batch: Sequence[TokenizedSample]) -> int:
+        """The number of label rows in these samples, in the teacher's own tokens."""
         ...
 
-    def prefetch(self, drawn: Sequence[TokenizedSample]) -> None:
-        """Told before the samples are asked for, so that a slow disk need not be waited for."""
+    def prefetch(self, batch: Sequence[TokenizedSample]) -> None:
+        """Called before ``output`` needs these samples, so that a slow disk need not be waited for."""
         ...
 
 
 class CachedTeacher:
     """A teacher that shares the student's vocabulary, from its cache of final hidden states or most likely tokens.
 
-    Raises :class:`UserError` if the vocabularies differ: such a teacher is a :class:`ProjectedTeacher`.
+    ``states`` computes the states of a teacher whose cache holds none. Raises :class:`UserError` if the vocabularies
+    differ: such a teacher is a :class:`ProjectedTeacher`.
     """
 
     def __init__(
@@ -90,97 +81,120 @@ class CachedTeacher:
         name: str,
         cache: Artifact,
         tokenizer: Any,
-        vocabulary: int,
+        vocabulary_size: int,
         device: str,
         states: HiddenStateSource | None = None,
     ):
-        self.name, self.cache, self.device = name, Cache(cache, states), device
-        other = load_tokenizer(cache, None)
-        if vocabulary_sha256(other) != vocabulary_sha256(tokenizer):
-            raise UserError(
-                f"teacher {name} has another vocabulary than the student ({len(other)} and {len(tokenizer)} tokens, {cache.folder})"
-            )
-        head, bias = self.cache.head()
+        self.name = name
+        self.cache = TeacherCache(cache, states)
+        self.device = device
+        teacher_tokenizer = load_tokenizer(cache, None)
+        _require_same_vocabulary(name, cache, tokenizer, teacher_tokenizer)
+        weight, bias = self.cache.head()
         bias = None if bias is None else bias.float().to(device)
-        ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-        shared = sorted(i for token, i in theirs.items() if ours.get(token) == i and i < min(vocabulary, len(head)))
-        head = head_for_device(head, device)
-        self.own = Vocabulary(head, bias, torch.tensor(shared, device=device), vocabulary)
-        self.all_shared = len(shared) == self.cache.facts["rows_of_head"]
-        self.end, self.other_end = tokenizer.eos_token_id, other.eos_token_id
-        self._uncompared: tuple[Tensor, Tensor | None] | None = (head, bias)
+        shared = _shared_ids(tokenizer, teacher_tokenizer, min(vocabulary_size, len(weight)))
+        weight = head_for_device(weight, device)
+        self.head = TeacherHead(weight, bias, torch.tensor(shared, device=device), vocabulary_size)
+        self.shares_all_tokens = len(shared) == self.cache.facts["rows_of_head"]
+        self.student_eos = tokenizer.eos_token_id
+        self.teacher_eos = teacher_tokenizer.eos_token_id
+        self._unchecked_head: tuple[Tensor, Tensor | None] | None = (weight, bias)  # until the first batch is read
 
-    def projectors(self, width: int) -> None:
-        """None: what it says is in the student's vocabulary already."""
+    def projectors(self, student_width: int) -> None:
+        """None: its distributions are over the student's vocabulary already."""
 
-    def view(
-        self, drawn: Sequence[TokenizedSample], student: StudentBatch, projectors: Projectors | None, temperature: float
+    def output(
+        self,
+        batch: Sequence[TokenizedSample],
+        student: StudentBatch,
+        projectors: Projectors | None,
+        temperature: float,
     ) -> TeacherOutput:
         """Its distributions over the tokens both know."""
-        return TeacherOutput(self.batch([d.sample for d in drawn], [d.encoded.label_ids for d in drawn]))
+        return TeacherOutput(self.distribution([s.sample for s in batch], [s.encoded.label_ids for s in batch]))
 
-    def rows_of(self, drawn: Sequence[TokenizedSample]) -> int:
+    def label_count(self, batch: Sequence[TokenizedSample]) -> int:
         """The student's: they share label positions."""
-        return sum(len(d.encoded.label_ids) for d in drawn)
+        return sum(len(s.encoded.label_ids) for s in batch)
 
-    def prefetch(self, drawn: Sequence[TokenizedSample]) -> None:
+    def prefetch(self, batch: Sequence[TokenizedSample]) -> None:
         """Have the cache's rows of these samples read."""
-        self.cache.prefetch([d.sample["id"] for d in drawn])
+        self.cache.prefetch([s.sample["id"] for s in batch])
 
-    def batch(
+    def distribution(
         self, samples: Sequence[Sample], labels: Sequence[Sequence[int]]
     ) -> HiddenStateDistribution | TopKDistribution:
-        """Rows of the given samples; raises :class:`UserError` naming a sample the cache lacks or labels differently."""
-        found = self.cache.batch(samples)
-        mask = torch.cat(
-            [self._agree(s["id"], y, r["label_id"]) for s, y, r in zip(samples, labels, found, strict=True)]
-        ).to(self.device)
-        together = {name: torch.cat([r[name] for r in found]).to(self.device) for name in found[0]}
-        if self._uncompared:
-            require_recomputed(self.name, self.cache, together, *self._uncompared)
-            self._uncompared = None
-        stats = together["entropy"], -together["label_logprob"], mask
-        if self.cache.kind == "topk":  # its statistics cannot be taken again: they stay those over its own tokens
-            return TopKDistribution(together["top_id"], together["top_logprob"], self.own, *stats)
-        rows = HiddenStateDistribution(
-            together["hidden"], self.own, *stats, is_own_entropy=self.cache.kind == "hidden"
-        )  # not those of a teacher that is run again
-        if (
-            not self.all_shared
-        ):  # the cached statistics are over tokens the student lacks: take them over the shared ones
-            self._restate(rows, torch.tensor([y for sample in labels for y in sample], device=self.device))
-        return rows
+        """The teacher at the label rows of ``samples``, whose label ids are ``labels``.
 
-    def _agree(self, sample: str, ours: Sequence[int], theirs: Tensor) -> Tensor:
-        """1 where label ids are equal; 0 where both close the response, each with its own end token."""
-        mine = torch.tensor(ours, dtype=theirs.dtype)
-        same = mine == theirs if len(mine) == len(theirs) else torch.zeros(0, dtype=torch.bool)
-        closing = (mine == self.end) & (theirs == self.other_end) if len(mine) == len(theirs) else same
-        if len(mine) != len(theirs) or not bool((same | closing).all()):
-            raise UserError(
-                f"teacher {self.name}: sample {sample}: its cached labels are not the student's; capture it again"
-            )
-        return same.float()
+        Raises :class:`UserError` naming a sample that the cache lacks or labels differently.
+        """
+        parts = self.cache.batch(samples)
+        masks = [self._mask(s["id"], y, p["label_id"]) for s, y, p in zip(samples, labels, parts, strict=True)]
+        mask = torch.cat(masks).to(self.device)  # (N,)
+        rows = {name: torch.cat([part[name] for part in parts]).to(self.device) for name in parts[0]}
+        if self._unchecked_head:
+            require_recomputed(self.name, self.cache, rows, *self._unchecked_head)
+            self._unchecked_head = None
+        stats = rows["entropy"], -rows["label_logprob"], mask
+        if self.cache.kind == "topk":  # its statistics cannot be computed again: they stay those over its own tokens
+            return TopKDistribution(rows["top_id"], rows["top_logprob"], self.head, *stats)
+        # of a teacher that is run again, the cached entropies are not those of these states
+        is_own_entropy = self.cache.kind == "hidden"
+        distribution = HiddenStateDistribution(rows["hidden"], self.head, *stats, is_own_entropy=is_own_entropy)
+        if not self.shares_all_tokens:
+            flat_labels = torch.tensor([y for sample in labels for y in sample], device=self.device)
+            _recompute_stats(distribution, flat_labels)
+        return distribution
 
-    def _restate(self, rows: HiddenStateDistribution, labels: Tensor) -> None:
-        entropies, known = [], []
-        for part in torch.arange(len(labels)).split(chunk_for(rows.own.head)):
-            some = slice(int(part[0]), int(part[-1]) + 1)
-            log_q = rows.log_probs(some, 1.0)
-            known.append(log_q.gather(1, labels[some, None])[:, 0])
-            entropies.append(
-                -torch.linalg.vecdot(log_q.exp(), log_q.clamp_(min=torch.finfo(log_q.dtype).min))
-            )  # not 0 x -inf
-        rows.entropy, label, rows.is_own_entropy = torch.cat(entropies), torch.cat(known), True
-        rows.mask = rows.mask * label.isfinite()
-        rows.cross_entropy = -label.masked_fill(label.isinf(), 0)
+    def _mask(self, sample: str, labels: Sequence[int], cached: Tensor) -> Tensor:
+        """1 where label ids are equal; 0 where both close the response, each with its own end token. (n,)"""
+        ours = torch.tensor(labels, dtype=cached.dtype)
+        if len(ours) == len(cached):
+            same = ours == cached
+            closing = (ours == self.student_eos) & (cached == self.teacher_eos)
+            if bool((same | closing).all()):
+                return same.float()
+        raise UserError(
+            f"teacher {self.name}: sample {sample}: its cached labels are not the student's; capture it again"
+        )
+
+
+def _require_same_vocabulary(name: str, cache: Artifact, tokenizer: Any, teacher_tokenizer: Any) -> None:
+    if vocabulary_sha256(teacher_tokenizer) != vocabulary_sha256(tokenizer):
+        sizes = f"{len(teacher_tokenizer)} and {len(tokenizer)} tokens"
+        raise UserError(f"teacher {name} has another vocabulary than the student ({sizes}, {cache.folder})")
+
+
+def _shared_ids(tokenizer: Any, teacher_tokenizer: Any, limit: int) -> list[int]:
+    """Ids below ``limit`` that stand for the same token in both vocabularies, sorted."""
+    ours = tokenizer.get_vocab()
+    theirs = teacher_tokenizer.get_vocab()
+    return sorted(i for token, i in theirs.items() if ours.get(token) == i and i < limit)
+
+
+def _recompute_stats(distribution: HiddenStateDistribution, labels: Tensor) -> None:
+    """Replace the cached statistics, which are over tokens that the student lacks, by those over the shared ones."""
+    entropies: list[Tensor] = []
+    label_log_probs: list[Tensor] = []
+    chunk = chunk_rows(distribution.head.weight)
+    for start in range(0, len(labels), chunk):
+        rows = slice(start, min(start + chunk, len(labels)))
+        log_q = distribution.log_probs(rows, 1.0)  # (c, V)
+        label_log_probs.append(log_q.gather(1, labels[rows, None])[:, 0])
+        q = log_q.exp()
+        entropies.append(-torch.linalg.vecdot(q, log_q.clamp_(min=torch.finfo(log_q.dtype).min)))  # not 0 x -inf
+    label_log_prob = torch.cat(label_log_probs)
+    distribution.entropy = torch.cat(entropies)
+    distribution.is_own_entropy = True
+    distribution.mask = distribution.mask * label_log_prob.isfinite()
+    distribution.cross_entropy = -label_log_prob.masked_fill(label_log_prob.isinf(), 0)
 
 
 class ProjectedTeacher:
     """A teacher of another vocabulary, projected into the student's space (:mod:`llmfusion.fusion.dskd`).
 
-    ``align: cma`` lets attention find which rows belong together; ``exact`` takes rows whose labels cover the same text.
-    ``score: own`` scores the teacher by its cached statistics instead of by its projection.
+    ``align: cma`` lets attention find which rows belong together; ``exact`` takes rows whose labels cover the same
+    text. ``score: own`` scores the teacher by its cached statistics instead of by its projection.
     """
 
     def __init__(
@@ -193,100 +207,114 @@ class ProjectedTeacher:
         score: str = "projected",
         states: HiddenStateSource | None = None,
     ):
-        self.name, self.cache, self.device, self.exact, self.own = (
-            name,
-            Cache(cache, states),
-            device,
-            align == "exact",
-            score == "own",
-        )
+        self.name = name
+        self.cache = TeacherCache(cache, states)
+        self.device = device
+        self.exact = align == "exact"
+        self.own_scores = score == "own"
         if self.cache.kind == "topk":
             raise UserError(
-                f"teacher {name} has another vocabulary than the student, and its cache of kind topk has no states to project; capture it as hidden"
+                f"teacher {name} has another vocabulary than the student, and its cache of kind topk has no states to "
+                "project; capture it as hidden"
             )
-        head, bias = self.cache.head()
-        facts, known = cache.facts, cache.facts["rows_of_head"]
-        bias = None if bias is None else bias[:known].float().to(device)
+        self.space = self._teacher_space()
+        if self.exact or self.own_scores:
+            self.teacher_bytes = token_bytes(load_tokenizer(cache, None))
+            self.student_bytes = token_bytes(tokenizer)
+        self._spans: dict[str, Spans] = {}
+        self._checked = False
+
+    def _teacher_space(self) -> TeacherSpace:
+        facts = self.cache.facts
+        known = facts["rows_of_head"]
+        weight, bias = self.cache.head()
+        bias = None if bias is None else bias[:known].float().to(self.device)
+        embedding = self.cache.embedding().float().to(self.device)
         stds = [facts[f"std_{name}"] for name in ("index_embedding", "target_embedding", "hidden")]
-        self.space = TeacherSpace(
-            head_for_device(head[:known], device), bias, self.cache.embedding().float().to(device), *stds
-        )
-        if self.exact or self.own:
-            self.pieces, self.student_pieces = token_bytes(load_tokenizer(cache, None)), token_bytes(tokenizer)
-        self._spans: dict[str, tuple[Tensor, Tensor]] = {}
-        self._compared = False
+        return TeacherSpace(head_for_device(weight[:known], self.device), bias, embedding, *stds)
 
-    def projectors(self, width: int) -> Projectors:
+    def projectors(self, student_width: int) -> Projectors:
         """Fresh ones; cross-model attention needs a query, exact alignment none."""
-        return Projectors(width, self.space.head.shape[1], attention=not self.exact)
+        return Projectors(student_width, self.space.head.shape[1], attention=not self.exact)
 
-    def rows_of(self, drawn: Sequence[TokenizedSample]) -> int:
+    def label_count(self, batch: Sequence[TokenizedSample]) -> int:
         """Label rows of its own tokenisation, from the cache's index."""
-        return sum(self.cache.entry(d.sample["id"])["length"] for d in drawn)
+        return sum(self.cache.entry(s.sample["id"])["length"] for s in batch)
 
-    def prefetch(self, drawn: Sequence[TokenizedSample]) -> None:
+    def prefetch(self, batch: Sequence[TokenizedSample]) -> None:
         """Have the cache's rows of these samples read."""
-        self.cache.prefetch([d.sample["id"] for d in drawn])
+        self.cache.prefetch([s.sample["id"] for s in batch])
 
-    def view(
-        self, drawn: Sequence[TokenizedSample], student: StudentBatch, projectors: Projectors | None, temperature: float
+    def output(
+        self,
+        batch: Sequence[TokenizedSample],
+        student: StudentBatch,
+        projectors: Projectors | None,
+        temperature: float,
     ) -> TeacherOutput:
         """Its projection at the student's rows, with the terms that train the projectors."""
         assert projectors is not None
-        entries = [self._entry(d) for d in drawn]
-        found = self.cache.batch([d.sample for d in drawn])
-        labels = [rows["label_id"].long() for rows in found]
-        inputs = [input_ids(y, e["segment_starts"], e["segment_prompts"]) for y, e in zip(labels, entries, strict=True)]
-        sizes = [len(y) for y in labels]
-        hidden, x, y = (
-            torch.cat(parts).to(self.device) for parts in ([rows["hidden"] for rows in found], inputs, labels)
-        )
-        if not self._compared:
-            told = torch.cat([rows["label_logprob"] for rows in found]).to(self.device)
-            require_recomputed(
-                self.name,
-                self.cache,
-                {"hidden": hidden, "label_id": y, "label_logprob": told},
-                self.space.head,
-                self.space.bias,
-            )
-            self._compared = True
-        teacher = TeacherBatch(self.space, hidden, x, y, sizes)
-        spans = (
-            [self._spans_of(d, y, e) for d, y, e in zip(drawn, labels, entries, strict=True)]
-            if self.exact or self.own
-            else []
-        )
-        matched = (
-            join_matches([match_spans(ours, theirs) for ours, theirs in spans], sizes).to(self.device)
-            if self.exact
-            else None
-        )
-        own = self._own(spans, found) if self.own else None
-        space = dual_space(projectors, student, teacher, temperature, matched, own, products=student.products)
-        return TeacherOutput(space.rows, space)
+        entries = [self._entry(sample) for sample in batch]
+        rows = self.cache.batch([s.sample for s in batch])
+        teacher = self._teacher_batch(rows, entries)
+        self._check_once(rows, teacher)
+        matches = own_scores = None
+        if self.exact or self.own_scores:
+            spans = [self._sample_spans(s, r, e) for s, r, e in zip(batch, rows, entries, strict=True)]
+            matches = self._matches(spans, teacher.sizes) if self.exact else None
+            own_scores = self._own_scores(spans, rows) if self.own_scores else None
+        space = dual_space(projectors, student, teacher, temperature, matches, own_scores)
+        return TeacherOutput(space.distribution, space)
 
-    def _entry(self, drawn: TokenizedSample) -> dict[str, Any]:
-        entry = self.cache.entry(drawn.sample["id"])
-        if entry["response_sha256"] != response_sha256(drawn.sample):
+    def _entry(self, sample: TokenizedSample) -> dict[str, Any]:
+        entry = self.cache.entry(sample.sample["id"])
+        if entry["response_sha256"] != response_sha256(sample.sample):
+            name = sample.sample["id"]
             raise UserError(
-                f"teacher {self.name}: sample {drawn.sample['id']}: its cached response is not the mix's; capture it again"
+                f"teacher {self.name}: sample {name}: its cached response is not the mix's; capture it again"
             )
         return entry
 
-    def _spans_of(self, drawn: TokenizedSample, labels: Tensor, entry: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _teacher_batch(self, rows: Sequence[dict[str, Tensor]], entries: Sequence[dict[str, Any]]) -> TeacherBatch:
+        labels = [part["label_id"].long() for part in rows]
+        inputs = [input_ids(y, e["segment_starts"], e["segment_prompts"]) for y, e in zip(labels, entries, strict=True)]
+        return TeacherBatch(
+            self.space,
+            hidden=torch.cat([part["hidden"] for part in rows]).to(self.device),  # (M, D)
+            inputs=torch.cat(inputs).to(self.device),
+            labels=torch.cat(labels).to(self.device),
+            sizes=[len(y) for y in labels],
+        )
+
+    def _check_once(self, rows: Sequence[dict[str, Tensor]], teacher: TeacherBatch) -> None:
+        """Compare the first batch's cached cross-entropies with recomputed ones."""
+        if self._checked:
+            return
+        cached = torch.cat([part["label_logprob"] for part in rows]).to(self.device)
+        first = {"hidden": teacher.hidden, "label_id": teacher.labels, "label_logprob": cached}
+        require_recomputed(self.name, self.cache, first, self.space.head, self.space.bias)
+        self._checked = True
+
+    def _sample_spans(self, sample: TokenizedSample, rows: dict[str, Tensor], entry: dict[str, Any]) -> Spans:
         """Byte spans of the student's and of the teacher's label rows; they never change, so they are kept."""
-        name = drawn.sample["id"]
+        name = sample.sample["id"]
         if name not in self._spans:
-            texts = responses(drawn.sample)
-            ours = row_spans(self.student_pieces, drawn.encoded.label_ids, drawn.encoded.segments()[0], texts)
-            self._spans[name] = ours, row_spans(self.pieces, labels.tolist(), entry["segment_starts"], texts)
+            texts = responses(sample.sample)
+            starts = sample.encoded.segments()[0]
+            self._spans[name] = (
+                row_spans(self.student_bytes, sample.encoded.label_ids, starts, texts),
+                row_spans(self.teacher_bytes, rows["label_id"].tolist(), entry["segment_starts"], texts),
+            )
         return self._spans[name]
 
-    def _own(self, spans: Sequence[tuple[Tensor, Tensor]], found: Sequence[dict[str, Tensor]]) -> OwnScores:
-        values = [torch.stack([rows["entropy"], -rows["label_logprob"]], 1) for rows in found]  # (M, 2) a sample
-        parts = [redistribute_by_bytes(ours, theirs, said) for (ours, theirs), said in zip(spans, values, strict=True)]
-        scores, mask = (torch.cat(column).to(self.device) for column in zip(*parts, strict=True))
+    def _matches(self, spans: Sequence[Spans], sizes: Sequence[int]) -> Tensor:
+        """The batch's teacher row of each student row, -1 for none, (N,)."""
+        return join_matches([match_spans(ours, theirs) for ours, theirs in spans], sizes).to(self.device)
+
+    def _own_scores(self, spans: Sequence[Spans], rows: Sequence[dict[str, Tensor]]) -> OwnScores:
+        values = [torch.stack([part["entropy"], -part["label_logprob"]], 1) for part in rows]  # (m, 2) a sample
+        parts = [redistribute_by_bytes(ours, theirs, v) for (ours, theirs), v in zip(spans, values, strict=True)]
+        scores, mask = (torch.cat(column).to(self.device) for column in zip(*parts, strict=True))  # (N, 2), (N,)
         return OwnScores(scores[:, 0], scores[:, 1], mask)
 
 
@@ -294,12 +322,15 @@ def load_teacher(
     name: str,
     cache: Artifact,
     tokenizer: Any,
-    vocabulary: int,
+    vocabulary_size: int,
     device: str,
     fusion: FusionOptions,
     states: HiddenStateSource | None = None,
 ) -> Teacher:
-    """The source that a teacher's vocabulary asks for, with the fusion's options for projected ones."""
+    """A cached or a projected teacher, as its vocabulary and the student's ``tokenizer`` ask for.
+
+    ``vocabulary_size``: rows of the student's head; ``fusion``: options for projected teachers.
+    """
     if vocabulary_sha256(load_tokenizer(cache, None)) == vocabulary_sha256(tokenizer):
-        return CachedTeacher(name, cache, tokenizer, vocabulary, device, states)
+        return CachedTeacher(name, cache, tokenizer, vocabulary_size, device, states)
     return ProjectedTeacher(name, cache, tokenizer, device, fusion.align, fusion.score, states)

@@ -11,25 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfusion.errors import DamagedError
+from llmfusion.io.files import read_json_object
 
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 OVERFLOW = {"F32": float("inf"), "BF16": (2 - 2.0**-8) * 2.0**127, "F16": 65520.0}  # the least that rounds to infinity
 HEADER_LIMIT = 100 * 2**20
-SIZES = {
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-    "C64": 8,
-    "F32": 4,
-    "I32": 4,
-    "U32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I16": 2,
-    "U16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
+SIZES = {  # bytes a value
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
 }
 
 
@@ -42,6 +33,11 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes the tensor takes in its file."""
+        return self.end - self.start
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
@@ -69,78 +65,86 @@ def read_checkpoint_headers(folder: Path) -> dict[str, TensorInfo]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that hold a checkpoint: one, or those its index names (others may hold it a second time), or all."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    """The safetensors files that hold a checkpoint: one, or those its index names (others may hold it a second time),
+    or all.
+
+    Raises :class:`DamagedError` for an index that cannot be used.
+    """
+    single = folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
     if single.exists():
         return [single]
-    try:
-        named = set(json.loads(index.read_bytes())["weight_map"].values())
-    except FileNotFoundError:
+    if not index.exists():
         return sorted(folder.glob("*.safetensors"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DamagedError(f"{index}: expected a weight_map of tensors and files") from None
-    return sorted(folder / str(name) for name in named)
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise DamagedError(f"{index}: expected a weight_map of tensors and files")
+    return sorted(folder / name for name in {str(name) for name in weight_map.values()})
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """All tensors of some safetensors files by name. Raises :class:`DamagedError` naming file and tensor where a header cannot be right."""
-    out: dict[str, TensorInfo] = {}
+    """All tensors of some safetensors files by name.
+
+    Raises :class:`DamagedError` naming file and tensor where a header cannot be right.
+    """
+    tensors: dict[str, TensorInfo] = {}
     for file in files:
-        for name, entry in _entries(file):
-            if name in out:
-                raise DamagedError(
-                    f"{file}: tensor {name} is also in {out[name].file.name}: which one counts is not told"
-                )
-            out[name] = entry
-    return out
+        for name, info in _read_infos(file):
+            if name in tensors:
+                other = tensors[name].file.name
+                raise DamagedError(f"{file}: tensor {name} is also in {other}: nothing says which one counts")
+            tensors[name] = info
+    return tensors
 
 
-def _entries(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+def _read_infos(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     """Tensors of one file in the order of their bytes, which leave no gap and no rest."""
-    header, at = read_header(file)
-    base, size = at, file.stat().st_size
-    tensors = [(name, _entry(file, name, info, base)) for name, info in header.items() if name != "__metadata__"]
-    for name, entry in sorted(tensors, key=lambda pair: (pair[1].start, pair[1].end)):
-        if entry.end > size:
-            raise DamagedError(f"{file}: tensor {name} ends at byte {entry.end}, the file at {size}: truncated")
-        if entry.start != at:
+    header, data_start = read_header(file)
+    size = file.stat().st_size
+    end = data_start
+    infos = [
+        (name, _parse_info(file, name, entry, data_start)) for name, entry in header.items() if name != "__metadata__"
+    ]
+    for name, info in sorted(infos, key=lambda pair: (pair[1].start, pair[1].end)):
+        if info.end > size:
+            raise DamagedError(f"{file}: tensor {name} ends at byte {info.end}, the file at {size}: truncated")
+        if info.start != end:
             raise DamagedError(
-                f"{file}: tensor {name} begins at byte {entry.start}, expected {at}: the header is damaged"
+                f"{file}: tensor {name} begins at byte {info.start}, expected {end}: the header is damaged"
             )
-        at = entry.end
-        yield name, entry
-    if at != size:
-        raise DamagedError(f"{file}: has {size} bytes, its tensors end at {at}: the header is damaged")
+        end = info.end
+        yield name, info
+    if end != size:
+        raise DamagedError(f"{file}: has {size} bytes, its tensors end at {end}: the header is damaged")
 
 
-def _entry(file: Path, name: str, info: Any, base: int) -> TensorInfo:
+def _parse_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """One tensor's entry of a header."""
     try:
-        dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
-        start, end = (int(n) for n in info["data_offsets"])
+        dtype = str(entry["dtype"])
+        shape = tuple(int(n) for n in entry["shape"])
+        start, end = (int(n) for n in entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
-        raise DamagedError(f"{file}: tensor {name}: the header tells no dtype, shape and offsets: {info!r}") from None
+        raise DamagedError(f"{file}: tensor {name}: the header has no dtype, shape and offsets: {entry!r}") from None
     expected = SIZES.get(dtype, 0) * math.prod(shape)
     if start > end or min([start, *shape]) < 0 or (dtype in SIZES and end - start != expected):
         raise DamagedError(
             f"{file}: tensor {name}: {dtype} {list(shape)} takes {expected} bytes, the header gives it {start} to {end}"
         )
-    return TensorInfo(file, dtype, shape, base + start, base + end)
+    return TensorInfo(file, dtype, shape, data_start + start, data_start + end)
 
 
-def tensor_bytes(entry: TensorInfo) -> NDArray[np.uint8]:
+def tensor_bytes(info: TensorInfo) -> NDArray[np.uint8]:
     """A tensor's bytes, memory-mapped, read-only."""
-    return (
-        np.memmap(entry.file, np.uint8, "r", entry.start, (entry.end - entry.start,))
-        if entry.end > entry.start
-        else np.zeros(0, np.uint8)
-    )
+    if not info.nbytes:
+        return np.zeros(0, np.uint8)
+    return np.memmap(info.file, np.uint8, "r", info.start, (info.nbytes,))
 
 
-def tensor_values(entry: TensorInfo) -> NDArray[Any]:
+def tensor_values(info: TensorInfo) -> NDArray[Any]:
     """A floating-point tensor, flat and memory-mapped as it is stored; bfloat16 as its bits in uint16."""
-    return np.asarray(tensor_bytes(entry)).view(
-        FLOATS[entry.dtype]
-    )  # a plain array: slicing a memmap costs microseconds
+    plain = np.asarray(tensor_bytes(info))  # slicing a memmap costs microseconds
+    return plain.view(FLOATS[info.dtype])
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,7 @@ class FileLayout:
     """How a file will look: the bytes before the first tensor, where each tensor lies, and the size of the whole."""
 
     head: bytes
-    entries: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo]
     size: int
 
 
@@ -156,18 +160,14 @@ def layout_of(
     file: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, Any] | None
 ) -> FileLayout:
     """Layout of a safetensors file with these tensors (dtype, shape) in this order."""
-    header: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
-    at = 0
+    entries: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+    offset = 0
     for name, (dtype, shape) in tensors.items():
-        size = SIZES[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
+        end = offset + SIZES[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
-    offsets = {name: header[name]["data_offsets"] for name in tensors}
-    entries = {
-        name: TensorInfo(file, dtype, shape, len(head) + offsets[name][0], len(head) + offsets[name][1])
-        for name, (dtype, shape) in tensors.items()
-    }
-    return FileLayout(head, entries, len(head) + at)
+    infos = {name: _parse_info(file, name, entries[name], len(head)) for name in tensors}
+    return FileLayout(head, infos, len(head) + offset)

@@ -1,135 +1,106 @@
-"""A merge outside a study: options from ``KEY=VALUE`` words, a draft that is renamed into place, a manifest of its own."""
+"""A merge outside a study: a draft that is renamed to its place, with a manifest of its own."""
 
 import hashlib
 import json
 import os
 import shutil
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import TypeAdapter, ValidationError
-
-from llmfusion.artifacts.job import format_bytes
 from llmfusion.artifacts.lease import Lease
 from llmfusion.errors import UserError, require
-from llmfusion.io.files import sha256_file
+from llmfusion.io.files import format_bytes, sha256_file
+from llmfusion.merging import engine
 from llmfusion.merging.plan import MergePlan
-from llmfusion.merging.report import in_force, summary, write_card
-from llmfusion.study.errors import from_pydantic
-from llmfusion.study.schema.merging import Merge
-from llmfusion.study.strict_yaml import load_text
+from llmfusion.merging.report import in_force, write_card
 
 
-def merge_folders(work: MergePlan, out: Path, threads: int | None = None) -> None:
-    """Merge into a draft beside the place, then rename. What is refused leaves nothing; what is killed leaves what it has finished."""
-    from llmfusion.merging import engine
+def merge_folders(
+    plan: MergePlan, out: Path, threads: int | None = None, progress: engine.Progress | None = None
+) -> dict[str, Any]:
+    """Merge into a draft beside ``out``, then rename. Returns facts of the merge.
 
-    place = out.resolve()
-    pivot = work.matching.pivot.folder
-    models = [model.folder for model in work.matching.models]
-    options = in_force(work.options)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    draft, started = place.parent / f".{place.name}.draft", time.monotonic()
-    with Lease(place.parent / f".{place.name}.lease") as lease:
-        require(not place.exists(), f"{place}: exists already; another process has just made it")
-        needed, free = work.written - _size(draft), shutil.disk_usage(place.parent).free
-        require(
-            needed <= free,
-            f"the merge needs {format_bytes(needed)} more, {format_bytes(free)} are free in {place.parent}: free some, or take another --out",
-        )
+    What is refused leaves nothing; a process that is killed leaves what it has finished, and the same call goes on from
+    there. Raises :class:`UserError` where ``out`` exists, the disk is too full, or values are not finite.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.parent / f".{out.name}.draft"
+    with Lease(out.parent / f".{out.name}.lease") as lease:
+        require(not out.exists(), f"{out}: exists already; another process has just made it")
+        _require_disk(plan, draft)
         try:
-            facts, checksums = engine.run(work, draft, work.identity(), threads, engine.progress_callback(started))
-            write_card(draft, work.options, str(pivot), [str(model) for model in models], facts)
-            (draft / "manifest.json").write_text(
-                json.dumps(_manifest(work, draft, options, facts, checksums), indent=1) + "\n"
-            )
+            facts = _write_draft(plan, draft, threads, progress)
         except (UserError, OSError):
             shutil.rmtree(draft, ignore_errors=True)
             raise
-        lease.check()  # outside: the draft may be another writer's now
-        os.rename(draft, place)
-    if work.options.out_dtype != "pivot":
-        print(
-            f"note: config.json is the pivot's; load with dtype={work.options.out_dtype!r} to have the weights as they are stored",
-            file=sys.stderr,
-        )
-    if "warning" in facts:
-        print(f"warning: {facts['warning']}", file=sys.stderr)
-    print(f"{out}: {summary(facts)} in {time.monotonic() - started:.1f} s")
+        lease.check()  # outside the try: the draft may be another writer's now
+        os.rename(draft, out)
+    return facts
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def _write_draft(plan: MergePlan, draft: Path, threads: int | None, progress: engine.Progress | None) -> dict[str, Any]:
+    """The merge with its card and manifest; returns facts."""
+    pivot = plan.matching.pivot.folder
+    models = [str(model.folder) for model in plan.matching.models]
+    facts, checksums = engine.run(plan, draft, plan.identity(), threads, progress)
+    write_card(draft, plan.options, str(pivot), models, facts)
+    manifest = _manifest(plan, draft, facts, checksums)
+    (draft / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    return facts
 
 
-def _manifest(
-    work: MergePlan, folder: Path, options: dict[str, Any], facts: dict[str, Any], checksums: dict[str, str]
-) -> dict[str, Any]:
-    """What the folder was made from and holds: sha256 of all files but the weights, whose tensors have an XXH3 checksum each.
+def _require_disk(plan: MergePlan, draft: Path) -> None:
+    """Raise :class:`UserError` where the rest of the merge does not fit on the disk."""
+    needed = plan.bytes_written - sum(path.stat().st_size for path in draft.glob("*.safetensors"))
+    free = shutil.disk_usage(draft.parent).free
+    require(
+        needed <= free,
+        f"the merge needs {format_bytes(needed)} more, {format_bytes(free)} are free in {draft.parent}: "
+        "free some, or take another --out",
+    )
 
-    Inputs are told by their own manifest's sha256 where they have one, and by sizes and the sha256 of their headers.
+
+def _manifest(plan: MergePlan, folder: Path, facts: dict[str, Any], checksums: dict[str, str]) -> dict[str, Any]:
+    """What the folder was made from and holds: sha256 of all files but the weights, whose tensors have an XXH3 checksum
+    each.
+
+    Inputs are described by their own manifest's sha256 where they have one, and by sizes and the sha256 of their
+    headers.
     """
-    inside = {name: {tensor: checksums[tensor] for tensor in layout.entries} for name, layout in work.files.items()}
-    others = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in inside)
+    weights = {
+        name: {"size": layout.size, "xxh3": {tensor: checksums[tensor] for tensor in layout.tensors}}
+        for name, layout in plan.files.items()
+    }
+    others = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in weights)
     files: dict[str, Any] = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_file(path)} for path in others
     }
-    files |= {name: {"size": work.files[name].size, "xxh3": tensors} for name, tensors in inside.items()}
+    pivot_files = {tensor.pivot.file for tensor in plan.tensors}
     return {
         "made_by": "llmfusion merge",
-        "method": work.options.method,
-        "options": options,
-        "pivot": _described(work.matching.pivot.folder, {part.pivot.file for part in work.parts}),
+        "method": plan.options.method,
+        "options": in_force(plan.options),
+        "pivot": _describe_input(plan.matching.pivot.folder, pivot_files),
         "models": [
-            _described(model.folder, {entry.file for entry in model.entries.values()}) for model in work.matching.models
+            _describe_input(model.folder, {info.file for info in model.tensors.values()})
+            for model in plan.matching.models
         ],
-        "files": files,
+        "files": files | weights,
         "facts": facts,
     }
 
 
-def _described(folder: Path, files: set[Path]) -> dict[str, Any]:
-    own = folder / "manifest.json"
+def _describe_input(folder: Path, files: set[Path]) -> dict[str, Any]:
+    """A checkpoint that was merged: its own manifest if it has one, and the headers of its files."""
+    manifest = folder / "manifest.json"
     headers = {
         file.name: {"size": file.stat().st_size, "header_sha256": _header_sha256(file)} for file in sorted(files)
     }
-    return {"folder": str(folder), **({"manifest_sha256": sha256_file(own)} if own.is_file() else {}), "files": headers}
+    own = {"manifest_sha256": sha256_file(manifest)} if manifest.is_file() else {}
+    return {"folder": str(folder), **own, "files": headers}
 
 
 def _header_sha256(file: Path) -> str:
     with open(file, "rb") as handle:
         return hashlib.sha256(handle.read(int.from_bytes(handle.read(8), "little"))).hexdigest()
-
-
-def check_options(method: str, pairs: list[str], count: int) -> Any:
-    """Options from ``KEY=VALUE`` words, checked as a study's would be. Raises :class:`UserError` with all mistakes."""
-    entry: dict = {"method": method, "pivot": "base/pivot", "parents": [f"trained/{i}" for i in range(count)]}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        require(bool(equals), f"--set {pair}: expected KEY=VALUE")
-        require(
-            key not in ("method", "pivot", "parents"),
-            f"--set {pair}: {key} is no option of the method; give --method, --pivot or --models",
-        )
-        try:
-            entry[key] = load_text(f"[{value}]" if "," in value else value)
-        except (yaml.YAMLError, ValueError, LookupError, AttributeError):  # the last two: PyYAML on "!!bool x"
-            raise UserError(
-                f"--set {pair}: expected a number, a word or a list of numbers with commas between"
-            ) from None
-    adapter: TypeAdapter = TypeAdapter(Merge)
-    try:
-        checked = adapter.validate_python(entry)
-    except ValidationError as error:
-        raise UserError(
-            "\n  ".join(
-                f"{'.'.join(map(str, p.key))}: {p.text}" for p in from_pydantic(error, entry, adapter.json_schema())
-            )
-        ) from None
-    weight = getattr(checked, "weight", None)
-    if isinstance(weight, list):
-        require(len(weight) == count, f"weight: {len(weight)} values for {count} models; give one value, or one each")
-    return checked

@@ -1,10 +1,12 @@
 """How the arithmetic of merging is compiled: loops over one block of one tensor that release the interpreter's lock.
 
-Sums are kept in float64 over ``LANES`` interleaved lanes, added up in lane order: the order of additions is that of the code,
-not of a machine's vector width, so the same input gives the same bits everywhere. Nothing is re-associated by the compiler.
+Sums are kept in float64 over ``LANES`` interleaved lanes, added up in lane order: the order of additions is that of the
+code, not of a machine's vector width, so the same input gives the same bits everywhere. Nothing is re-associated by the
+compiler.
 
-Compiled code is kept in ``NUMBA_CACHE_DIR`` if that is set, else in ``$XDG_CACHE_HOME/llmfusion`` (``~/.cache/llmfusion``); where neither
-can be written, as for a read-only home, in a private folder for temporary files. The first merge on a machine compiles, all later ones load.
+Compiled code is kept in ``NUMBA_CACHE_DIR`` if that is set, else in ``$XDG_CACHE_HOME/llmfusion``
+(``~/.cache/llmfusion``); where neither can be written, as for a read-only home, in a private folder for temporary
+files. The first merge on a machine compiles, all later ones load.
 """
 
 import hashlib
@@ -25,15 +27,14 @@ TILE = 1024  # values worked on at once: their intermediate results stay in the 
 
 def cache_folder() -> str:
     """Where compiled code goes: the first of the places above that this user can write, made if it is not there."""
-    if given := os.environ.get("NUMBA_CACHE_DIR"):
-        return given
+    if folder := os.environ.get("NUMBA_CACHE_DIR"):
+        return folder
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     for place in (Path(home) / "llmfusion", Path(tempfile.gettempdir()) / f"llmfusion-{os.getuid()}"):
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if place.stat().st_uid == os.getuid() and os.access(
-                place, os.W_OK | os.X_OK
-            ):  # cached code is run: it must be ours
+            is_ours = place.stat().st_uid == os.getuid()  # cached code is run
+            if is_ours and os.access(place, os.W_OK | os.X_OK):
                 return str(place)
         except OSError:
             continue
@@ -41,7 +42,7 @@ def cache_folder() -> str:
 
 
 def _load_without_scipy() -> None:
-    """numba looks for scipy's matrix products when it loads its functions: half a second of every start, for what is not used here."""
+    """Load numba's functions without the search for scipy's matrix products: half a second, for what is not used."""
     name = "scipy.linalg.cython_blas"
     if name not in sys.modules:
         sys.modules[name] = None  # type: ignore[assignment]
@@ -50,11 +51,10 @@ def _load_without_scipy() -> None:
 
 
 def _sources() -> str:
-    """A name for these sources: numba looks for changes in a function's own file only, not in what it uses from others."""
+    """A name for these sources: numba notices changes in a function's own file only, not in what it uses of others."""
     here = Path(__file__).parent
-    return hashlib.sha256(
-        b"".join((here / name).read_bytes() for name in ("compiled.py", "kernels.py", "ranking.py"))
-    ).hexdigest()[:16]
+    names = ("compiled.py", "kernels.py", "ranking.py")
+    return hashlib.sha256(b"".join((here / name).read_bytes() for name in names)).hexdigest()[:16]
 
 
 _load_without_scipy()

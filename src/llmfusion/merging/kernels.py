@@ -38,14 +38,17 @@ def survey(deltas, energies, nonzero):
     Returns the largest absolute value of ``deltas (J, n)`` as float32 bits, and at how many positions both signs occur.
     """
     models, n = deltas.shape
-    largest, conflicts, signs = np.uint32(0), 0, np.empty(TILE, np.uint32)
+    largest = np.uint32(0)
+    conflicts = 0
+    signs = np.empty(TILE, np.uint32)
     for j in range(models):
         energies[j] += squares(deltas[j])
     for start in range(0, n, TILE):
         seen = signs[: min(TILE, n - start)]
         seen[:] = np.uint32(0)
         for j in range(models):
-            bits, count = deltas[j, start : start + TILE].view(np.uint32), np.int32(0)
+            bits = deltas[j, start : start + TILE].view(np.uint32)
+            count = np.int32(0)
             for i in range(bits.size):
                 size = np.uint32(bits[i] & SIZE)
                 largest = max(largest, size)
@@ -67,10 +70,12 @@ def add_weighted(theta, deltas, weights, scale, out):
     models, n = deltas.shape
     for start in range(0, n, TILE):
         end = min(start + TILE, n)
-        pivot, merged = theta[start:end], out[start:end]
+        pivot = theta[start:end]
+        merged = out[start:end]
         merged[:] = np.float32(0)
         for j in range(models):
-            row, weight = deltas[j, start:end], weights[j]
+            row = deltas[j, start:end]
+            weight = weights[j]
             for i in range(row.size):
                 merged[i] += weight * row[i]
         for i in range(pivot.size):
@@ -79,23 +84,34 @@ def add_weighted(theta, deltas, weights, scale, out):
 
 @compiled
 def add_agreeing(theta, deltas, votes, weights, normalize, scale, out):
-    """Elect the sign of ``sum_j votes_j deltas_j``, + where it is 0; ``theta + scale sum_j weights_j deltas_j`` over the models whose
-    ``votes_j deltas_j`` has that sign, divided by the sum of their weights if ``normalize`` (and that is not 0). float32, models in order."""
+    """Elect a sign a position, and add the weighted deltas that have it to the pivot.
+
+    The sign is that of ``sum_j votes_j deltas_j``, + where it is 0. ``theta + scale sum_j weights_j deltas_j`` over the
+    models whose ``votes_j deltas_j`` has that sign, divided by the sum of their weights if ``normalize`` (and that is
+    not 0). float32, models in order.
+    """
     models, n = deltas.shape
-    vote, total, share = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    zero, one = np.float32(0), np.float32(1)
+    vote = np.empty(TILE, np.float32)
+    total = np.empty(TILE, np.float32)
+    share = np.empty(TILE, np.float32)
+    zero = np.float32(0)
+    one = np.float32(1)
     for start in range(0, n, TILE):
         end = min(start + TILE, n)
-        pivot, merged = theta[start:end], out[start:end]
+        pivot = theta[start:end]
+        merged = out[start:end]
         vote[:] = zero
         total[:] = zero
         share[:] = zero
         for j in range(models):
-            row, own = deltas[j, start:end], votes[j]
+            row = deltas[j, start:end]
+            own = votes[j]
             for i in range(row.size):
                 vote[i] += own * row[i]
         for j in range(models):
-            row, own, weight = deltas[j, start:end], votes[j], weights[j]
+            row = deltas[j, start:end]
+            own = votes[j]
+            weight = weights[j]
             for i in range(row.size):
                 cast = own * row[i]
                 agrees = (cast > zero) if vote[i] >= zero else (cast < zero)
@@ -119,9 +135,12 @@ def narrow(values, out):
 @compiled
 def moved(merged, theta):
     """How many values differ from the pivot's, and the sum of squares of the differences."""
-    lanes, count, n = np.zeros(LANES), np.int32(0), merged.size
+    lanes = np.zeros(LANES)
+    count = np.int32(0)
+    n = merged.size
     for start in range(0, n, LANES):
-        new, old = merged[start : start + LANES], theta[start : start + LANES]
+        new = merged[start : start + LANES]
+        old = theta[start : start + LANES]
         for k in range(new.size):
             value = np.float64(new[k]) - np.float64(old[k])
             lanes[k] += value * value

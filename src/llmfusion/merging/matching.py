@@ -1,8 +1,10 @@
-"""What is merged with what, from headers and settings alone: every difference between checkpoints is told at once, before any work.
+"""What is merged with what, from headers and settings alone.
 
-The merge has the pivot's tensors under the pivot's names. What transformers does not read from a file is no difference: a head that is
-stored although it is tied to the embeddings, or left out for the same reason; buffers (rotary frequencies, attention masks); names
-with or without the base model's prefix.
+All differences between checkpoints are reported at once, before any work.
+
+The merge has the pivot's tensors under the pivot's names. What transformers does not read from a file is no difference:
+a head that is stored although it is tied to the embeddings, or left out for the same reason; buffers (rotary
+frequencies, attention masks); names with or without the base model's prefix.
 """
 
 import math
@@ -23,9 +25,8 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 BY_TOKEN = (*EMBEDDINGS, *HEADS, "lm_head.bias")  # a row, or a value, for each token
 PREFIXES = ("model.", "transformer.", "gpt_neox.", "language_model.")
 BUFFER = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position_ids|num_batches_tracked)$")
-MASK = re.compile(
-    r"(^|\.)(attn|attention)\.bias$"
-)  # of four dimensions: GPT-2's and GPT-NeoX's causal masks, no weights
+# of four dimensions: GPT-2's and GPT-NeoX's causal masks, no weights
+MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 STRUCTURE = (
     "model_type",
     "num_attention_heads",
@@ -43,11 +44,11 @@ class Checkpoint:
     """A folder, its tensors by name and its ``config.json`` (empty if there is none)."""
 
     folder: Path
-    entries: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo]
     config: dict[str, Any]
 
     @property
-    def text(self) -> dict[str, Any]:
+    def text_config(self) -> dict[str, Any]:
         """The settings of the language model."""
         inner = self.config.get("text_config")
         return inner if isinstance(inner, dict) else self.config
@@ -55,195 +56,254 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class TensorMatch:
-    """One tensor of the merge: the pivot's, those of the models (none: the pivot's is copied), and how many of its values are merged
-    (the rest, rows of tokens that only the pivot has, is copied)."""
+    """One tensor of the merge: the pivot's, and those of the models; without models the pivot's is copied.
+
+    ``merged_values`` of it are merged; the rest, rows of tokens that only the pivot has, is copied.
+    """
 
     name: str
     pivot: TensorInfo
     models: tuple[TensorInfo, ...] = ()
-    values: int = 0
+    merged_values: int = 0
+
+    @property
+    def sources(self) -> tuple[TensorInfo, ...]:
+        """The pivot's tensor and those of the models."""
+        return (self.pivot, *self.models)
+
+    @property
+    def merged_shape(self) -> tuple[int, ...]:
+        """The shape of what is merged: the pivot's, or its first rows."""
+        if self.merged_values == math.prod(self.pivot.shape):
+            return self.pivot.shape
+        row = self.pivot.shape[1:]
+        return (self.merged_values // max(math.prod(row), 1), *row)
 
 
 @dataclass
 class Matching:
-    """All parts in the order of the pivot's files, and what the user should know although it does not stop the merge."""
+    """All tensors of the merge in the order of the pivot's files.
+
+    ``remarks`` are what the user should know although it does not stop the merge.
+    """
 
     pivot: Checkpoint
     models: list[Checkpoint]
-    parts: list[TensorMatch]
+    tensors: list[TensorMatch]
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Comparison:
+    """A pivot against the models: the differences and remarks so far."""
+
+    pivot: Checkpoint
+    models: list[Checkpoint]
+    differences: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
 
 def match(pivot: Path, models: Sequence[Path]) -> Matching:
-    """What is merged with what. Raises :class:`UserError` with every difference, and :class:`DamagedError` for damaged headers."""
-    base, others = _open(pivot), [_open(folder) for folder in models]
-    wrong: list[str] = []
-    remarks: list[str] = []
-    for other in others:
-        _compare_settings(base, other, wrong, remarks)
-        _compare_vocabularies(base, other, wrong)
-    names = [_names(base, other) for other in others]
-    parts = []
-    for name, entry in base.entries.items():
-        found = [(other, other.entries.get(own.get(name, name))) for other, own in zip(others, names, strict=True)]
-        parts.append(_part(name, entry, base, found, wrong, remarks))
-    for other, own in zip(others, names, strict=True):
-        wrong += _extra(base, other, set(own.values()))
-    if wrong:
-        raise UserError(f"these checkpoints cannot be merged; {len(wrong)} differences:\n  " + "\n  ".join(wrong))
-    return Matching(base, others, parts, list(dict.fromkeys(remarks)))
+    """What is merged with what.
+
+    Raises :class:`UserError` with every difference, and :class:`DamagedError` for damaged headers.
+    """
+    comparison = _Comparison(_open(pivot), [_open(folder) for folder in models])
+    base = comparison.pivot
+    for model in comparison.models:
+        _compare_settings(comparison, model)
+        _compare_vocabularies(comparison, model)
+    names = [_names_in(model, base) for model in comparison.models]
+    tensors = [_match_tensor(comparison, names, name) for name in base.tensors]
+    for model, own_names in zip(comparison.models, names, strict=True):
+        comparison.differences += _extra_tensors(base, model, set(own_names.values()))
+    if differences := comparison.differences:
+        lines = "\n  ".join(differences)
+        raise UserError(f"these checkpoints cannot be merged; {len(differences)} differences:\n  {lines}")
+    return Matching(base, comparison.models, tensors, list(dict.fromkeys(comparison.remarks)))
 
 
 def _open(folder: Path) -> Checkpoint:
-    entries, config = read_checkpoint_headers(folder), _json(folder / "config.json")
-    require(bool(entries), f"{folder}: has no .safetensors weights; pickled weights are never read")
+    tensors = read_checkpoint_headers(folder)
+    config = _read_json(folder / "config.json")
+    require(bool(tensors), f"{folder}: has no .safetensors weights; pickled weights are never read")
     require(
         "quantization_config" not in config,
         f"{folder}: its weights are quantised (config.json: quantization_config); merge the weights it was made from",
     )
-    return Checkpoint(folder, entries, config)
+    return Checkpoint(folder, tensors, config)
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     """A JSON file, empty if it is not there."""
     return read_json_object(file) if file.exists() else {}
 
 
-# ------------------------------------------------------------------------------------------------ settings and tokenizers
-def _compare_settings(base: Checkpoint, other: Checkpoint, wrong: list[str], remarks: list[str]) -> None:
-    if not base.config or not other.config:
+# -------------------------------------------------------------------------------------- settings and tokenizers
+def _compare_settings(comparison: _Comparison, model: Checkpoint) -> None:
+    base = comparison.pivot
+    if not base.config or not model.config:
         return  # bare weights: names and shapes are all there is
-    # what one of them leaves out is a default: files of several years write down different ones
-    pairs = [("architectures", base.config.get("architectures"), other.config.get("architectures"))]
-    pairs += [(key, base.text.get(key), other.text.get(key)) for key in STRUCTURE]
-    wrong += [
-        f"{key} is {b!r} in {other.folder} and {a!r} in the pivot {base.folder}"
-        for key, a, b in pairs
-        if a != b and None not in (a, b)
+    structure = [("architectures", base.config.get("architectures"), model.config.get("architectures"))]
+    structure += [(key, base.text_config.get(key), model.text_config.get(key)) for key in STRUCTURE]
+    behaviour = [(key, base.text_config.get(key), model.text_config.get(key)) for key in BEHAVIOUR]
+    comparison.differences += [
+        f"{key} is {theirs!r} in {model.folder} and {ours!r} in the pivot {base.folder}"
+        for key, ours, theirs in structure
+        if _both_given_and_different(ours, theirs)
     ]
-    for key in BEHAVIOUR:
-        a, b = base.text.get(key), other.text.get(key)
-        if a != b and None not in (a, b):
-            remarks.append(
-                f"{key} is {b!r} in {other.folder} and {a!r} in the pivot {base.folder}; the merge has the pivot's"
-            )
+    comparison.remarks += [
+        f"{key} is {theirs!r} in {model.folder} and {ours!r} in the pivot {base.folder}; the merge has the pivot's"
+        for key, ours, theirs in behaviour
+        if _both_given_and_different(ours, theirs)
+    ]
 
 
-def _compare_vocabularies(base: Checkpoint, other: Checkpoint, wrong: list[str]) -> None:
+def _both_given_and_different(ours: Any, theirs: Any) -> bool:
+    """What one of them leaves out is a default: files of several years write down different ones."""
+    return ours is not None and theirs is not None and bool(ours != theirs)
+
+
+def _compare_vocabularies(comparison: _Comparison, model: Checkpoint) -> None:
     """The same id must be the same token. Added tokens may differ, and so may the rows behind the common ones."""
-    ours, theirs = base.folder / "tokenizer.json", other.folder / "tokenizer.json"
+    base = comparison.pivot
+    ours = base.folder / "tokenizer.json"
+    theirs = model.folder / "tokenizer.json"
     if not ours.exists() or not theirs.exists() or _same_bytes(ours, theirs):
         return
-    tokens, others = _tokens(ours), _tokens(theirs)
-    differ = sorted(i for i in tokens.keys() & others.keys() if tokens[i] != others[i])
-    if differ:
-        i = differ[0]
-        told = f"{len(differ)} tokens, the first with id {i}: {others[i]!r} in {other.folder} and {tokens[i]!r} in the pivot {base.folder}"
-        wrong.append(f"the tokenizers differ in {told}")
+    our_tokens = _base_tokens(ours)
+    their_tokens = _base_tokens(theirs)
+    ids = sorted(i for i in our_tokens.keys() & their_tokens.keys() if our_tokens[i] != their_tokens[i])
+    if ids:
+        first = ids[0]
+        comparison.differences.append(
+            f"the tokenizers differ in {len(ids)} tokens, the first with id {first}: "
+            f"{their_tokens[first]!r} in {model.folder} and {our_tokens[first]!r} in the pivot {base.folder}"
+        )
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
     return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
 
 
-def _tokens(file: Path) -> dict[int, str]:
+def _base_tokens(file: Path) -> dict[int, str]:
     """Tokens of the base vocabulary by id."""
-    model = _json(file).get("model", {}).get("vocab", {})
-    if isinstance(model, dict):
-        return {i: token for token, i in model.items()}
-    return {i: entry[0] for i, entry in enumerate(model)}  # Unigram: a list of tokens and scores
+    vocabulary = _read_json(file).get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, dict):
+        return {i: token for token, i in vocabulary.items()}
+    return {i: entry[0] for i, entry in enumerate(vocabulary)}  # Unigram: a list of tokens and scores
 
 
-# ------------------------------------------------------------------------------------------------ tensors
-def _names(base: Checkpoint, other: Checkpoint) -> dict[str, str]:
-    """The other checkpoint's name of each tensor of the pivot that it has."""
-    out = {name: found for name in base.entries if (found := _name_in(name, other.entries)) is not None}
-    for name in base.entries:
-        if name not in out and name.endswith(HEADS) and _tied(base) and _tied(other):
-            out.update((name, table) for table in other.entries if table.endswith(EMBEDDINGS))
-    return out
+# ------------------------------------------------------------------------------------------------ names of tensors
+def _names_in(model: Checkpoint, base: Checkpoint) -> dict[str, str]:
+    """The model's name of each tensor of the pivot that it has."""
+    names = {name: own for name in base.tensors if (own := _name_in(name, model.tensors)) is not None}
+    for name in base.tensors:
+        if name not in names and name.endswith(HEADS) and _is_tied(base) and _is_tied(model):
+            names.update((name, table) for table in model.tensors if table.endswith(EMBEDDINGS))
+    return names
 
 
-def _name_in(name: str, entries: dict[str, TensorInfo]) -> str | None:
+def _name_in(name: str, tensors: dict[str, TensorInfo]) -> str | None:
+    """The name that ``name`` has among ``tensors``, with or without a prefix; None where it is missing."""
     renamed = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
     forms = [name, renamed, re.sub(r"\.weight$", ".gamma", name), re.sub(r"\.bias$", ".beta", name)]
-    forms += [prefix + name for prefix in PREFIXES] + [
-        name[len(prefix) :] for prefix in PREFIXES if name.startswith(prefix)
-    ]
-    return next((form for form in forms if form in entries), None)
+    forms += [prefix + name for prefix in PREFIXES]
+    forms += [name[len(prefix) :] for prefix in PREFIXES if name.startswith(prefix)]
+    return next((form for form in forms if form in tensors), None)
 
 
-def _part(
-    name: str,
-    entry: TensorInfo,
-    base: Checkpoint,
-    found: list[tuple[Checkpoint, TensorInfo | None]],
-    wrong: list[str],
-    remarks: list[str],
-) -> TensorMatch:
-    """One tensor against all models; differences and remarks are added to the lists."""
-    if _is_buffer(name, entry):
-        return TensorMatch(name, entry)
-    models, before = [], len(wrong)
-    rows = entry.shape[:1]
-    for other, theirs in found:
-        if theirs is None:
-            wrong += [f"{name} is missing in {other.folder}"] if _is_float(entry) else []
-            continue
-        if theirs.shape != entry.shape:
-            what = f"is {list(theirs.shape)} in {other.folder} and {list(entry.shape)} in the pivot {base.folder}"
-            if name.endswith(BY_TOKEN) and theirs.shape[1:] == entry.shape[1:] and _tokenizers(base, other):
-                rows = min(rows, theirs.shape[:1])
-                remarks.append(f"{name} {what}: only the rows of both are merged, further ones are the pivot's")
-            else:
-                wrong.append(f"{name} {what}")
-        models.append(theirs)
-    for checkpoint, theirs in ((base, entry), *found):
-        if theirs is not None and (_odd(theirs) or _is_float(theirs) != _is_float(entry)):
-            told = f"{name} of {checkpoint.folder} is {theirs.dtype}, the pivot's {entry.dtype}"
-            wrong.append(f"{told}; floating-point tensors must be {', '.join(FLOATS)}")
-    if len(wrong) > before or entry.dtype not in FLOATS:
-        return TensorMatch(name, entry)  # integers and flags are the pivot's
-    return TensorMatch(name, entry, tuple(models), math.prod((*rows, *entry.shape[1:])))
-
-
-def _tokenizers(base: Checkpoint, other: Checkpoint) -> bool:
-    """Whether both can be asked which token a row belongs to (_compare_vocabularies has)."""
-    return all((checkpoint.folder / "tokenizer.json").exists() for checkpoint in (base, other))
-
-
-def _extra(base: Checkpoint, other: Checkpoint, used: set[str]) -> list[str]:
+def _extra_tensors(base: Checkpoint, model: Checkpoint, used: set[str]) -> list[str]:
     """Tensors of a model that the pivot has not, and that transformers would read."""
-    wrong = []
-    for name, entry in other.entries.items():
-        if name in used or _is_buffer(name, entry) or not _is_float(entry) or _name_in(name, base.entries):
+    differences = []
+    for name, info in model.tensors.items():
+        if name in used or _is_buffer(name, info) or not _is_float(info) or _name_in(name, base.tensors):
             continue
-        if name.endswith(HEADS) and not any(own.endswith(HEADS) for own in base.entries) and _tied(other):
+        if name.endswith(HEADS) and not any(own.endswith(HEADS) for own in base.tensors) and _is_tied(model):
             continue
-        wrong.append(f"{name} of {other.folder} is not in the pivot {base.folder}")
-    return wrong
+        differences.append(f"{name} of {model.folder} is not in the pivot {base.folder}")
+    return differences
 
 
-def _is_buffer(name: str, entry: TensorInfo) -> bool:
-    return bool(BUFFER.search(name)) or (len(entry.shape) == 4 and bool(MASK.search(name)))
+def _is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the head is the embedding table.
 
-
-def _is_float(entry: TensorInfo) -> bool:
-    """Whether a tensor is floating-point or complex, of a kind that is merged or not (F64, F8_E4M3, C64)."""
-    return entry.dtype[0] in "FC" or entry.dtype == "BF16"
-
-
-def _odd(entry: TensorInfo) -> bool:
-    return _is_float(entry) and entry.dtype not in FLOATS
-
-
-def _tied(checkpoint: Checkpoint) -> bool:
-    """Whether the head is the embedding table: as its settings say, else if no head is stored or it holds the same bytes."""
-    told = checkpoint.text.get("tie_word_embeddings")
-    if isinstance(told, bool) or not checkpoint.config:
-        return told is True
-    heads = [entry for name, entry in checkpoint.entries.items() if name.endswith(HEADS)]
-    tables = [entry for name, entry in checkpoint.entries.items() if name.endswith(EMBEDDINGS)]
+    As the settings say, else if no head is stored or it holds the same bytes.
+    """
+    tied = checkpoint.text_config.get("tie_word_embeddings")
+    if isinstance(tied, bool) or not checkpoint.config:
+        return tied is True
+    heads = [info for name, info in checkpoint.tensors.items() if name.endswith(HEADS)]
+    tables = [info for name, info in checkpoint.tensors.items() if name.endswith(EMBEDDINGS)]
     return bool(tables) and all(
         np.array_equal(tensor_bytes(head), tensor_bytes(table)) for head in heads for table in tables
     )
+
+
+# ------------------------------------------------------------------------------------------------ one tensor
+def _match_tensor(comparison: _Comparison, names: list[dict[str, str]], name: str) -> TensorMatch:
+    """One tensor of the pivot with those of all models; differences and remarks are added to the comparison's.
+
+    ``names``: for each model, its names of the pivot's tensors.
+    """
+    info = comparison.pivot.tensors[name]
+    if _is_buffer(name, info):
+        return TensorMatch(name, info)
+    before = len(comparison.differences)
+    rows = info.shape[:1]
+    theirs: list[tuple[Checkpoint, TensorInfo]] = []
+    for model, own_names in zip(comparison.models, names, strict=True):
+        other = model.tensors.get(own_names.get(name, name))
+        if other is not None:
+            theirs.append((model, other))
+            rows = _common_rows(comparison, name, rows, model, other)
+        elif _is_float(info):
+            comparison.differences.append(f"{name} is missing in {model.folder}")
+    comparison.differences += _dtype_differences(name, info, [(comparison.pivot, info), *theirs])
+    if len(comparison.differences) > before or info.dtype not in FLOATS:
+        return TensorMatch(name, info)  # integers and flags are the pivot's
+    return TensorMatch(name, info, tuple(other for _, other in theirs), math.prod((*rows, *info.shape[1:])))
+
+
+def _common_rows(
+    comparison: _Comparison, name: str, rows: tuple[int, ...], model: Checkpoint, other: TensorInfo
+) -> tuple[int, ...]:
+    """How many first rows are merged: ``rows``, or fewer where the model's tensor has those of fewer tokens."""
+    base = comparison.pivot
+    info = base.tensors[name]
+    if other.shape == info.shape:
+        return rows
+    shapes = f"is {list(other.shape)} in {model.folder} and {list(info.shape)} in the pivot {base.folder}"
+    if name.endswith(BY_TOKEN) and other.shape[1:] == info.shape[1:] and _have_tokenizers(base, model):
+        comparison.remarks.append(f"{name} {shapes}: only the rows of both are merged, further ones are the pivot's")
+        return min(rows, other.shape[:1])
+    comparison.differences.append(f"{name} {shapes}")
+    return rows
+
+
+def _dtype_differences(name: str, info: TensorInfo, tensors: list[tuple[Checkpoint, TensorInfo]]) -> list[str]:
+    """Tensors of a dtype that cannot be merged, or that are numbers of another kind than the pivot's."""
+    return [
+        f"{name} of {checkpoint.folder} is {other.dtype}, the pivot's {info.dtype}; "
+        f"floating-point tensors must be {', '.join(FLOATS)}"
+        for checkpoint, other in tensors
+        if _is_unsupported_float(other) or _is_float(other) != _is_float(info)
+    ]
+
+
+def _have_tokenizers(*checkpoints: Checkpoint) -> bool:
+    """Whether all say which token a row belongs to (_compare_vocabularies has compared them)."""
+    return all((checkpoint.folder / "tokenizer.json").exists() for checkpoint in checkpoints)
+
+
+def _is_buffer(name: str, info: TensorInfo) -> bool:
+    return bool(BUFFER.search(name)) or (len(info.shape) == 4 and bool(MASK.search(name)))
+
+
+def _is_float(info: TensorInfo) -> bool:
+    """Whether a tensor is floating-point or complex, of a kind that is merged or not (F64, F8_E4M3, C64)."""
+    return info.dtype[0] in "FC" or info.dtype == "BF16"
+
+
+def _is_unsupported_float(info: TensorInfo) -> bool:
+    return _is_float(info) and info.dtype not in FLOATS

@@ -1,5 +1,8 @@
 # mypy: disable-error-code="assignment"
-"""What values are ordered by, and the exact selection of the largest, by absolute values (see :mod:`llmfusion.merging.compiled`)."""
+"""What values are ordered by, and the exact selection of the largest absolute values.
+
+How the loops are compiled: :mod:`llmfusion.merging.compiled`.
+"""
 
 import numpy as np
 
@@ -16,12 +19,16 @@ def rates(theta, delta, eps, keys):
 
 @compiled
 def rates_and_moments(theta, delta, eps, centre, keys, sums):
-    """As :func:`rates`; adds the sums of ``d``, ``d^2`` and ``d^3``, ``d = rate - centre`` in float64, to ``sums (3,)``."""
+    """As :func:`rates`; adds sums of ``d``, ``d^2``, ``d^3``, ``d = rate - centre`` in float64, to ``sums (3,)``."""
     n = theta.size
-    first, second, third = np.zeros(LANES), np.zeros(LANES), np.zeros(LANES)
+    first = np.zeros(LANES)
+    second = np.zeros(LANES)
+    third = np.zeros(LANES)
     for start in range(0, n, LANES):
         end = min(start + LANES, n)
-        pivot, change, key = theta[start:end], delta[start:end], keys[start:end]
+        pivot = theta[start:end]
+        change = delta[start:end]
+        key = keys[start:end]
         for k in range(pivot.size):
             rate = abs(np.float64(change[k])) / (abs(np.float64(pivot[k])) + eps)
             key[k] = np.float32(rate)
@@ -36,7 +43,7 @@ def rates_and_moments(theta, delta, eps, centre, keys, sums):
 
 @compiled
 def log_moments(theta, delta, eps, centre, sums):
-    """Sums of ``d``, ``d^2``, ``d^3`` as above for ``d = log(rate) - centre``, where the delta is not 0; returns how many those are."""
+    """Adds the same sums for ``d = log(rate) - centre``, where the delta is not 0; returns how many those are."""
     count = 0
     for i in range(theta.size):
         if delta[i] != np.float32(0):
@@ -55,11 +62,14 @@ def spreads(deltas, keys):
     In float64, rounded to float32 once; exactly 0 where all models agree; no division, and no square that underflows.
     """
     models, n = deltas.shape
-    total, spread = np.empty(TILE), np.empty(TILE)
-    factor, last = np.float64(models), models - 1
+    total = np.empty(TILE)
+    spread = np.empty(TILE)
+    factor = np.float64(models)
+    last = models - 1
     for start in range(0, n, TILE):
         end = min(start + TILE, n)
-        key, row = keys[start:end], deltas[0, start:end]
+        key = keys[start:end]
+        row = deltas[0, start:end]
         for i in range(row.size):
             total[i] = np.float64(row[i])
         for j in range(1, models):
@@ -93,18 +103,24 @@ def count_coarse(keys, histogram):
 
 @compiled
 def count_fine(keys, bin_, deltas, histogram, sums, places):
-    """Add the keys whose upper 16 bits are ``bin_`` to a histogram of the lower 16, and the squares of ``deltas (M, n)`` there to ``sums``
-    ``(M, 65536)``; returns the sums of their squares over the keys above that bin. ``places (n,)`` is scratch."""
-    bits, found = keys.view(np.uint32), 0
+    """Add the keys whose upper 16 bits are ``bin_`` to a histogram of the lower 16, and the squares of ``deltas`` there
+    to ``sums``.
+
+    ``deltas (M, n)``, ``sums (M, 65536)``; ``places (n,)`` is scratch. Returns the sums of the deltas' squares over the
+    keys above that bin, ``(M,)``.
+    """
+    bits = keys.view(np.uint32)
+    count = 0
     for start in range(0, bits.size, LANES):
-        part, some = bits[start : start + LANES], np.int32(0)
+        part = bits[start : start + LANES]
+        some = np.int32(0)
         for i in range(part.size):
             some = np.int32(some + np.int32(np.uint32(np.uint32(part[i] & SIZE) >> np.uint32(16)) == bin_))
         if some:  # few of them hold one, so all are looked at together before one by one
             for i in range(part.size):
-                places[found] = start + i
-                found += np.int64(np.uint32(np.uint32(part[i] & SIZE) >> np.uint32(16)) == bin_)
-    for place in range(found):
+                places[count] = start + i
+                count += np.int64(np.uint32(np.uint32(part[i] & SIZE) >> np.uint32(16)) == bin_)
+    for place in range(count):
         i = places[place]
         low = bits[i] & np.uint32(0xFFFF)
         histogram[low] += 1
@@ -121,7 +137,8 @@ def count_fine(keys, bin_, deltas, histogram, sums, places):
 def squares_above(bits, last, delta):
     lanes = np.zeros(LANES)
     for start in range(0, bits.size, LANES):
-        key, part = bits[start : start + LANES], delta[start : start + LANES]
+        key = bits[start : start + LANES]
+        part = delta[start : start + LANES]
         for k in range(key.size):
             value = np.float64(part[k]) if np.uint32(key[k] & SIZE) > last else 0.0
             lanes[k] += value * value
@@ -140,20 +157,23 @@ def bin_of(histogram, number):
 
 @compiled
 def locate(keys, threshold, wanted):
-    """Position just behind the ``wanted``-th key that equals ``threshold`` (the block's end if there are fewer), and how many were found."""
+    """Position just behind the ``wanted``-th key that equals ``threshold``, and how many there are.
+
+    The block's end if there are fewer.
+    """
     bits = keys.view(np.uint32)
     equal = np.int32(0)
     for i in range(bits.size):
         equal = np.int32(equal + np.int32(np.uint32(bits[i] & SIZE) == threshold))
     if equal < wanted:
         return bits.size, equal
-    found = 0
+    count = 0
     for i in range(bits.size):
         if np.uint32(bits[i] & SIZE) == threshold:
-            found += 1
-            if found == wanted:
-                return i + 1, found
-    return bits.size, found
+            count += 1
+            if count == wanted:
+                return i + 1, count
+    return bits.size, count
 
 
 @compiled
@@ -169,11 +189,16 @@ def squares_tied(keys, threshold, end, delta):
 
 @compiled
 def trim(keys, threshold, end, delta):
-    """Set ``delta`` to 0 in place where it is not selected: keys below ``threshold``, and keys equal to it from position ``end`` on."""
+    """Set ``delta`` to 0 in place where it is not selected.
+
+    That is where keys are below ``threshold``, or equal to it from position ``end`` on.
+    """
     sizes = np.empty(TILE, np.uint32)
     for start in range(0, delta.size, TILE):
-        part, key, left = delta[start : start + TILE], keys[start : start + TILE].view(np.uint32), np.int32(end - start)
+        part = delta[start : start + TILE]
+        key = keys[start : start + TILE].view(np.uint32)
+        left = np.int32(end - start)
         for i in range(part.size):
             sizes[i] = key[i] & SIZE
-        for i in range(part.size):  # apart from the loop above, since keys may be delta itself
+        for i in range(part.size):  # a loop of its own, since keys may be delta itself
             part[i] = part[i] if np.uint32(sizes[i] + np.uint32(np.int32(i) < left)) > threshold else np.float32(0)

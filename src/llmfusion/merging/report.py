@@ -1,4 +1,4 @@
-"""What a merge did, tensor by tensor and in all: ``merge_report.csv`` and ``merge_report.json``."""
+"""What a merge did, tensor by tensor and in all: ``merge_report.csv``, ``merge_report.json`` and the model card."""
 
 import csv
 import json
@@ -8,42 +8,52 @@ from typing import Any
 
 import numpy as np
 
-from llmfusion.merging.blocks import PivotDeltas
+from llmfusion.merging.blocks import PivotDeltas, TensorMerge
 from llmfusion.study.schema.base import dump
 from llmfusion.study.schema.options import MergeOptions
 
 Row = dict[str, Any]
 
 
-def row_of(name: str, tensor: PivotDeltas, plan: Any, changed: int, squares: float) -> Row:
-    """A tensor's row: its values, the share that differs from the pivot after rounding, and what the method noted.
+def report_row(name: str, tensor: PivotDeltas, merge: TensorMerge, changed: int, squares: float) -> Row:
+    """A tensor's row: its values, the share that differs from the pivot after rounding, and the method's notes.
 
-    ``nonzero`` and ``delta_norms`` have a figure a model; ``sign_conflicts`` is the share of positions where deltas of both signs meet;
-    ``kept`` is the share of the deltas' squares that took part, ``merged_norm`` the norm of merge minus pivot.
+    ``nonzero`` and ``delta_norms`` have a figure a model; ``sign_conflicts`` is the share of positions where deltas of
+    both signs meet; ``kept`` is the share of the deltas' squares that took part, ``merged_norm`` the norm of merge
+    minus pivot.
     """
     size = max(tensor.size, 1)
     return {
-        "tensor": name, "values": tensor.size, "changed": changed / size,
+        "tensor": name,
+        "values": tensor.size,
+        "changed": changed / size,
         "nonzero": " ".join(f"{count / size:.6g}" for count in tensor.nonzero),
         "sign_conflicts": tensor.conflicts / size,
-        "delta_norms": " ".join(f"{norm:.6g}" for norm in np.sqrt(tensor.energies)), "merged_norm": f"{squares**0.5:.6g}",
-        "kept": float(plan.kept), "energy": float(tensor.energies.sum()), **{key: float(value) for key, value in plan.notes.items()},
-    }  # fmt: skip
+        "delta_norms": " ".join(f"{norm:.6g}" for norm in np.sqrt(tensor.energies)),
+        "merged_norm": f"{squares**0.5:.6g}",
+        "kept": float(merge.kept),
+        "energy": float(tensor.energies.sum()),
+        **{key: float(value) for key, value in merge.notes.items()},
+    }
 
 
 def totals(rows: Sequence[Row], method: str, floor: float) -> dict[str, Any]:
-    """Counts and shares over all tensors; ``warning`` where less than ``floor`` of the deltas was kept, or of the values changed."""
-    values, energy = sum(row["values"] for row in rows), sum(row["energy"] for row in rows)
+    """Counts and shares over all tensors.
+
+    ``warning`` where less than ``floor`` of the deltas was kept, or of the values changed.
+    """
+    values = sum(row["values"] for row in rows)
+    energy = sum(row["energy"] for row in rows)
     facts: dict[str, Any] = {"tensors": len(rows), "parameters": values}
     facts["changed"] = sum(row["changed"] * row["values"] for row in rows) / values if values else 0.0
     facts["kept"] = sum(row["kept"] * row["energy"] for row in rows) / energy if energy else 1.0
-    told = []
+    reasons = []
     if facts["kept"] < floor:
-        told.append(f"{method} kept {facts['kept']:.3%} of the sum of squares of the deltas")
+        reasons.append(f"{method} kept {facts['kept']:.3%} of the sum of squares of the deltas")
     if facts["changed"] < floor:
-        told.append(f"{facts['changed']:.3%} of the values differ from the pivot's after rounding")
-    if told:
-        facts["warning"] = f"the merge is nearly the pivot: {' and '.join(told)} (warn_below is {floor:.0%})"
+        reasons.append(f"{facts['changed']:.3%} of the values differ from the pivot's after rounding")
+    if reasons:
+        facts["warning"] = f"the merge is nearly the pivot: {' and '.join(reasons)} (warn_below is {floor:.0%})"
     return facts
 
 
@@ -59,20 +69,24 @@ def write_report(folder: Path, options: MergeOptions, rows: Sequence[Row], facts
         "totals": facts,
         "tensors": list(rows),
     }
-    (folder / "merge_report.json").write_text(json.dumps(_plain(content), indent=1) + "\n")
+    (folder / "merge_report.json").write_text(json.dumps(_without_infinities(content), indent=1) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def _without_infinities(value: Any) -> Any:
     """JSON has no infinity: the threshold of a selection of nothing is null there."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _without_infinities(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_without_infinities(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def write_card(folder: Path, options: MergeOptions, pivot: str, models: list[str], facts: dict[str, Any]) -> None:
     """README.md of a merged checkpoint: method, parents, every option in force, and what the merge changed."""
+    effect = (
+        f"{facts['parameters']:,} values in {facts['tensors']} tensors; {facts['changed']:.2%} of them differ "
+        f"from the pivot's, and {facts['kept']:.2%} of the"
+    )
     lines = [
         "---",
         "tags: [merge, llm-fusion-workflow]",
@@ -83,13 +97,14 @@ def write_card(folder: Path, options: MergeOptions, pivot: str, models: list[str
         f"Method `{options.method}`, merged with llm-fusion-workflow.",
         "",
         f"- pivot: {pivot}",
-        *(f"- model: {m}" for m in models),
+        *(f"- model: {model}" for model in models),
         "",
         "Options:",
         *[f"- {key}: {value}" for key, value in sorted(in_force(options).items())],
         "",
-        f"{facts['parameters']:,} values in {facts['tensors']} tensors; {facts['changed']:.2%} of them differ from the pivot's, and {facts['kept']:.2%} of the",
-        "sum of squares of the models' differences took part. `merge_report.csv` and `merge_report.json` say so for each tensor.",
+        effect,
+        "sum of squares of the models' differences took part. `merge_report.csv` and `merge_report.json` say so for "
+        "each tensor.",
         *(["", f"**Warning**: {facts['warning']}."] if "warning" in facts else []),
         "",
     ]

@@ -1,4 +1,4 @@
-"""From encoded samples to padded tensors, and back to the rows that predict labels."""
+"""From encoded samples to padded tensors, and the positions that predict labels."""
 
 from collections.abc import Sequence
 
@@ -14,16 +14,16 @@ def default_device() -> str:
 
 
 def pad(ids: Sequence[Sequence[int]], device: str) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and attention mask, both (B, T) int64; padded places hold id 0 and are masked."""
+    """Right-padded ids and attention mask, both (B, T) int64; padding holds id 0 and is masked."""
     longest = max(map(len, ids))
-    out = torch.zeros(len(ids), longest, dtype=torch.long)
+    padded = torch.zeros(len(ids), longest, dtype=torch.long)
     mask = torch.zeros(len(ids), longest, dtype=torch.long)
     for i, row in enumerate(ids):
-        out[i, : len(row)] = torch.tensor(row)
+        padded[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-    return out.to(device), mask.to(device)
+    return padded.to(device), mask.to(device)
 
 
 def label_positions(encoded: Encoded) -> list[int]:
-    """Positions whose state predicts a label: one before each label token."""
+    """Positions in the sample whose state predicts a label: one before each label token."""
     return [position - 1 for position, label in enumerate(encoded.is_label) if label]

@@ -1,8 +1,9 @@
 """Load and save models and tokenizers with the checks transformers leaves out.
 
-transformers loads a checkpoint with a missing tensor (filled at random), an extra one, one of integers or a NaN without an
-error. Here the files are verified against the manifest first (:func:`llmfusion.artifacts.store.read`), no tensor may be missing,
-unexpected or of another kind, and all values must be finite. Remote code is never run and pickled weights are never read.
+transformers loads a checkpoint with a missing tensor (filled at random), an extra one, one of integers or a NaN
+without an error. Here the files are verified against the manifest first (:func:`llmfusion.artifacts.store.read`), no
+tensor may be missing, unexpected or of another dtype, and all values must be finite. Remote code is never run and
+pickled weights are never read.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 from llmfusion.artifacts.store import Artifact
 from llmfusion.data.chat import TEMPLATES
 from llmfusion.errors import DamagedError, UserError, require
+from llmfusion.io import progress_bars
 from llmfusion.io.files import read_json_object
 from llmfusion.io.safetensors import FLOATS, TensorInfo, read_headers, weight_files
 
@@ -31,13 +33,12 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
         read_json_object(settings)
     # tokenizer.json as it is: the class that tokenizer_config.json names may rebuild it (a byte-level one declared as
     # LlamaTokenizerFast would lose its spaces)
-    kind: Any = (
-        transformers.PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else transformers.AutoTokenizer
-    )
+    is_fast = (folder / "tokenizer.json").exists()
+    tokenizer_class: Any = transformers.PreTrainedTokenizerFast if is_fast else transformers.AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare ones
-        raise _cannot(folder, "tokenizer", error) from error
+        raise _loading_error(folder, "tokenizer", error) from error
     require(tokenizer.eos_token_id is not None, f"{folder}: the tokenizer has no end token (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: labels are marked by position, never by id
@@ -48,7 +49,7 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
 
 
 def _check_template(tokenizer: Any, folder: Path) -> None:
-    """Raise :class:`UserError` for a chat template that is no Jinja; what it makes of roles is found sample by sample."""
+    """Raise :class:`UserError` for a chat template that is no Jinja; roles are checked sample by sample."""
     import jinja2
 
     try:
@@ -59,168 +60,166 @@ def _check_template(tokenizer: Any, folder: Path) -> None:
         pass
 
 
-def _class(name: Any, base: type) -> Any:
-    """The class of transformers with this name if it is a ``base``, else None."""
-    import transformers
-
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, base) else None
-
-
-def _cannot(folder: Path, what: str, error: Exception) -> UserError:
-    """What to raise where transformers fails: the file that is no JSON if there is one, else transformers' own words."""
+def _loading_error(folder: Path, what: str, error: Exception) -> UserError:
+    """The error where transformers fails: names the file that is no JSON if there is one, else quotes transformers."""
     for file in sorted(folder.glob("*.json")):
         try:
             json.loads(file.read_bytes())
         except ValueError as wrong:
             return DamagedError(f"{file}: expected JSON: {wrong}")
-    told = " ".join(str(error).split())[:400]
-    return UserError(f"{folder}: the {what} cannot be loaded: {type(error).__name__}: {told}")
+    reason = " ".join(str(error).split())[:400]
+    return UserError(f"{folder}: the {what} cannot be loaded: {type(error).__name__}: {reason}")
 
 
 def load_model(model: Artifact, dtype: str) -> Any:
     """The model of a verified artifact in ``dtype`` (float32 or bfloat16), in eval mode, on the CPU.
 
-    Raises :class:`DamagedError` naming the file for what its weights or settings cannot be: headers, tensors missing,
-    unexpected, of another shape or kind of number, values that are not finite; :class:`UserError` for what transformers
-    cannot load without running code or unpickling from the checkpoint.
+    Raises :class:`DamagedError` naming the file for weights or settings that no model of the project has: damaged
+    headers, tensors missing, unexpected, of another shape or dtype, values that are not finite; :class:`UserError` for
+    what transformers cannot load without running code or unpickling from the checkpoint.
     """
     import torch
 
-    kind, entries = _kind(model), _weights(model)
+    progress_bars.show_only_in_terminals()
+    model_class = _model_class(model)
+    stored = _stored_weights(model)
     try:
-        loaded, info = kind.from_pretrained(
-            model.folder, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, use_safetensors=True,
-            ignore_mismatched_sizes=True, output_loading_info=True,  # mismatches are told, and refused below with all others
-        )  # fmt: skip
-    except Exception as error:  # many kinds from many layers
-        raise _cannot(model.folder, "model", error) from error
-    state = loaded.state_dict()
-    wrong = [*_wrong_names(loaded, info), *_wrong_kinds(state, entries)]
-    if wrong:
-        raise DamagedError(
-            f"{_files(model, entries)}: tensors that are not what the model needs ({len(wrong)}): {'; '.join(wrong[:5])}"
+        loaded, info = model_class.from_pretrained(
+            model.folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in ``info``, and refused below with everything else
+            output_loading_info=True,
         )
-    if (bad := not_finite(state)) is not None:
-        raise DamagedError(
-            f"{entries[bad].file if bad in entries else model.folder}: tensor {bad} is not finite: it holds a NaN or an infinity"
-        )
+    except Exception as error:  # of many types, from many layers
+        raise _loading_error(model.folder, "model", error) from error
+    _require_sound(model, loaded, info, stored)
     return loaded.eval()
 
 
+def _require_sound(model: Artifact, loaded: Any, info: dict[str, Any], stored: dict[str, TensorInfo]) -> None:
+    """Raise :class:`DamagedError` unless the weights are those that the model needs, and finite."""
+    state = loaded.state_dict()
+    wrong = [*_wrong_names(loaded, info), *_wrong_dtypes(state, stored)]
+    if wrong:
+        files = {tensor.file for tensor in stored.values()}
+        place = files.pop() if len(files) == 1 else model.folder
+        raise DamagedError(f"{place}: tensors that are not what the model needs ({len(wrong)}): {'; '.join(wrong[:5])}")
+    if (name := not_finite(state)) is not None:
+        place = stored[name].file if name in stored else model.folder
+        raise DamagedError(f"{place}: tensor {name} is not finite: it holds a NaN or an infinity")
+
+
 def empty_model(model: Artifact) -> Any:
-    """The model of a verified artifact without its weights: for a process that gets its part of them from another."""
-    kind = _kind(model)
+    """The model of a verified artifact on torch's meta device, in eval mode.
+
+    For a process that receives its part of the weights from another process.
+    """
+    model_class = _model_class(model)
     try:
-        made = _without_weights(kind, kind.config_class.from_pretrained(model.folder, local_files_only=True))
-    except Exception as error:  # as above
-        raise _cannot(model.folder, "model", error) from error
-    return made.eval()
+        config = model_class.config_class.from_pretrained(model.folder, local_files_only=True)
+        empty = _without_weights(model_class, config)
+    except Exception as error:  # of many types, from many layers
+        raise _loading_error(model.folder, "model", error) from error
+    return empty.eval()
 
 
 def meta_copy(model: Any) -> Any:
-    """Another model of the same shape, settings and mode, without weights (torch's meta device); buffers are there."""
-    made = _without_weights(type(model), model.config)
-    made.generation_config = model.generation_config
-    return made.train(model.training)
+    """Another model of the same shape, settings and mode on torch's meta device; only buffers have values."""
+    copy = _without_weights(type(model), model.config)
+    copy.generation_config = model.generation_config
+    return copy.train(model.training)
 
 
-def _without_weights(kind: Any, config: Any) -> Any:
+def _without_weights(model_class: Any, config: Any) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        made = kind(config)
-    made.tie_weights()  # what was tied has been made empty one by one
-    return made
+        empty = model_class(config)
+    empty.tie_weights()  # each of two tied parameters was replaced by one of its own
+    return empty
 
 
-def _kind(model: Artifact) -> Any:
-    """The class of transformers that ``config.json`` names; where there is one, an auto_map beside it is not followed."""
+def _model_class(model: Artifact) -> Any:
+    """The class of transformers that ``config.json`` names; an auto_map beside it is never followed."""
     import transformers
 
     config = read_json_object(model.file("config.json"))
     for file in ("generation_config.json", "model.safetensors.index.json"):
         if (model.folder / file).exists():
-            read_json_object(model.file(file))  # transformers goes on without settings that it cannot read
+            read_json_object(model.file(file))  # transformers ignores settings that it cannot read
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else "?"
-    kind = _class(name, transformers.PreTrainedModel)
+    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     code = "; code from its repository (auto_map) is never run" if "auto_map" in config else ""
     require(
-        kind is not None,
-        f"{model.folder}: transformers {transformers.__version__} has no class {name!r}{code}; take a model transformers knows",
+        is_model,
+        f"{model.folder}: transformers {transformers.__version__} has no class {name!r}{code}; "
+        "take a model transformers knows",
     )
-    return kind
+    return model_class
 
 
-def _weights(model: Artifact) -> dict[str, TensorInfo]:
+def _stored_weights(model: Artifact) -> dict[str, TensorInfo]:
     """Headers of the weights that transformers would read: one file, else those of the index."""
     files = weight_files(model.folder)
     require(bool(files), f"{model.folder}: has no .safetensors weights; pickled weights are never read")
     return read_headers([model.file(path.name) for path in files])
 
 
-def _files(model: Artifact, entries: dict[str, TensorInfo]) -> str:
-    files = {entry.file for entry in entries.values()}
-    return str(files.pop() if len(files) == 1 else model.folder)
-
-
 def _wrong_names(loaded: Any, info: dict[str, Any]) -> list[str]:
-    """Tensors missing (tied heads apart), unexpected or of another shape, in words."""
+    """A sentence for each tensor that is missing (tied heads may be), unexpected or of another shape."""
     tied = set(getattr(loaded, "all_tied_weights_keys", None) or [])
     wrong = [f"{name} is missing" for name in sorted(set(info["missing_keys"]) - tied)]
     wrong += [f"{name} is not the model's" for name in sorted(info["unexpected_keys"])]
-    wrong += [
-        f"{name} is {list(found)}, expected {list(expected)}"
-        for name, found, expected in sorted(info["mismatched_keys"])
-    ]
+    for name, actual, expected in sorted(info["mismatched_keys"]):
+        wrong.append(f"{name} is {list(actual)}, expected {list(expected)}")
     head = loaded.get_output_embeddings()
-    if (
-        head is not None
-        and getattr(loaded.config.get_text_config(), "tie_word_embeddings", False)
-        and head.weight is not loaded.get_input_embeddings().weight
-    ):
+    is_tied = getattr(loaded.config.get_text_config(), "tie_word_embeddings", False)
+    if head is not None and is_tied and head.weight is not loaded.get_input_embeddings().weight:
         wrong.append("a head of its own, where config.json ties it to the embeddings")
     return wrong
 
 
-def _wrong_kinds(state: dict[str, Any], entries: dict[str, TensorInfo]) -> list[str]:
-    """Tensors stored as another kind of number than weights are, which would be cast without a word."""
+def _wrong_dtypes(state: dict[str, Any], stored: dict[str, TensorInfo]) -> list[str]:
+    """A sentence for each weight that is stored as numbers of another kind, which transformers would silently cast."""
     expected = " or ".join(FLOATS)
     return [
-        f"{n} is {e.dtype}, expected {expected}"
-        for n, e in entries.items()
-        if n in state and state[n].is_floating_point() and e.dtype not in FLOATS
+        f"{name} is {tensor.dtype}, expected {expected}"
+        for name, tensor in stored.items()
+        if name in state and state[name].is_floating_point() and tensor.dtype not in FLOATS
     ]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the tokenizer's end token, and those the model's own generation settings add."""
-    more = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(more if isinstance(more, list) else [] if more is None else [more])})
+    additional = model.generation_config.eos_token_id
+    if not isinstance(additional, list):
+        additional = [] if additional is None else [additional]
+    return sorted({tokenizer.eos_token_id, *additional})
 
 
 def not_finite(state: dict[str, Any]) -> str | None:
     """Name of the first tensor with a NaN or an infinity."""
     import torch
 
-    return next(
-        (
-            name
-            for name, tensor in state.items()
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
-        ),
-        None,
-    )
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> dict[str, Any]:
-    """Save weights (``dtype``, safetensors), configs and tokenizer with its chat template. Returns facts for the manifest.
+    """Save weights (``dtype``, safetensors), configs, tokenizer with its chat template. Returns the manifest's facts.
 
     Raises :class:`UserError` if a weight is not finite, as computed or as rounded to ``dtype``.
     """
     import torch
 
+    progress_bars.show_only_in_terminals()
     model = model.to(getattr(torch, dtype))
     if (name := not_finite(model.state_dict())) is not None:
         raise UserError(f"{folder}: tensor {name} is not finite in {dtype}; nothing was published")
@@ -230,7 +229,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> dict[str
 
 
 def model_facts(folder: Path, tokenizer: Any) -> dict[str, Any]:
-    """What later steps and checks want to know without loading the model."""
+    """Facts for the manifest that later steps and checks need without loading the model."""
     config = read_json_object(folder / "config.json")
     text = config.get("text_config", config)
     return {
@@ -246,24 +245,23 @@ def model_facts(folder: Path, tokenizer: Any) -> dict[str, Any]:
 
 
 def vocabulary_sha256(tokenizer: Any) -> str:
-    """Hash of what makes two vocabularies the same: base vocabulary, merges, normaliser and pre-tokenizer, not added tokens."""
+    """Hash of what makes vocabularies the same: vocabulary, merges, normaliser, pre-tokenizer; no added tokens."""
     body = json.loads(tokenizer.backend_tokenizer.to_str())
-    same = {key: body.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
-    added = {token["content"] for token in body.get("added_tokens", [])}
-    same["model"]["vocab"] = (
-        {k: v for k, v in same["model"]["vocab"].items() if k not in added}
-        if isinstance(same["model"].get("vocab"), dict)
-        else same["model"].get("vocab")
-    )
-    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()
+    hashed = {key: body.get(key) for key in ("model", "normalizer", "pre_tokenizer")}
+    vocabulary = hashed["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        added = {token["content"] for token in body.get("added_tokens", [])}
+        vocabulary = {token: i for token, i in vocabulary.items() if token not in added}
+    hashed["model"]["vocab"] = vocabulary
+    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
 
 def count_parameters(path: Path) -> int:
     """Number of values in a safetensors file, from its header."""
-    return sum(math.prod(entry.shape) for entry in read_headers([path]).values())
+    return sum(math.prod(tensor.shape) for tensor in read_headers([path]).values())
 
 
-BEHIND_THE_HEAD = (
+LOGIT_CHANGES = (  # settings of transformers' models that scale or cap logits behind the head
     "final_logit_softcapping",
     "logits_soft_cap",
     "output_logit_soft_cap",
@@ -274,10 +272,14 @@ BEHIND_THE_HEAD = (
 
 
 def require_linear_head(config: Any, folder: Path) -> None:
-    """Raise :class:`UserError` for a model that changes logits behind its head: no loss or distribution here would be the model's own."""
-    for name in BEHIND_THE_HEAD:
+    """Raise :class:`UserError` for a model that changes logits behind its head.
+
+    Losses and distributions are computed from the head alone, so that they would not be the model's own.
+    """
+    for name in LOGIT_CHANGES:
         value = getattr(config.get_text_config(), name, None)
         require(
             value in (None, 1.0),
-            f"{folder}: {name} is {value}: it changes logits behind the head; such models can be neither trained nor cached",
+            f"{folder}: {name} is {value}: it changes logits behind the head; "
+            "such models can be neither trained nor cached",
         )

@@ -1,43 +1,49 @@
-"""Miniature base models: a tokenizer trained on the mix, a randomly initialised architecture, and the common training loop."""
+"""Miniature base models: a tokenizer trained on a mix, and a randomly initialised architecture."""
 
 from pathlib import Path
 from typing import Any
 
 from llmfusion.data.chat import TEMPLATES
-from llmfusion.data.samples import read_jsonl, text_of
+from llmfusion.data.samples import read_samples, text_of
 from llmfusion.study.schema.base_models import Architecture, Tokenizer
 
-END, PAD = "<|end|>", "<|pad|>"
+END_TOKEN = "<|end|>"
+PAD_TOKEN = "<|pad|>"
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "gpt_neox": "GPTNeoX"}  # transformers' classes by model type
 
 
 def make_tokenizer(options: Tokenizer, samples: Path, chat_template: str | None) -> Any:
-    """Byte-level BPE with an end and a pad token, trained on the texts of a mix; the order of samples decides ties."""
+    """Byte-level BPE with an end and a pad token, trained on the texts of ``samples.jsonl``; ties go by their order."""
     import tokenizers
-    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    digits = f"\\p{{N}}{{1,{options.digits}}}"
-    words = Regex(rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
     core = tokenizers.Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(words, behavior="isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(_word_pattern(options.digits)), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=options.vocabulary_size,
-        special_tokens=[END, PAD],
+        special_tokens=[END_TOKEN, PAD_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator((text_of(s) for s in read_jsonl(samples)), trainer)
+    core.train_from_iterator((text_of(sample) for sample in read_samples(samples)), trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+        tokenizer_object=core, eos_token=END_TOKEN, pad_token=PAD_TOKEN, clean_up_tokenization_spaces=False
     )
     tokenizer.chat_template = TEMPLATES.get(chat_template or "neutral", chat_template)
     return tokenizer
+
+
+def _word_pattern(digits: int) -> str:
+    """What becomes a word before BPE, as in Llama 3 and Qwen 2: letters, a few digits, signs, line ends, spaces."""
+    numbers = f"\\p{{N}}{{1,{digits}}}"
+    return rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def make_model(architecture: Architecture, tokenizer: Any, seed: int) -> Any:
@@ -45,11 +51,9 @@ def make_model(architecture: Architecture, tokenizer: Any, seed: int) -> Any:
     import torch
     import transformers
 
-    shape = architecture.model_dump(exclude={"model_type"}, exclude_none=True)
-    names = {"llama": "Llama", "qwen2": "Qwen2", "gpt_neox": "GPTNeoX"}
-    family = names[architecture.model_type]
+    family = FAMILIES[architecture.model_type]
     config = getattr(transformers, f"{family}Config")(
-        **shape,
+        **architecture.model_dump(exclude={"model_type"}, exclude_none=True),
         vocab_size=len(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -9,20 +9,19 @@ logger = logging.getLogger(__name__)
 
 
 def build(job: Job) -> None:
-    """Read this shard's part of the mix; finished chunks wait in ``work/`` until all are there."""
-    from llmfusion.artifacts.resume import ResumeFolder
-    from llmfusion.steps.capture_teacher import require_disk_of_cache
+    """Capture this shard's part of the mix; finished chunks stay in ``work/`` until all are there."""
+    from llmfusion.steps.capture_teacher import finished_chunks, require_disk_of_cache
     from llmfusion.teachers.capture import capture_chunks
-    from llmfusion.teachers.chunks import Shard, hand_over
+    from llmfusion.teachers.chunks import Shard, link_chunks
 
     spec = job.parse(Spec)
     number, count = spec.shard
     teacher = job.input(f"models/{spec.model}")
     mix = job.input(f"data/mix/{spec.mix}")
-    store = ResumeFolder(job.work / "pieces", job.key)
-    require_disk_of_cache(job, spec, teacher, mix, store, count)
+    finished = finished_chunks(job)
+    require_disk_of_cache(job, spec, teacher, mix, finished, count)
     job.mark_started()
-    capture_chunks(teacher, mix, spec.capture, spec.chat_template, store, Shard(number - 1, count))
-    notes = hand_over(store.folder, job.folder)
+    capture_chunks(teacher, mix, spec.capture, spec.chat_template, finished, Shard(number - 1, count))
+    notes = link_chunks(finished.folder, job.folder)
     job.facts.update(pieces=len(notes), rows=sum(row["length"] for note in notes for row in note["index"]))
     logger.info("%d chunks, %d rows", job.facts["pieces"], job.facts["rows"])

@@ -9,7 +9,7 @@ from llmfusion.merging.report import summary, write_card
 from llmfusion.study.kinds.merge_models import Spec
 
 logger = logging.getLogger(__name__)
-SAME = (
+FACTS_OF_PIVOT = (
     "architecture",
     "hidden_size",
     "vocabulary_size",
@@ -17,28 +17,32 @@ SAME = (
     "tokenizer_size",
     "eos_token",
     "max_positions",
-)  # as the pivot's
+)
 
 
 def build(job: Job) -> None:
     """Merge; a job that was killed goes on with the next tensor."""
     from llmfusion.merging import engine
 
-    merge = job.parse(Spec).merge
-    pivot = job.input(f"models/{merge.pivot}")
-    parents = [job.input(f"models/{parent}") for parent in merge.parents]
-    work = plan_merge(pivot.folder, [parent.folder for parent in parents], merge)
-    place = job.work / "merge"
-    kept = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+    options = job.parse(Spec).merge
+    pivot = job.input(f"models/{options.pivot}")
+    parents = [job.input(f"models/{parent}") for parent in options.parents]
+    plan = plan_merge(pivot.folder, [parent.folder for parent in parents], options)
+    resumed = job.work / "merge"
+    written = sum(path.stat().st_size for path in resumed.glob("*.safetensors"))
     job.require_disk(
-        f"a merge over {merge.pivot}", 0 if job.on_same_disk() else work.written, max(0, work.written - kept)
+        f"a merge over {options.pivot}",
+        0 if job.on_same_disk() else plan.bytes_written,
+        max(0, plan.bytes_written - written),
     )
-    facts, _ = engine.run(work, place, job.key)
-    write_card(place, merge, merge.pivot, merge.parents, facts)
-    for path in sorted(place.iterdir()):
+    facts, _ = engine.run(plan, resumed, job.key)
+    write_card(resumed, options, options.pivot, options.parents, facts)
+    for path in sorted(resumed.iterdir()):
         shutil.move(path, job.folder / path.name)
-    place.rmdir()
-    job.facts.update({key: pivot.facts[key] for key in SAME} | facts)
-    logger.info(summary(facts))
-    for remark in [*work.matching.remarks, *([f"warning: {facts['warning']}"] if "warning" in facts else [])]:
-        logger.info(remark)
+    resumed.rmdir()
+    job.facts.update({key: pivot.facts[key] for key in FACTS_OF_PIVOT} | facts)
+    logger.info("%s", summary(facts))
+    for remark in plan.matching.remarks:
+        logger.info("%s", remark)
+    if "warning" in facts:
+        logger.warning("warning: %s", facts["warning"])

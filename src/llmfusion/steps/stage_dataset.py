@@ -6,9 +6,12 @@ from collections.abc import Iterator
 
 from llmfusion.artifacts.job import Job
 from llmfusion.data import sources
-from llmfusion.data.layouts import LAYOUTS, split
-from llmfusion.data.samples import Sample, sample_id, text_of, write_jsonl, wrong_staged
+from llmfusion.data.layout import sample_layouts
+from llmfusion.data.rejections import Rejected
+from llmfusion.data.samples import Sample, check_dataset_sample, sample_id, text_of
+from llmfusion.data.turns import split_between_turns
 from llmfusion.errors import UserError
+from llmfusion.io.jsonl import write_jsonl
 from llmfusion.study.kinds.stage_dataset import Spec
 from llmfusion.study.schema.data import GeneratedDataset, HubDataset, PathDataset
 
@@ -18,48 +21,45 @@ logger = logging.getLogger(__name__)
 def build(job: Job) -> None:
     """Write ``samples.jsonl``; facts: rows read, samples kept, rejected by reason (malformed, duplicate)."""
     dataset = job.parse(Spec).dataset
-    rejected = sources.Rejected()
-    counted = {"rows": 0}
+    rejected = Rejected()
+    counts = {"rows": 0}
     samples = (
-        _generated(dataset, counted)
-        if isinstance(dataset, GeneratedDataset)
-        else _converted(dataset, rejected, counted)
+        _generated(dataset, counts) if isinstance(dataset, GeneratedDataset) else _converted(dataset, rejected, counts)
     )
     count = write_jsonl(job.folder / "samples.jsonl", samples)
-    job.facts.update(
-        samples=count, rows=counted["rows"], rejected=rejected.facts(), license=sources.license_of(dataset)
-    )
-    logger.info("%d samples of %d rows; rejected: %s", count, counted["rows"], dict(rejected.counts) or "none")
+    job.facts.update(samples=count, rows=counts["rows"], rejected=rejected.facts(), license=sources.license_of(dataset))
+    logger.info("%d samples of %d rows; rejected: %s", count, counts["rows"], dict(rejected.counts) or "none")
     if not count:
         raise UserError(
-            f"no usable sample in {counted['rows']} rows: {rejected.facts()}; is layout {getattr(dataset, 'layout', None)!r} the right one?"
+            f"no usable sample in {counts['rows']} rows: {rejected.facts()}; "
+            f"is layout {getattr(dataset, 'layout', None)!r} the right one?"
         )
 
 
-def _generated(dataset: GeneratedDataset, counted: dict[str, int]) -> Iterator[Sample]:
+def _generated(dataset: GeneratedDataset, counts: dict[str, int]) -> Iterator[Sample]:
     origin = sources.origin(dataset)
     for number, body in enumerate(sources.generated(dataset)):
-        counted["rows"] += 1
+        counts["rows"] += 1
         yield {"id": sample_id(origin, number, body), "domain": dataset.domain, **body}
 
 
-def _converted(
-    dataset: HubDataset | PathDataset, rejected: sources.Rejected, counted: dict[str, int]
-) -> Iterator[Sample]:
-    origin, rng = sources.origin(dataset), random.Random(42)
+def _converted(dataset: HubDataset | PathDataset, rejected: Rejected, counts: dict[str, int]) -> Iterator[Sample]:
+    """Samples of the rows, without those that cannot be used or have been there before."""
+    origin = sources.origin(dataset)
     name = sources.name_of(dataset)
-    layout = LAYOUTS[dataset.layout]
+    layout = sample_layouts()[dataset.layout]
     columns = dataset.columns.model_dump() if dataset.columns else {}
+    rng = random.Random(42)
     seen: set[int] = set()
     for number, row in enumerate(sources.rows(dataset)):
-        counted["rows"] += 1
+        counts["rows"] += 1
         body = sources.apply_layout(name, lambda r: layout(r, columns, rng), row, number)
         if body is None:
             rejected.add("malformed", number)
             continue
-        for part in split(body, dataset.split_characters):
+        for part in split_between_turns(body, dataset.split_characters):
             sample = {"id": sample_id(origin, number, part), "domain": dataset.domain, **part}
-            if wrong_staged(sample, number) is not None:
+            if check_dataset_sample(sample, number) is not None:
                 rejected.add("malformed", number)
                 continue
             key = hash(text_of(part))

@@ -27,31 +27,28 @@ def build(job: Job) -> None:
 
 
 def require_disk_of_training(job: Job, parameters: int, run: Training) -> None:
-    """Raise :class:`~llmfusion.errors.UserError` where the checkpoint, or a first resume state, does not fit on the disk."""
+    """Raise :class:`~llmfusion.errors.UserError` where checkpoint or first resume state does not fit on the disk."""
     from llmfusion.training.resume_state import checkpoint_bytes, first_state_bytes, warn_of_few_states
 
-    job.require_disk(
-        f"a model of {parameters:,} parameters ({run.save_dtype})", checkpoint_bytes(parameters, run.save_dtype)
-    )
-    job.require_disk(
-        f"resume state for {parameters:,} parameters", 0, first_state_bytes(parameters, job.work / "state")
-    )
-    warn_of_few_states(parameters, job.work / "state")
+    state = job.work / "state"
+    model = f"a model of {parameters:,} parameters ({run.save_dtype})"
+    job.require_disk(model, checkpoint_bytes(parameters, run.save_dtype))
+    job.require_disk(f"resume state for {parameters:,} parameters", 0, first_state_bytes(parameters, state))
+    warn_of_few_states(parameters, state)
 
 
 def call_in_processes(job: Job, run: Training, module: str, train_job: Callable[[Job], None]) -> None:
-    """Run ``train_job(job)`` here, or in the processes that share the run; then their facts become the job's."""
+    """Run ``train_job(job)`` here, or ``module``'s ``train`` in the processes that share the run.
+
+    Their facts and measurements become the job's.
+    """
     if run.processes == 1:
         train_job(job)
         return
     from llmfusion.training.launch import run_processes
 
-    result = run_processes(
-        "llmfusion.steps.train_model:train_in_process",
-        run.processes,
-        {"module": module, "job": job.to_json()},
-        job.work,
-    )
+    entry = "llmfusion.steps.train_model:train_in_process"
+    result = run_processes(entry, run.processes, {"module": module, "job": job.to_json()}, job.work)
     job.facts.update(result["facts"])
     job.start_seconds = result["start_seconds"]
     job.measured = result["measured"]
@@ -78,10 +75,8 @@ def train(job: Job) -> None:
     pivot = job.input(f"models/{run.init}")
     tokenizer = load_tokenizer(pivot, spec.chat_template)
     teachers = [_load_teacher(job, spec, name, tokenizer, pivot.facts["vocabulary_size"]) for name in run.teachers]
-    mixes = [
-        job.input(f"data/mix/{run.mix}"),
-        *(job.input(f"data/generated/{model}/{run.mix}") for model in run.generated),
-    ]
+    mixes = [job.input(f"data/mix/{run.mix}")]
+    mixes += [job.input(f"data/generated/{model}/{run.mix}") for model in run.generated]
     student = Student(sharding.load(pivot, run), tokenizer)  # last: everything that can be refused is refused before
     require_linear_head(student.model.config, pivot.folder)
     run_training(job, student, run, run.fusion, mixes, teachers)
@@ -98,7 +93,7 @@ def run_training(
     mixes: Sequence[Artifact],
     teachers: Sequence[Teacher],
 ) -> None:
-    """Train, save the checkpoint and ``metrics.jsonl`` into the job's folder; facts and measurements become the job's."""
+    """Train; save checkpoint and ``metrics.jsonl`` into the job's folder. Facts and measurements become the job's."""
     from llmfusion.training import distributed
     from llmfusion.training.loop import train as train_student
     from llmfusion.training.save_deadline import TimeLimit
@@ -114,7 +109,7 @@ def run_training(
 
 def _finish(job: Job, run: TrainedModel, pivot: Artifact, mix: Artifact) -> None:
     """What a checkpoint has besides its weights: the pivot's generation settings as they are, and a card."""
-    from llmfusion.models.cards import write_training_card
+    from llmfusion.training.card import write_training_card
 
     settings = "generation_config.json"
     if settings in pivot.manifest["files"]:
@@ -123,11 +118,11 @@ def _finish(job: Job, run: TrainedModel, pivot: Artifact, mix: Artifact) -> None
 
 
 def _load_teacher(job: Job, spec: Spec, name: str, tokenizer: Any, vocabulary_size: int) -> Teacher:
-    """A teacher from its cache, which must be the one that was asked for; in memory itself where the cache holds no states."""
+    """A teacher from its cache, which must be of this very teacher; loaded itself where the cache holds no states."""
     from llmfusion.fusion.teacher import load_teacher
     from llmfusion.models.batches import default_device
     from llmfusion.teachers.fingerprint import require_same
-    from llmfusion.teachers.online import states_of
+    from llmfusion.teachers.online import online_source
 
     mix = spec.run.mix
     samples = job.input(f"data/mix/{mix}")
@@ -136,5 +131,5 @@ def _load_teacher(job: Job, spec: Spec, name: str, tokenizer: Any, vocabulary_si
     assert spec.captured is not None
     assert spec.run.fusion is not None
     require_same(name, cache, samples, spec.captured, spec.chat_template, model)
-    states = states_of(name, cache, samples, model, default_device())
-    return load_teacher(name, cache, tokenizer, vocabulary_size, default_device(), spec.run.fusion, states)
+    source = online_source(name, cache, samples, model, default_device())
+    return load_teacher(name, cache, tokenizer, vocabulary_size, default_device(), spec.run.fusion, source)

@@ -7,6 +7,7 @@ concerns several kinds at once is checked here.
 from collections.abc import Iterator
 from typing import Any
 
+from llmfusion.study.data_plugins import layouts
 from llmfusion.study.errors import Key, Problem, nearest
 from llmfusion.study.kinds import all_kinds
 
@@ -65,16 +66,18 @@ class Declared:
         for i, address in enumerate(values):
             yield from self.missing((*key, i), address, self.models, "model")
 
-    def layout(self, key: Key, source: Any, allowed: tuple[str, ...]) -> Iterator[Problem]:
-        """A dataset's rows become samples, a task's become items; ``pair`` needs its columns named."""
-        layout = getattr(source, "layout", None)
-        if layout is None:
+    def layout(self, key: Key, source: Any, makes: str) -> Iterator[Problem]:
+        """The layout makes what the section holds, a "sample" or an "item"; it has columns where it needs them."""
+        name = getattr(source, "layout", None)
+        if name is None:
             return
-        if layout not in allowed:
-            yield Problem((*key, "layout"), f"got {layout!r}; allowed here: {', '.join(allowed)}")
-        elif (layout == "pair") != (source.columns is not None):
-            text = "is needed with layout pair" if layout == "pair" else f"has no meaning with layout {layout!r}"
-            yield Problem((*key, "columns"), text)
+        allowed = layouts(makes)
+        if name not in allowed:
+            yield Problem((*key, "layout"), f"got {name!r}; allowed here: {', '.join(allowed)}")
+        elif allowed[name].needs_columns and source.columns is None:
+            yield Problem((*key, "columns"), f"is needed with layout {name}")
+        elif source.columns is not None and not allowed[name].needs_columns:
+            yield Problem((*key, "columns"), f"has no meaning with layout {name!r}")
 
 
 def started_from(entry: Any) -> str | None:

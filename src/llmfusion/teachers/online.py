@@ -1,57 +1,64 @@
-"""A teacher in memory: the states of a cache of kind ``online``, computed when a batch is seen."""
+"""A teacher in memory: the states of a cache of kind ``online``, computed when a batch is used."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmfusion.artifacts.store import Artifact
-from llmfusion.data.chat import encode
+from llmfusion.data.chat import Encoded, encode
 from llmfusion.data.samples import Sample
-from llmfusion.errors import UserError, require
+from llmfusion.errors import UserError
 from llmfusion.models.batches import label_positions, pad
 from llmfusion.models.loading import load_model, load_tokenizer
 from llmfusion.study.schema.settings import Capture
 
 
-class Online:
+class OnlineHiddenStates:
     """The teacher's own forward pass, in the precision of its capture, over batches as large as the capture's."""
 
     def __init__(self, name: str, teacher: Artifact, cache: Artifact, mix: Artifact, device: str):
-        settings = Capture.model_validate(cache.spec["capture"])
-        self.name, self.device, self.longest = name, device, mix.facts["max_length"]
-        self.tokenizer, self.size = load_tokenizer(cache, None), settings.batch_size
-        self.trunk = load_model(teacher, settings.dtype).base_model.to(device)  # its head lies in the cache
+        capture = Capture.model_validate(cache.spec["capture"])
+        self.name = name
+        self.device = device
+        self.max_length = mix.facts["max_length"]
+        self.batch_size = capture.batch_size
+        self.tokenizer = load_tokenizer(cache, None)
+        self.trunk = load_model(teacher, capture.dtype).base_model.to(device)  # its head lies in the cache
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """Final states at the label rows of each sample, (n, d)."""
-        encoded = [self._encoded(sample) for sample in samples]
-        order = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))  # by length, so that little is padded
-        out: list[Tensor] = [torch.empty(0)] * len(encoded)
-        for start in range(0, len(order), self.size):
-            batch = order[start : start + self.size]
-            ids, attention = pad([encoded[i].ids for i in batch], self.device)
+        """Final hidden states at the label positions of each sample, (n, d)."""
+        encoded = [self._encode(sample) for sample in samples]
+        by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i].ids))  # so that little is padded
+        states: list[Tensor] = [torch.empty(0)] * len(encoded)
+        for start in range(0, len(by_length), self.batch_size):
+            batch = by_length[start : start + self.batch_size]
+            ids, attention = pad([encoded[i].ids for i in batch], self.device)  # (B, T)
             hidden = self.trunk(input_ids=ids, attention_mask=attention).last_hidden_state  # (B, T, d)
             for row, i in enumerate(batch):
-                out[i] = hidden[row, label_positions(encoded[i])]
-        return out
+                states[i] = hidden[row, label_positions(encoded[i])]  # (n, d)
+        return states
 
-    def _encoded(self, sample: Sample) -> Any:
-        found = encode(sample, self.tokenizer, self.longest)
-        if isinstance(found, str):
-            raise UserError(f"teacher {self.name}: sample {sample['id']}: {found}; capture it again")
-        return found
+    def _encode(self, sample: Sample) -> Encoded:
+        encoded = encode(sample, self.tokenizer, self.max_length)
+        if isinstance(encoded, str):
+            raise UserError(f"teacher {self.name}: sample {sample['id']}: {encoded}; capture it again")
+        return encoded
 
 
-def states_of(name: str, cache: Artifact, mix: Artifact, teacher: Artifact | None, device: str) -> Online | None:
-    """What a cache needs to be whole: the teacher in memory where the states are not stored, else nothing."""
+def online_source(
+    name: str, cache: Artifact, mix: Artifact, teacher: Artifact | None, device: str
+) -> OnlineHiddenStates | None:
+    """The teacher in memory for a cache of kind ``online``, whose states are not stored; None for the other kinds.
+
+    Raises :class:`UserError` where the teacher is needed and is None.
+    """
     if cache.facts["kind"] != "online":
         return None
-    require(
-        teacher is not None,
-        f"teacher {name}: its cache holds no states (kind online), and the teacher is not among this training's inputs",
-    )
-    assert teacher is not None
-    return Online(name, teacher, cache, mix, device)
+    if teacher is None:
+        raise UserError(
+            f"teacher {name}: its cache holds no states (kind online), "
+            "and the teacher is not among this training's inputs"
+        )
+    return OnlineHiddenStates(name, teacher, cache, mix, device)

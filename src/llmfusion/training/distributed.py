@@ -1,9 +1,9 @@
-"""One training by several processes of a node: each takes a part of every optimizer step's samples, the gradients are summed.
+"""One training by several processes of a node: each takes a part of every step's samples, the gradients are summed.
 
-The loss of a sample is divided by counts of the whole step (:class:`llmfusion.fusion.objective.StepTokenCounts`), so the sum over
-processes is what one process computes, up to the order of additions. All processes hold the whole model and make the same
-update, or each its part (:mod:`llmfusion.training.sharding`); the first one alone writes results. A single process needs no
-process group: then nothing here communicates.
+The loss of a sample is divided by counts of the whole step (:class:`llmfusion.fusion.objective.StepTokenCounts`), so
+the sum over processes is what one process computes, up to the order of additions. All processes hold the whole model
+and make the same update, or each updates its shard (:mod:`llmfusion.training.sharding`); only the first one writes
+results. A single process needs no process group: then nothing here communicates.
 """
 
 import os
@@ -17,7 +17,7 @@ from torch import Tensor, distributed
 
 from llmfusion.errors import UserError
 
-PATIENCE = timedelta(hours=2)  # the others wait while the first saves
+TIMEOUT = timedelta(hours=2)  # of a collective: the others wait while the first process saves
 
 
 def rank() -> int:
@@ -31,39 +31,42 @@ def world_size() -> int:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Join the other processes that torchrun started; on a GPU node each takes the device of its local number."""
+def process_group() -> Iterator[None]:
+    """Join the other processes that torchrun started; on a GPU node each takes the device of its local rank.
+
+    Raises :class:`UserError` where there are fewer GPUs than processes.
+    """
     if torch.cuda.is_available():
-        if torch.cuda.device_count() < int(os.environ["WORLD_SIZE"]):
-            raise UserError(
-                f"{os.environ['WORLD_SIZE']} processes need a GPU each, there are {torch.cuda.device_count()}: change the model's `processes`"
-            )
+        number = int(os.environ["WORLD_SIZE"])
+        devices = torch.cuda.device_count()
+        if devices < number:
+            raise UserError(f"{number} processes need a GPU each, there are {devices}: change the model's `processes`")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=TIMEOUT)
     yield
     distributed.destroy_process_group()  # not after an error: the others may not answer, and the process ends anyway
 
 
 def seed_step(seed: int, step: int) -> None:
-    """With several processes, dropout is drawn from seed, step and process: it needs no state to go on after a stop."""
+    """With several processes, seed dropout by seed, step and rank: resuming needs no random state of each process."""
     if world_size() > 1:
         torch.manual_seed((seed * 1_000_003 + step) * 4096 + rank())
 
 
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every gradient by its sum over processes; who has none where another has one takes part with zeros."""
+def all_reduce_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its sum over processes; a process without one where another has one adds zeros."""
     if world_size() == 1:
         return
-    found = list(parameters)
-    there = torch.tensor([p.grad is not None for p in found], dtype=torch.uint8)
-    distributed.all_reduce(there, distributed.ReduceOp.MAX)
-    for parameter, used in zip(found, there.tolist(), strict=True):
+    parameters = list(parameters)
+    has_gradient = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8)
+    distributed.all_reduce(has_gradient, distributed.ReduceOp.MAX)
+    for parameter, used in zip(parameters, has_gradient.tolist(), strict=True):
         if used:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
             distributed.all_reduce(parameter.grad)
 
 
-def sum_records(record: dict[str, Any]) -> dict[str, Any]:
+def all_reduce_record(record: dict[str, Any]) -> dict[str, Any]:
     """Numbers by (nested) name, summed over processes."""
     if world_size() == 1:
         return record
@@ -73,12 +76,12 @@ def sum_records(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def any_across_ranks(*flags: bool) -> list[bool]:
-    """For each flag whether any process says so: all of them decide alike."""
+    """For each flag whether it is set in any process: all of them decide alike."""
     if world_size() == 1:
         return list(flags)
-    said = torch.tensor(flags, dtype=torch.uint8)
-    distributed.all_reduce(said, distributed.ReduceOp.MAX)
-    return [bool(flag) for flag in said]
+    is_set = torch.tensor(flags, dtype=torch.uint8)
+    distributed.all_reduce(is_set, distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in is_set]
 
 
 def barrier() -> None:

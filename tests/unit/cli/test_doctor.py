@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llmfusion.cli import doctor as check
+from llmfusion.cli import doctor
+from llmfusion.cli.main import main
 from llmfusion.errors import UserError
 from llmfusion.study.load import read_study
 from llmfusion.study.schema.study import Study
@@ -21,15 +22,15 @@ def test_the_miniature_study_can_be_made_here_and_every_check_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = study(tmp_path / "mini.yaml", lambda content: content.update(directory=str(tmp_path / "runs")))
-    assert check.main([str(file)]) == 0
+    assert main(["doctor", str(file)]) == 0
     lines = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
-    assert lines == [["ok", name] for name in ("study", *check.CHECKS)]
+    assert lines == [["ok", name] for name in ("study", *doctor.CHECKS)]
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_mistaken_study_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = study(tmp_path / "bad.yaml", lambda content: content.update(scale="small"))
-    assert check.main([str(file)]) == 2
+    assert main(["doctor", str(file)]) == 2
     captured = capsys.readouterr()
     assert "scale" in captured.err
     assert captured.out == ""
@@ -48,21 +49,21 @@ def test_a_missing_sandbox_is_an_exit_status_and_only_where_programs_are_run(
         content["tables"]["table2"]["tasks"] = ["mmlu"]
         content["mixes"]["student"]["against"] = ["mmlu"]
 
-    monkeypatch.setattr(check, "require_isolation", refuse)
+    monkeypatch.setattr(doctor, "require_isolation", refuse)
     file = study(tmp_path / "mini.yaml", lambda content: content.update(directory=str(tmp_path / "runs")))
-    assert check.main([str(file)]) == 1
+    assert main(["doctor", str(file)]) == 1
     assert "MISSING  sandbox  bubblewrap does not work here: apt install bubblewrap" in capsys.readouterr().out
-    assert check.main([str(study(tmp_path / "plain.yaml", without_code))]) == 0
+    assert main(["doctor", str(study(tmp_path / "plain.yaml", without_code))]) == 0
 
 
 def test_a_disk_that_is_too_small_is_told_with_what_is_needed(mini: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert check.disk(mini).verdict == "ok"
-    known, unknown = check._bytes_of_checkpoints(mini, Path(mini.directory))
+    assert doctor.disk(mini).verdict == "ok"
+    known, unknown = doctor._bytes_of_checkpoints(mini, Path(mini.directory))
     assert unknown == []
     made = len(mini.models.trained) + len(mini.models.merged)
     assert made * 118_080 * 4 <= known <= 2 * made * 118_080 * 4  # all in float32; the estimate is from above
-    monkeypatch.setattr(check.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=known - 1))
-    found = check.disk(mini)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=known - 1))
+    found = doctor.disk(mini)
     assert found.verdict == "MISSING"
     assert "free some, or set the study's 'directory' to a larger place" in found.text
 
@@ -71,12 +72,12 @@ def test_a_place_that_cannot_hold_a_lease_is_refused(mini: Study, monkeypatch: p
     def no_links(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(check.os, "link", no_links)
-    assert check.disk(mini).verdict == "MISSING"
+    monkeypatch.setattr(doctor.os, "link", no_links)
+    assert doctor.disk(mini).verdict == "MISSING"
 
 
 def test_sizes_that_are_not_known_yet_are_named() -> None:
-    found = check.disk(read_study(ROOT / "config/config.yaml"))
+    found = doctor.disk(read_study(ROOT / "config/config.yaml"))
     assert found.verdict == "note"
     assert "without those that start from base/pivot" in found.text
 
@@ -84,10 +85,10 @@ def test_sizes_that_are_not_known_yet_are_named() -> None:
 def test_the_token_is_never_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     paper = read_study(ROOT / "config/config.yaml")
     monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
-    assert check.token(paper).verdict == "ok"
-    assert "verysecret" not in check.token(paper).text
+    assert doctor.token(paper).verdict == "ok"
+    assert "verysecret" not in doctor.token(paper).text
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    found = check.token(paper)
+    found = doctor.token(paper)
     assert found.verdict == "note"
     assert "set HF_TOKEN" in found.text

@@ -45,22 +45,25 @@ def test_a_shorter_conversation_is_a_prefix_of_the_longer(tokenizer):
 
 def test_a_question_is_asked_with_the_very_tokens_it_was_trained_with(tokenizer):
     encoded = encode(ONE, tokenizer, 99)
-    asked = tokenizer(prompt_text(ONE["messages"][:-1], tokenizer), add_special_tokens=False)["input_ids"]
-    assert encoded.ids[: len(asked)] == asked
-    assert not any(encoded.is_label[: len(asked)])
-    assert all(encoded.is_label[len(asked) :])
+    prompt = tokenizer(prompt_text(ONE["messages"][:-1], tokenizer), add_special_tokens=False)["input_ids"]
+    assert encoded.ids[: len(prompt)] == prompt
+    assert not any(encoded.is_label[: len(prompt)])
+    assert all(encoded.is_label[len(prompt) :])
 
 
 def test_a_response_has_the_same_ids_behind_any_prompt_and_template(tokenizer):
     other = copy.deepcopy(tokenizer)
-    other.chat_template = "{% for m in messages %}[{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    other.chat_template = (
+        "{% for m in messages %}[{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token "
+        "}}{% endif %}{% endfor %}"
+    )
     response = "12 apples \n and  pens"
-    found = {
+    label_ids = {
         tuple(encode(question("x", prompt, response), t, 99).label_ids)
         for prompt in ("a", "b 1", "c\n\n", " ")
         for t in (tokenizer, other)
     }
-    assert len(found) == 1
+    assert len(label_ids) == 1
 
 
 def test_exactly_the_maximal_length_is_kept_and_one_more_is_too_long(tokenizer):

@@ -2,7 +2,10 @@ import random
 
 import pytest
 
-from llmfusion.data.layouts import LAYOUTS, TASK_LAYOUTS, chat, split
+from llmfusion.data.layout import item_layouts, sample_layouts
+from llmfusion.study import data_plugins, plugins
+from llmfusion.study.plugins import PluginError
+from tests.unit.plugin_files import write_plugins
 
 RNG = random.Random(0)
 HELLO = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
@@ -39,70 +42,94 @@ WITH_SYSTEM = {"messages": [{"role": "system", "content": "Be kind"}, *HELLO["me
     ],
 )
 def test_a_row_of_each_layout(layout, row, expected):
-    assert LAYOUTS[layout](row, {"prompt": "q", "response": "a"}, RNG) == expected
+    assert sample_layouts()[layout](row, {"prompt": "q", "response": "a"}, RNG) == expected
 
 
 def test_clusters_takes_every_sample_of_a_cluster_now_and_then():
     row = {"instruction": "", "cluster": {"samples": [{"input": "Hi", "output": str(i)} for i in range(3)]}}
-    assert {LAYOUTS["clusters"](row, {}, RNG)["messages"][1]["content"] for _ in range(100)} == {"0", "1", "2"}
-
-
-@pytest.mark.parametrize(
-    ("turns", "kept"),
-    [
-        ([("user", "a"), ("assistant", "b"), ("user", "c")], "ua"),
-        ([("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], "suaua"),
-        ([("assistant", "b")], None),
-        ([("user", "a"), ("user", "b"), ("assistant", "c")], None),
-        ([("user", "a"), ("system", "s"), ("assistant", "c")], None),
-        ([("tool", "a"), ("assistant", "c")], None),
-        ([("user", "a"), ("assistant", " ")], None),
-        ([("user", "a"), ("assistant", None)], None),
-        ([("user", "a"), ("assistant", 7)], None),
-        ([("system", "s")], None),
-        ([("user", "a")], None),
-        ([], None),
-    ],
-)
-def test_chat_keeps_only_alternating_turns_that_end_with_the_assistant(turns, kept):
-    found = chat(turns)
-    assert (found and "".join(m["role"][0] for m in found["messages"])) == kept
-
-
-def test_split_cuts_between_turns_and_repeats_the_system_turn():
-    turns = [
-        ("system", "S"),
-        ("user", "aa"),
-        ("assistant", "bb"),
-        ("user", "cc"),
-        ("assistant", "dd"),
-        ("user", "e" * 9),
-        ("assistant", "ff"),
-    ]
-    parts = split(chat(turns), 8)
-    assert [["".join(m["content"] for m in part["messages"])] for part in parts] == [
-        ["Saabbccdd"],
-        ["S" + "e" * 9 + "ff"],
-    ]
-    assert split(chat(turns), 7)[0]["messages"][1:] == chat(turns)["messages"][1:3]
-    assert split(chat(turns), None) == [chat(turns)]
-    assert split({"text": "x" * 99}, 8) == [{"text": "x" * 99}]
+    assert {sample_layouts()["clusters"](row, {}, RNG)["messages"][1]["content"] for _ in range(100)} == {"0", "1", "2"}
 
 
 @pytest.mark.parametrize(
     ("layout", "row", "expected"),
     [
-        ("mmlu", {"question": " Q ", "choices": ["a", "b"], "answer": 1, "subject": "s"}, {"question": "Q", "choices": ["a", "b"], "answer": 1, "subject": "s"}),
-        ("gsm8k", {"question": "Q", "answer": "1,000 + 234\n#### 1,234"}, {"question": "Q", "answer": "1234", "solution": "1,000 + 234"}),
+        (
+            "mmlu",
+            {"question": " Q ", "choices": ["a", "b"], "answer": 1, "subject": "s"},
+            {"question": "Q", "choices": ["a", "b"], "answer": 1, "subject": "s"},
+        ),
+        (
+            "gsm8k",
+            {"question": "Q", "answer": "1,000 + 234\n#### 1,234"},
+            {"question": "Q", "answer": "1234", "solution": "1,000 + 234"},
+        ),
         (
             "math",
             {"problem": "P", "solution": r"so \boxed{1}, no, \boxed{\frac{1}{2}}.", "type": "Algebra"},
-            {"question": "P", "answer": r"\frac{1}{2}", "solution": r"so \boxed{1}, no, \boxed{\frac{1}{2}}.", "subject": "Algebra"},
+            {
+                "question": "P",
+                "answer": r"\frac{1}{2}",
+                "solution": r"so \boxed{1}, no, \boxed{\frac{1}{2}}.",
+                "subject": "Algebra",
+            },
         ),
         ("math", {"problem": "P", "solution": "no box", "type": "Algebra"}, None),
-        ("humaneval", {"task_id": "H/0", "prompt": "p", "entry_point": "f", "test": "t", "canonical_solution": "c"},
-         {"task_id": "H/0", "prompt": "p", "entry_point": "f", "test": "t"}),
+        (
+            "humaneval",
+            {"task_id": "H/0", "prompt": "p", "entry_point": "f", "test": "t", "canonical_solution": "c"},
+            {"task_id": "H/0", "prompt": "p", "entry_point": "f", "test": "t"},
+        ),
     ],
-)  # fmt: skip
-def test_a_row_of_each_task_layout(layout, row, expected):
-    assert TASK_LAYOUTS[layout](row) == expected
+)
+def test_a_row_of_each_item_layout_has_the_fields_it_declares(layout, row, expected):
+    assert item_layouts()[layout](row) == expected
+    assert expected is None or tuple(expected) == item_layouts()[layout].fields
+
+
+def test_what_a_layout_declares_is_what_tables_and_checks_need():
+    assert set(sample_layouts()) == {"pair", "messages", "conversations", "chatml", "clusters", "text"}
+    assert set(item_layouts()) == {"mmlu", "gsm8k", "math", "humaneval"}
+    assert [name for name, layout in sample_layouts().items() if layout.needs_columns] == ["pair"]
+    for name, layout in (sample_layouts() | item_layouts()).items():
+        assert layout.reads
+        assert plugins.summary_of(data_plugins.LAYOUTS, name)
+
+
+BROKEN = {
+    "no function": ("", "needs: convert; missing: convert"),
+    "no decorator": (
+        "def convert(row):\n    return row\n",
+        "convert must be a function decorated with @sample_layout or",
+    ),
+    "no description": (
+        "@sample_layout()\ndef convert(row, columns, rng): ...\n",
+        "@sample_layout needs reads; .* example",
+    ),
+    "no fields": ("@item_layout(reads='x')\ndef convert(row): ...\n", "@item_layout needs fields"),
+    "a parameter less": (
+        "@sample_layout(reads='x', example='y')\ndef convert(row): ...\n",
+        r"convert must take \(row, columns, rng\)",
+    ),
+    "a parameter more": (
+        "@item_layout(reads='x', fields=('y',))\ndef convert(row, columns): ...\n",
+        r"convert must take \(row\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_layout_is_refused_by_its_file_and_what_is_missing(tmp_path, monkeypatch, source, message):
+    head = '"""A layout."""\nfrom llmfusion.data.layout import item_layout, sample_layout\n'
+    monkeypatch.setattr(data_plugins, "LAYOUTS", write_plugins(tmp_path, monkeypatch, broken=head + source))
+    with pytest.raises(PluginError, match=rf"broken\.py: .*{message}"):
+        data_plugins.layouts.__wrapped__("sample")
+
+
+def test_a_new_file_is_a_new_layout(tmp_path, monkeypatch):
+    head = '"""Instruction and output."""\nfrom llmfusion.data.layout import sample_layout\n'
+    source = (
+        "@sample_layout(reads='`a`', example='A')\ndef convert(row, columns, rng):\n    return {'text': row['a']}\n"
+    )
+    monkeypatch.setattr(data_plugins, "LAYOUTS", write_plugins(tmp_path, monkeypatch, alpaca=head + source))
+    assert data_plugins.layouts.__wrapped__("sample")["alpaca"]({"a": "hello"}, {}, RNG) == {"text": "hello"}
+    assert data_plugins.layouts.__wrapped__("item") == {}

@@ -29,7 +29,8 @@ MEANING = {  # what a docstring says, by hand
     r"the square of x plus (\d)": lambda x, k: x**2 + k,
 }
 SEE = "import hashlib, json; from llmfusion.data.worlds import WORLDS, draw\n"
-SEE += "rows = [r for w in WORLDS for f in ('text', 'chat', 'test') if (w, f) != ('stories', 'chat') for r in draw(w, f, 50, 3, 0.3)]\n"
+SEE += "pairs = [(w, f) for w in WORLDS for f in ('text', 'chat', 'test') if (w, f) != ('stories', 'chat')]\n"
+SEE += "rows = [r for w, f in pairs for r in draw(w, f, 50, 3, 0.3)]\n"
 SEE += "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"
 
 
@@ -43,33 +44,34 @@ def texts(generator, form, seed=1, rows=DRAWS):
 
 def facts():
     """The facts as the raw texts tell them."""
-    told = {}
+    values = {}
     for text in texts("animals", "text"):
         _, animal, value = text.removesuffix(".").split(" ", 2)
         for verb, name in (("is ", "colour"), ("lives in ", "home"), ("eats ", "food"), ("", "sound")):
             if value.startswith(verb):
-                told.setdefault((animal, name), set()).add(value.removeprefix(verb))
+                values.setdefault((animal, name), set()).add(value.removeprefix(verb))
                 break
-    return told
+    return values
 
 
 def attribute(question):
-    asked = {"colour": "colour", "home": r"\blive|home", "food": r"\beat|food", "sound": r"call|sound"}
-    return next(name for name, words in asked.items() if re.search(words, question))
+    patterns = {"colour": "colour", "home": r"\blive|home", "food": r"\beat|food", "sound": r"call|sound"}
+    return next(name for name, words in patterns.items() if re.search(words, question))
 
 
 def right_animals(prompt, response):
     question, *options = prompt.split("\n")
-    said, offered = set(re.findall(r"\w+", response)), [set(re.findall(r"\w+", option)) for option in options]
-    [chosen] = [option for option in offered if option & said]  # by its letter, its value or both, which must agree
+    words = set(re.findall(r"\w+", response))
+    offered = [set(re.findall(r"\w+", option)) for option in options]
+    [chosen] = [option for option in offered if option & words]  # by its letter, its value or both, which must agree
     animal = next(word.rstrip("?.") for word in question.split() if (word.rstrip("?."), "colour") in FACTS)
     return chosen - set("ABCD") == FACTS[animal, attribute(question)]
 
 
 def right_sums(prompt, response):
     x, y = map(int, re.findall(r"\d+", prompt))
-    told, _, answer = response.partition("\n#### ")
-    equation, _, result = told.partition(" = ")
+    line, _, answer = response.partition("\n#### ")
+    equation, _, result = line.partition(" = ")
     assert sorted(map(int, re.findall(r"\d+", equation))) == sorted((x, y))
     assert answer == result
     return int(answer) == (x * y if "each" in prompt else x + y)
@@ -85,13 +87,18 @@ def right_steps(prompt, response):
     return answer == eval(expression)
 
 
+def meaning(prompt):
+    """What the docstring of a prompt says, as a function, and the numbers in it."""
+    description = re.search(r'"""Return (.*)\."""', prompt)[1]
+    [(pattern, meant)] = [(p, f) for p, f in MEANING.items() if re.fullmatch(p, description)]
+    return meant, list(map(int, re.fullmatch(pattern, description).groups()))
+
+
 def right_code(prompt, response):
     scope = {}
     exec(f"{prompt}\n{response}", scope)
     function = next(value for name, value in scope.items() if name in "fgh")
-    said = re.search(r'"""Return (.*)\."""', prompt)[1]
-    [(pattern, meant)] = [(p, f) for p, f in MEANING.items() if re.fullmatch(p, said)]
-    numbers = list(map(int, re.fullmatch(pattern, said).groups()))
+    meant, numbers = meaning(prompt)
     return all(function(x) == meant(x, *numbers) for x in range(-20, 21))
 
 
@@ -122,10 +129,10 @@ def test_draws_are_the_same_in_every_process_and_differ_by_seed():
 @pytest.mark.parametrize("generator", CHATS)
 def test_no_question_of_a_test_is_ever_trained_on(generator):
     items = list(draw(generator, "test", TESTS[generator], 42))
-    asked = {item.get("question", item.get("prompt")).strip() for item in items}
+    questions = {item.get("question", item.get("prompt")).strip() for item in items}
     for form, seed in itertools.product(("text", "chat"), (1, 2)):
         trained = "\n\n".join(texts(generator, form, seed))
-        assert not [question for question in asked if question in trained]
+        assert not [question for question in questions if question in trained]
 
 
 def opening(text):
@@ -135,24 +142,25 @@ def opening(text):
 
 def test_no_story_tells_what_a_test_asks():
     items = [*draw("sums", "test", 300, 42), *draw("stories", "test", 300, 42)]
-    held_out, told = {opening(item["question"]) for item in items}, {opening(text) for text in texts("stories", "text")}
+    held_out = {opening(item["question"]) for item in items}
+    stories = {opening(text) for text in texts("stories", "text")}
     trained = {opening(text.split("\n")[0]) for text in texts("sums", "chat")}
-    assert len(trained & told) > 200  # questions and stories are cut alike
-    assert not held_out & told
+    assert len(trained & stories) > 200  # questions and stories are cut alike
+    assert not held_out & stories
 
 
 def test_no_expression_of_a_test_is_told_under_another_question():
     held_out = {re.search(r"[(\d][\d +*()]*\d\)?", item["question"])[0] for item in draw("steps", "test", 228, 42)}
-    told = {text.split(" = ")[0] for text in texts("steps", "text")}
-    asked = {re.search(r"[(\d][\d +*()]*\d\)?", text.split("\n")[0])[0] for text in texts("steps", "chat")}
+    written = {text.split(" = ")[0] for text in texts("steps", "text")}
+    questions = {re.search(r"[(\d][\d +*()]*\d\)?", text.split("\n")[0])[0] for text in texts("steps", "chat")}
     assert held_out
-    assert not held_out & (told | asked)
+    assert not held_out & (written | questions)
 
 
 def test_no_docstring_of_a_test_is_shown_under_another_name():
     held_out = {re.search(r"Return .*\.", item["prompt"])[0] for item in draw("code", "test", 225, 42)}
     shown = "\n".join([*texts("code", "text"), *texts("code", "chat")])
-    assert not {said for said in held_out if said in shown}
+    assert not {text for text in held_out if text in shown}
 
 
 @pytest.mark.parametrize("generator", CHATS)
@@ -191,9 +199,7 @@ def test_the_test_program_of_a_function_passes_what_was_said_and_fails_another()
     for item in draw("code", "test", 100, 42):
         scope = {}
         exec(item["test"], scope)
-        said = re.search(r'"""Return (.*)\."""', item["prompt"])[1]
-        [(pattern, meant)] = [(p, f) for p, f in MEANING.items() if re.fullmatch(p, said)]
-        numbers = list(map(int, re.fullmatch(pattern, said).groups()))
+        meant, numbers = meaning(item["prompt"])
         scope["check"](lambda x, meant=meant, numbers=numbers: meant(x, *numbers))
         with pytest.raises(AssertionError):
             scope["check"](lambda x, meant=meant, numbers=numbers: meant(x, *numbers) + 1)

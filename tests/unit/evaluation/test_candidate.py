@@ -125,10 +125,28 @@ def test_depth_is_limited_both_ways() -> None:
 
 @pytest.mark.parametrize(
     "forged",
-    [3, 2.5, [1], {}, {"int": 3}, {"int": "3", "float": "1"}, {"pickle": "x"}, {"int": "three"}, {"bytes": "zz"}, {"float": None}, {"complex": []},
-     "plain text", {"str": "c3"}, {"str": 7}, {"dict": [1]},
-     {"dict": [[{"list": []}, None]]}, {"set": [{"list": []}]}, {"list": 3}, {"int": "9" * 5000}],
-)  # fmt: skip
+    [
+        3,
+        2.5,
+        [1],
+        {},
+        {"int": 3},
+        {"int": "3", "float": "1"},
+        {"pickle": "x"},
+        {"int": "three"},
+        {"bytes": "zz"},
+        {"float": None},
+        {"complex": []},
+        "plain text",
+        {"str": "c3"},
+        {"str": 7},
+        {"dict": [1]},
+        {"dict": [[{"list": []}, None]]},
+        {"set": [{"list": []}]},
+        {"list": 3},
+        {"int": "9" * 5000},
+    ],
+)
 def test_a_forged_value_raises_and_nothing_else(forged: Any) -> None:
     with pytest.raises((ValueError, TypeError, LookupError)):
         decode(forged)

@@ -16,7 +16,10 @@ def log_probabilities(seed, unknown=()):
 
 
 def by_hand(name, log_q, log_p):
-    """From the definitions, a row and a token at a time; the student is restricted to what the teacher knows but for forward KL."""
+    """From the definitions, a row and a token at a time.
+
+    The student is restricted to what the teacher knows, but for the forward KL.
+    """
     out = []
     for row in range(C):
         q, p = ([math.exp(x) for x in side[row].tolist()] for side in (log_q, log_p))
@@ -60,8 +63,8 @@ def test_the_two_directions_mirror_each_other_and_js_has_its_bounds():
     log_q, log_p = log_probabilities(0), log_probabilities(1)
     torch.testing.assert_close(reverse_kl(log_q, log_p), forward_kl(log_p, log_q))
     torch.testing.assert_close(js(log_q, log_p), js(log_p, log_q))
-    apart = torch.tensor([[0.0, -800.0]]), torch.tensor([[-800.0, 0.0]])
-    assert js(*apart).item() == pytest.approx(math.log(2), rel=1e-6)
+    distant = torch.tensor([[0.0, -800.0]]), torch.tensor([[-800.0, 0.0]])
+    assert js(*distant).item() == pytest.approx(math.log(2), rel=1e-6)
 
 
 def test_a_case_worked_by_hand():
@@ -78,10 +81,10 @@ def test_unknown_tokens_and_rows_without_any_leave_values_and_gradients_finite(n
     log_q = log_probabilities(0, (2, 5)).float()
     log_q[3] = -torch.inf
     logits = (log_probabilities(1).float() * 30).requires_grad_()
-    found = DIVERGENCES[name](log_q, logits.log_softmax(-1))
-    found.sum().backward()
-    assert torch.isfinite(found).all()
-    assert found[3] == 0
+    values = DIVERGENCES[name](log_q, logits.log_softmax(-1))
+    values.sum().backward()
+    assert torch.isfinite(values).all()
+    assert values[3] == 0
     assert torch.isfinite(logits.grad).all()
     assert (logits.grad[3] == 0).all()
 
@@ -89,11 +92,11 @@ def test_unknown_tokens_and_rows_without_any_leave_values_and_gradients_finite(n
 @pytest.mark.parametrize("name", ["reverse_kl", "js"])
 def test_the_students_mass_on_unknown_tokens_does_not_count(name):
     log_q, logits = log_probabilities(0, (2, 5)), log_probabilities(1).requires_grad_()
-    found = DIVERGENCES[name](log_q, logits.log_softmax(-1))
+    values = DIVERGENCES[name](log_q, logits.log_softmax(-1))
     moved = logits.detach().clone()
     moved[:, [2, 5]] += 3
-    torch.testing.assert_close(DIVERGENCES[name](log_q, moved.log_softmax(-1)), found)
-    found.sum().backward()
+    torch.testing.assert_close(DIVERGENCES[name](log_q, moved.log_softmax(-1)), values)
+    values.sum().backward()
     assert logits.grad[:, [2, 5]].abs().max() < 1e-15
 
 
@@ -113,14 +116,14 @@ def test_the_fused_loss_sums_several_teachers_by_their_weights():
     for name, divergence in DIVERGENCES.items():
         expected = [sum(weights[t, k].item() * by_hand(name, log_qs[k], log_p)[t] for k in range(2)) for t in range(C)]
         logits, head, labels = log_p.float(), torch.eye(log_p.shape[1]), torch.zeros(C, dtype=torch.long)
-        found = fused_loss(
+        values = fused_loss(
             logits,
             head,
             None,
             labels,
             [Teacher(log_q) for log_q in log_qs],
             weights.float(),
-            lam=1.0,
+            fusion_weight=1.0,
             divergence=divergence,
         )
-        assert found.loss.item() == pytest.approx(sum(expected), rel=1e-5)
+        assert values.loss.item() == pytest.approx(sum(expected), rel=1e-5)

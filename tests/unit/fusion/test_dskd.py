@@ -8,15 +8,16 @@ from llmfusion.errors import UserError
 from llmfusion.fusion.dskd import (
     OwnScores,
     Projectors,
-    StudentBatch,
     TeacherBatch,
     TeacherSpace,
-    auxiliary,
+    auxiliary_loss,
     dual_space,
     input_ids,
 )
 from llmfusion.fusion.fused_loss import fused_loss
-from llmfusion.fusion.targets import TARGETS, TeacherStats
+from llmfusion.fusion.student import StudentBatch
+from llmfusion.fusion.target import TeacherStats
+from tests.unit.fusion.stand_ins import target_weights
 
 d, D, v, V = 4, 6, 9, 11
 STUDENT_SIZES, TEACHER_SIZES = [5, 2, 7], [3, 4, 6]
@@ -53,7 +54,7 @@ def make_problem(bias=True, attention=True):
     return projectors, student, teacher
 
 
-PARTNERS = torch.tensor(
+MATCHES = torch.tensor(
     [0, -1, 1, -1, 2, -1, 6, 7, -1, -1, 10, 11, -1, 12]
 )  # rows 3, 4, 5, 8 and 9 of the teacher stay alone
 
@@ -81,8 +82,8 @@ def kl(q, p):
     return sum(a * math.log(a / b) for a, b in zip(q, p, strict=True))
 
 
-def by_hand(projectors, student, teacher, temperature=1.0, partners=None, with_label=True):
-    """All of DSKD, token by token, as lists: per student row P's logits (None without a partner), and per teacher row its KL."""
+def by_hand(projectors, student, teacher, temperature=1.0, matches=None, with_label=True):
+    """All of DSKD, token by token, as lists: P's logits at student rows, None without a match, and teacher rows' KL."""
     space = teacher.space
     sample_of = {
         "s": [b for b, n in enumerate(student.sizes) for _ in range(n)],
@@ -115,18 +116,18 @@ def by_hand(projectors, student, teacher, temperature=1.0, partners=None, with_l
 
     projected, divergences = [], []
     for i in range(len(student.hidden)):
-        if partners is None:
+        if matches is None:
             mates = [j for j in range(len(values)) if sample_of["t"][j] == sample_of["s"][i]]
             mixed = mixture(mates, [score(i, j) for j in mates], values)
         else:
-            mixed = values[partners[i]] if partners[i] >= 0 else None
+            mixed = values[matches[i]] if matches[i] >= 0 else None
         projected.append(None if mixed is None else head_logits(student.head, student.bias, mixed))
     for j in range(len(values)):
-        if partners is None:
+        if matches is None:
             mates = [i for i in range(len(states)) if sample_of["s"][i] == sample_of["t"][j]]
             mixed = mixture(mates, [score(i, j) for i in mates], states)
         else:
-            mates = [i for i in range(len(states)) if int(partners[i]) == j]
+            mates = [i for i in range(len(states)) if int(matches[i]) == j]
             mixed = states[mates[0]] if mates else None
         if mixed is not None:
             q, p = (
@@ -137,8 +138,8 @@ def by_hand(projectors, student, teacher, temperature=1.0, partners=None, with_l
     return projected, divergences
 
 
-# -------------------------------------------------------------------------------------------------------------- equality
-MODES = {"cma": None, "exact": PARTNERS}
+# ---------------------------------------------------------------------------------------------------- equality
+MODES = {"cma": None, "exact": MATCHES}
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -149,19 +150,19 @@ def test_all_terms_and_statistics_are_those_of_the_definition(mode, temperature,
     found = dual_space(projectors, student, teacher, temperature, MODES[mode])
     logits, divergences = by_hand(projectors, student, teacher, temperature, MODES[mode], with_label=mode == "cma")
     assert found.s2t_kl.item() == pytest.approx(sum(divergences), rel=1e-10)
-    said = found.rows.log_probs(slice(0, N), temperature)
+    log_probs = found.distribution.log_probs(slice(0, N), temperature)
     total = 0.0
     for i in range(N):
         assert found.aligned[i] == (logits[i] is not None)
         if logits[i] is None:
-            assert found.rows.mask[i] == 0
+            assert found.distribution.mask[i] == 0
             continue
         p, label = softmax(logits[i]), int(student.labels[i])
         total -= math.log(p[label])
-        assert found.rows.cross_entropy[i].item() == pytest.approx(-math.log(p[label]), rel=1e-10)
-        assert found.rows.entropy[i].item() == pytest.approx(-sum(x * math.log(x) for x in p), rel=1e-10)
-        assert found.rows.mask[i] == (p.index(max(p)) == label)
-        assert said[i].exp().tolist() == pytest.approx(softmax([z / temperature for z in logits[i]]), rel=1e-10)
+        assert found.distribution.cross_entropy[i].item() == pytest.approx(-math.log(p[label]), rel=1e-10)
+        assert found.distribution.entropy[i].item() == pytest.approx(-sum(x * math.log(x) for x in p), rel=1e-10)
+        assert found.distribution.mask[i] == (p.index(max(p)) == label)
+        assert log_probs[i].exp().tolist() == pytest.approx(softmax([z / temperature for z in logits[i]]), rel=1e-10)
     assert found.t2s_ce.item() == pytest.approx(total, rel=1e-10)
 
 
@@ -183,16 +184,16 @@ def test_the_label_in_the_value_is_a_choice(mode):
 def test_one_teacher_in_unified_fusion_is_dskd():
     """``(1 - lambda) SFT + lambda (t2s_kd + t2s_ce + s2t_kd)``, the student's terms over N and the teacher's over M."""
     projectors, student, teacher = make_problem()
-    student, lam = partly_right(projectors, student, teacher), 0.3
+    student, fusion_weight = partly_right(projectors, student, teacher), 0.3
     found = dual_space(projectors, student, teacher)
-    rows = found.rows
+    rows = found.distribution
     stats = TeacherStats(
         rows.entropy[:, None], rows.cross_entropy[:, None], rows.mask[:, None], torch.zeros(N, dtype=torch.long)
     )
     for target, options in (("kd", {}), ("naive", {}), ("mince", {"granularity": "token"}), ("udf", {})):
-        weights = TARGETS[target](stats, options)
-        fused = fused_loss(student.hidden, student.head, student.bias, student.labels, [rows], weights, lam)
-        loss = fused.loss / N + lam * auxiliary([found], N, [M])
+        weights = target_weights(target, stats, **options)
+        fused = fused_loss(student.hidden, student.head, student.bias, student.labels, [rows], weights, fusion_weight)
+        loss = fused.loss / N + fusion_weight * auxiliary_loss([found], N, [M])
         logits, divergences = by_hand(projectors, student, teacher)
         sft = t2s_kd = t2s_ce = 0.0
         for i, label in enumerate(student.labels.tolist()):
@@ -203,28 +204,31 @@ def test_one_teacher_in_unified_fusion_is_dskd():
             sft -= math.log(p[label])
             t2s_ce -= math.log(projected[label])
             t2s_kd += kl(projected, p) * (projected.index(max(projected)) == label)
-        expected = (1 - lam) * sft / N + lam * ((t2s_kd + t2s_ce) / N + sum(divergences) / M)
+        expected = (1 - fusion_weight) * sft / N + fusion_weight * ((t2s_kd + t2s_ce) / N + sum(divergences) / M)
         assert loss.item() == pytest.approx(expected, rel=1e-5)  # the fused loss is in float32
         assert 0 < rows.mask.sum() < N
 
 
 def partly_right(projectors, student, teacher):
-    """The student's rows with labels of which the projected teacher gets some right. Labels change the attention: so a few rounds."""
+    """The student's rows with labels of which the projected teacher gets some right.
+
+    Labels change the attention: so a few rounds.
+    """
     labels = student.labels
     for _ in range(8):
         found = dual_space(projectors, replace(student, labels=labels), teacher)
-        labels = found.rows.log_probs(slice(0, N), 1.0).argmax(-1)
+        labels = found.distribution.log_probs(slice(0, N), 1.0).argmax(-1)
     return replace(student, labels=torch.where(torch.arange(N) % 2 == 0, labels, student.labels))
 
 
 def test_teachers_share_the_weight_of_the_auxiliary_terms():
     projectors, student, teacher = make_problem()
-    one, other = dual_space(projectors, student, teacher), dual_space(projectors, student, teacher, partners=PARTNERS)
+    one, other = dual_space(projectors, student, teacher), dual_space(projectors, student, teacher, matches=MATCHES)
     expected = ((one.t2s_ce + other.t2s_ce) / 50 + one.s2t_kl / 40 + other.s2t_kl / 70) / 2
-    torch.testing.assert_close(auxiliary([one, other], 50, [40, 70]), expected)
+    torch.testing.assert_close(auxiliary_loss([one, other], 50, [40, 70]), expected)
 
 
-# ------------------------------------------------------------------------------------------------------------- gradients
+# ---------------------------------------------------------------------------------------------------- gradients
 def gradients(loss, projectors, student):
     """Which parameters the loss reaches, by name."""
     named = {
@@ -244,7 +248,7 @@ def layers(*names):
 def test_the_auxiliary_cross_entropy_trains_t2s_and_query_only():
     projectors, student, teacher = make_problem()
     assert gradients(dual_space(projectors, student, teacher).t2s_ce, projectors, student) == layers("t2s", "query")
-    assert gradients(dual_space(projectors, student, teacher, partners=PARTNERS).t2s_ce, projectors, student) == layers(
+    assert gradients(dual_space(projectors, student, teacher, matches=MATCHES).t2s_ce, projectors, student) == layers(
         "t2s"
     )
 
@@ -254,14 +258,14 @@ def test_the_teacher_space_term_trains_s2t_query_and_the_students_states():
     assert gradients(dual_space(projectors, student, teacher).s2t_kl, projectors, student) == layers("s2t", "query") | {
         "hidden"
     }
-    assert gradients(dual_space(projectors, student, teacher, partners=PARTNERS).s2t_kl, projectors, student) == layers(
+    assert gradients(dual_space(projectors, student, teacher, matches=MATCHES).s2t_kl, projectors, student) == layers(
         "s2t"
     ) | {"hidden"}
 
 
 def test_the_fusion_term_trains_the_student_and_no_projector():
     projectors, student, teacher = make_problem()
-    rows = dual_space(projectors, student, teacher).rows
+    rows = dual_space(projectors, student, teacher).distribution
     assert not any(
         t.requires_grad for t in (rows.entropy, rows.cross_entropy, rows.mask, rows.log_probs(slice(0, N), 2.0))
     )
@@ -274,7 +278,7 @@ def test_the_fusion_term_trains_the_student_and_no_projector():
 def test_with_detached_states_only_projectors_are_trained():
     projectors, student, teacher = make_problem()
     found = dual_space(projectors, replace(student, hidden=student.hidden.detach()), teacher)
-    assert gradients(auxiliary([found], N, [M]), projectors, student) == layers("t2s", "s2t", "query")
+    assert gradients(auxiliary_loss([found], N, [M]), projectors, student) == layers("t2s", "s2t", "query")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -304,12 +308,12 @@ class Bound(torch.nn.Module):
         self.projectors, self.rest = projectors, rest
 
     def forward(self):
-        student, teacher, partners = self.rest
-        return dual_space(self.projectors, student, teacher, 1.5, partners)
+        student, teacher, matches = self.rest
+        return dual_space(self.projectors, student, teacher, 1.5, matches)
 
 
-# ------------------------------------------------------------------------------------------------------------ invariance
-def select(student, teacher, order, partners=None):
+# ---------------------------------------------------------------------------------------------------- invariance
+def select(student, teacher, order, matches=None):
     """The problem with only these samples, in this order."""
 
     def rows(sizes):
@@ -332,7 +336,7 @@ def select(student, teacher, order, partners=None):
         labels=teacher.labels[theirs],
         sizes=[teacher.sizes[b] for b in order],
     )
-    return fewer, other, None if partners is None else torch.tensor([place[int(partners[i])] for i in ours]), ours
+    return fewer, other, None if matches is None else torch.tensor([place[int(matches[i])] for i in ours]), ours
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -341,62 +345,62 @@ def test_parts_of_a_batch_sum_to_the_whole(mode):
     whole = dual_space(projectors, student, teacher, 1.5, MODES[mode])
     sums, entropies = [0.0, 0.0], []
     for order in ([0], [1, 2]):
-        fewer, other, partners, _ = select(student, teacher, order, MODES[mode])
-        part = dual_space(projectors, fewer, other, 1.5, partners)
+        fewer, other, matches, _ = select(student, teacher, order, MODES[mode])
+        part = dual_space(projectors, fewer, other, 1.5, matches)
         sums = [sums[0] + part.t2s_ce.item(), sums[1] + part.s2t_kl.item()]
-        entropies.append(part.rows.entropy)
+        entropies.append(part.distribution.entropy)
     assert sums == pytest.approx([whole.t2s_ce.item(), whole.s2t_kl.item()], rel=1e-12)
-    torch.testing.assert_close(torch.cat(entropies), whole.rows.entropy)
+    torch.testing.assert_close(torch.cat(entropies), whole.distribution.entropy)
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_order_of_samples_does_not_matter(mode):
     projectors, student, teacher = make_problem()
     whole = dual_space(projectors, student, teacher, 1.5, MODES[mode])
-    fewer, other, partners, ours = select(student, teacher, [2, 0, 1], MODES[mode])
-    turned = dual_space(projectors, fewer, other, 1.5, partners)
+    fewer, other, matches, ours = select(student, teacher, [2, 0, 1], MODES[mode])
+    turned = dual_space(projectors, fewer, other, 1.5, matches)
     torch.testing.assert_close((turned.t2s_ce, turned.s2t_kl), (whole.t2s_ce, whole.s2t_kl))
     for name in ("entropy", "cross_entropy", "mask"):
-        torch.testing.assert_close(getattr(turned.rows, name), getattr(whole.rows, name)[ours])
+        torch.testing.assert_close(getattr(turned.distribution, name), getattr(whole.distribution, name)[ours])
 
 
 def test_what_another_sample_holds_does_not_matter():
     projectors, student, teacher = make_problem()
-    before = dual_space(projectors, student, teacher).rows.log_probs(slice(0, N), 1.0)
+    before = dual_space(projectors, student, teacher).distribution.log_probs(slice(0, N), 1.0)
     hidden, labels = teacher.hidden.clone(), student.labels.clone()
     hidden[-TEACHER_SIZES[-1] :] *= -3
     labels[-STUDENT_SIZES[-1] :] = 0
-    after = dual_space(projectors, replace(student, labels=labels), replace(teacher, hidden=hidden)).rows.log_probs(
-        slice(0, N), 1.0
-    )
+    after = dual_space(
+        projectors, replace(student, labels=labels), replace(teacher, hidden=hidden)
+    ).distribution.log_probs(slice(0, N), 1.0)
     rest = slice(0, N - STUDENT_SIZES[-1])
     assert torch.equal(after[rest], before[rest])
     assert not torch.allclose(after[rest.stop :], before[rest.stop :])
 
 
-# ------------------------------------------------------------------------------------------------------- the small things
+# ----------------------------------------------------------------------------------------------- details
 def test_own_scores_take_the_place_of_the_projected_ones_and_keep_the_mask_of_right_rows():
     projectors, student, teacher = make_problem()
     student = partly_right(projectors, student, teacher)
     plain = dual_space(projectors, student, teacher)
     known = (torch.arange(N) % 3 > 0).double()
     own = OwnScores(random(N, seed=20).abs(), random(N, seed=21).abs(), known)
-    found = dual_space(projectors, student, teacher, own=own)
-    assert torch.equal(found.rows.entropy, own.entropy)
-    assert torch.equal(found.rows.cross_entropy, own.cross_entropy)
-    assert torch.equal(found.rows.mask, plain.rows.mask * known)
-    assert 0 < found.rows.mask.sum() < min(plain.rows.mask.sum(), known.sum())
+    found = dual_space(projectors, student, teacher, own_scores=own)
+    assert torch.equal(found.distribution.entropy, own.entropy)
+    assert torch.equal(found.distribution.cross_entropy, own.cross_entropy)
+    assert torch.equal(found.distribution.mask, plain.distribution.mask * known)
+    assert 0 < found.distribution.mask.sum() < min(plain.distribution.mask.sum(), known.sum())
     assert torch.equal(found.t2s_ce, plain.t2s_ce)
 
 
 def test_exact_alignment_without_a_single_partner_is_zero_and_finite():
     projectors, student, teacher = make_problem(attention=False)
-    found = dual_space(projectors, student, teacher, partners=torch.full((N,), -1))
-    assert found.t2s_ce.item() == found.s2t_kl.item() == found.rows.mask.sum() == 0
-    loss = auxiliary([found], N, [M])
+    found = dual_space(projectors, student, teacher, matches=torch.full((N,), -1))
+    assert found.t2s_ce.item() == found.s2t_kl.item() == found.distribution.mask.sum() == 0
+    loss = auxiliary_loss([found], N, [M])
     loss.backward()
     assert all((p.grad == 0).all() for p in projectors.parameters())
-    assert torch.isfinite(found.rows.log_probs(slice(0, N), 1.0)).all()
+    assert torch.isfinite(found.distribution.log_probs(slice(0, N), 1.0)).all()
 
 
 def test_with_the_same_tokenizer_exact_alignment_projects_each_row_onto_itself():
@@ -404,14 +408,17 @@ def test_with_the_same_tokenizer_exact_alignment_projects_each_row_onto_itself()
     same = replace(
         student, hidden=student.hidden[:M], inputs=student.inputs[:M], labels=student.labels[:M], sizes=TEACHER_SIZES
     )
-    found = dual_space(projectors, same, teacher, partners=torch.arange(M))
+    found = dual_space(projectors, same, teacher, matches=torch.arange(M))
     expected = projectors.t2s(teacher.hidden / teacher.space.std_hidden) @ student.head.T + student.bias
-    torch.testing.assert_close(found.rows.log_probs(slice(0, M), 1.0), expected.log_softmax(-1).detach())
+    torch.testing.assert_close(found.distribution.log_probs(slice(0, M), 1.0), expected.log_softmax(-1).detach())
     assert found.aligned.all()
 
 
 def test_without_the_label_in_its_value_a_projected_teacher_does_not_learn_to_copy_wrong_labels():
-    """A teacher that knows the true token, and labels of which a third are wrong: with the label its projection follows those too."""
+    """A teacher that knows the true token, and labels of which a third are wrong.
+
+    With the label its projection follows those too.
+    """
     torch.manual_seed(0)
     count, tokens = 72, 8
     truth = torch.arange(count) % tokens
@@ -426,11 +433,11 @@ def test_without_the_label_in_its_value_a_projected_teacher_does_not_learn_to_co
         projectors = Projectors(tokens, tokens, attention=False)
         optimizer = torch.optim.Adam(projectors.t2s.parameters(), 0.3)
         for _ in range(60):
-            found = dual_space(projectors, student, teacher, partners=torch.arange(count), label_in_value=with_label)
+            found = dual_space(projectors, student, teacher, matches=torch.arange(count), label_in_value=with_label)
             optimizer.zero_grad()
             found.t2s_ce.backward()
             optimizer.step()
-        copied[with_label] = found.rows.mask[labels != truth].mean().item()
+        copied[with_label] = found.distribution.mask[labels != truth].mean().item()
     assert copied == {True: 1, False: 0}
 
 
@@ -449,7 +456,13 @@ def test_half_precision_from_cache_and_model_is_computed_in_float32():
     small = replace(teacher, hidden=teacher.hidden.bfloat16(), space=space)
     found = dual_space(projectors.float(), replace(student, **half), small)
     assert {
-        t.dtype for t in (found.t2s_ce, found.s2t_kl, found.rows.entropy, found.rows.log_probs(slice(0, 3), 1.0))
+        t.dtype
+        for t in (
+            found.t2s_ce,
+            found.s2t_kl,
+            found.distribution.entropy,
+            found.distribution.log_probs(slice(0, 3), 1.0),
+        )
     } == {torch.float32}
 
 
@@ -481,9 +494,9 @@ def test_each_rows_input_is_the_label_before_it_or_the_prompts_last_token():
 def test_rows_from_a_cache_have_the_inputs_and_labels_its_constants_were_taken_over(cache):
     from safetensors.torch import load_file
 
-    from llmfusion.teachers.cache import Cache
+    from llmfusion.teachers.cache import TeacherCache
 
-    opened, head = Cache(cache), load_file(cache.file("head.safetensors"))
+    opened, head = TeacherCache(cache), load_file(cache.file("head.safetensors"))
     embedding, parts = head.get("embedding", head["weight"]).double(), []
     for sample, entry in opened.index.items():
         labels = opened.rows(sample)["label_id"].long()

@@ -4,7 +4,7 @@ import torch
 
 from llmfusion.fusion.divergences import DIVERGENCES
 from llmfusion.fusion.fused_loss import fused_loss
-from llmfusion.fusion.head import chunk_for
+from llmfusion.fusion.head import chunk_rows
 
 N, D, V = 11, 6, 13
 
@@ -38,13 +38,13 @@ class Exact(Teacher):
             return torch.tensor(np.log(self.probabilities(temperature)))[rows]
 
 
-class Told(Exact):
+class KnownEntropy(Exact):
     """Its entropy at temperature 1 is known."""
 
     is_own_entropy = True
 
-    def __init__(self, *given, **more):
-        super().__init__(*given, **more)
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
         q = self.probabilities(1.0)
         self.entropy = -torch.tensor((q * np.log(np.where(q > 0, q, 1))).sum(1))
 
@@ -56,33 +56,33 @@ def problem(teachers, seed=0):
     return hidden, head, bias, random.integers(V, size=N), weights
 
 
-def by_hand(hidden, head, bias, labels, teachers, weights, lam, temperature):
+def by_hand(hidden, head, bias, labels, teachers, weights, fusion_weight, temperature):
     """Value, its gradient to the logits, and X, all in float64 from the definitions."""
     z = hidden @ head.T + bias
     p1, p = (np.exp(z / t) / np.exp(z / t).sum(1, keepdims=True) for t in (1.0, temperature))
     sft = -np.log(p1[np.arange(N), labels]).sum()
-    value, gradient = (1 - lam) * sft, (1 - lam) * (p1 - np.eye(V)[labels])
+    value, gradient = (1 - fusion_weight) * sft, (1 - fusion_weight) * (p1 - np.eye(V)[labels])
     crosses = []
     for k, teacher in enumerate(teachers):
         q = teacher.probabilities(temperature)
         known = q > 0
         kl = np.where(known, q * (np.log(np.where(known, q, 1)) - np.log(p)), 0).sum(1)
-        value += lam * (weights[:, k] * kl).sum()
-        gradient += lam / temperature * weights[:, k, None] * (q.sum(1, keepdims=True) * p - q)
+        value += fusion_weight * (weights[:, k] * kl).sum()
+        gradient += fusion_weight / temperature * weights[:, k, None] * (q.sum(1, keepdims=True) * p - q)
         crosses.append(-(q * np.log(p)).sum(1))
     return value, sft, gradient, np.stack(crosses, 1) if crosses else np.zeros((N, 0))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
-@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("fusion_weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
-def test_value_gradient_and_cross_entropies_are_those_of_the_definition(count, lam, temperature):
+def test_value_gradient_and_cross_entropies_are_those_of_the_definition(count, fusion_weight, temperature):
     teachers = [Teacher(seed, unknown=(2, 5) if seed == 1 else ()) for seed in range(count)]
     hidden, head, bias, labels, weights = problem(count)
-    value, sft, gradient, crosses = by_hand(hidden, head, bias, labels, teachers, weights, lam, temperature)
+    value, sft, gradient, crosses = by_hand(hidden, head, bias, labels, teachers, weights, fusion_weight, temperature)
     h, w, b = (torch.tensor(x, dtype=torch.float32, requires_grad=True) for x in (hidden, head, bias))
     found = fused_loss(
-        h, w, b, torch.tensor(labels), teachers, torch.tensor(weights, dtype=torch.float32), lam, temperature
+        h, w, b, torch.tensor(labels), teachers, torch.tensor(weights, dtype=torch.float32), fusion_weight, temperature
     )
     found.loss.backward()
     assert found.loss.item() == pytest.approx(value, rel=2e-6)
@@ -97,7 +97,10 @@ def test_value_gradient_and_cross_entropies_are_those_of_the_definition(count, l
 @pytest.mark.parametrize("chunk", [1, 7, N])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 def test_any_chunks_give_value_and_gradients_of_the_full_logits(count, chunk, divergence):
-    """Against autograd through the (N, V) logits, in float64, for all four inputs; two rows are ignored, one token unknown to a teacher."""
+    """Against autograd through the (N, V) logits, in float64, for all four inputs.
+
+    Two rows are ignored, one token is unknown to a teacher.
+    """
     teachers = [Exact(seed, unknown=(3,) if seed == 1 else ()) for seed in range(count)]
     hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(count))
     labels[[2, 9]] = -100
@@ -215,7 +218,7 @@ def test_a_count_divides_loss_and_gradients_and_nothing_else():
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_an_entropy_that_is_known_need_not_be_taken_again(divergence, temperature):
     results = []
-    for kind in (Exact, Told):
+    for kind in (Exact, KnownEntropy):
         hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(2))
         labels[[2, 9]] = -100
         weights[[0, 3], 1] = 0
@@ -229,35 +232,38 @@ def test_an_entropy_that_is_known_need_not_be_taken_again(divergence, temperatur
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("ignored", [(), (4, 6)])
 def test_a_teacher_is_not_asked_for_rows_without_a_weight(divergence, ignored):
-    """As MinCE leaves most rows of most teachers out: nothing changes but the work. Weights that need a gradient ask for all rows."""
+    """As MinCE leaves most rows of most teachers out: nothing changes but the work.
 
-    class Asked(Exact):
+    Weights that need a gradient ask for all rows.
+    """
+
+    class Recording(Exact):
         def log_probs(self, rows, temperature):
-            asked.extend(torch.arange(N)[rows].tolist())
+            requested.extend(torch.arange(N)[rows].tolist())
             return super().log_probs(rows, temperature)
 
     results = []
     for needs in (False, True):
-        asked: list[int] = []
+        requested: list[int] = []
         hidden, head, bias, labels, weights = (torch.tensor(x) for x in problem(1))
         weights[[0, 4, 5, 9]] = 0
         labels[list(ignored)] = -100
         leaves = [x.requires_grad_() for x in (hidden, head, bias)]
         found = fused_loss(
-            *leaves, labels, [Asked(1)], weights.requires_grad_(needs), 0.4, 2.0, DIVERGENCES[divergence], chunk=4
+            *leaves, labels, [Recording(1)], weights.requires_grad_(needs), 0.4, 2.0, DIVERGENCES[divergence], chunk=4
         )
         results.append((found.loss.detach(), *torch.autograd.grad(found.loss, leaves)))
         left = {*ignored} | (set() if needs else {0, 4, 5, 9})
-        assert sorted(asked) == [i for i in range(N) if i not in left]
+        assert sorted(requested) == [i for i in range(N) if i not in left]
     torch.testing.assert_close(*results)
 
 
 def test_tiles_of_one_row_and_of_all_give_the_same(monkeypatch):
     results = []
     for tile in (1, 2**20):
-        monkeypatch.setattr("llmfusion.fusion.fused_loss.TILE", tile)
-        found, gradients, _ = weighted(describe=True)
-        results.append((found.loss.detach(), found.cross_entropy, found.said, *gradients))
+        monkeypatch.setattr("llmfusion.fusion.fused_loss.TILE_VALUES", tile)
+        found, gradients, _ = weighted(with_student_stats=True)
+        results.append((found.loss.detach(), found.cross_entropy, found.student_stats, *gradients))
     torch.testing.assert_close(*results)
 
 
@@ -266,24 +272,27 @@ def test_what_the_student_says_is_described_row_by_row():
     labels[3] = -100
     right = (hidden @ head.T + bias).argmax(1)
     labels[[0, 5]] = right[[0, 5]]
-    said = fused_loss(hidden, head, bias, labels, describe=True, chunk=4).said
+    stats = fused_loss(hidden, head, bias, labels, with_student_stats=True, chunk=4).student_stats
     for t in range(N):
         p = np.exp((hidden[t] @ head.T + bias).numpy())
         p /= p.sum()
         expected = (
             [-(p * np.log(p)).sum(), -np.log(p[labels[t]]), float(right[t] == labels[t])] if t != 3 else [0, 0, 0]
         )
-        np.testing.assert_allclose(said[t].numpy(), expected, atol=1e-12)
-    assert len(fused_loss(hidden, head, bias, labels).said) == 0
+        np.testing.assert_allclose(stats[t].numpy(), expected, atol=1e-12)
+    assert len(fused_loss(hidden, head, bias, labels).student_stats) == 0
 
 
 def test_products_in_bfloat16_are_those_of_rounded_inputs():
-    """In float32 of inputs that bfloat16 holds exactly the loss must be that of float64, but for the product's own rounding on a CPU."""
+    """In float32 of inputs that bfloat16 holds exactly the loss must be that of float64.
+
+    On a CPU the product itself is rounded.
+    """
     hidden, head, _, labels, weights = (torch.tensor(x, dtype=torch.float32) for x in problem(1))
     leaves = [x.bfloat16().float().requires_grad_() for x in (hidden, head)]
     results = []
-    for products in (None, torch.bfloat16):
-        found = fused_loss(*leaves, None, labels.long(), [Teacher(1)], weights, 0.4, products=products)
+    for matmul_dtype in (None, torch.bfloat16):
+        found = fused_loss(*leaves, None, labels.long(), [Teacher(1)], weights, 0.4, matmul_dtype=matmul_dtype)
         results.append((found.loss.detach(), *torch.autograd.grad(found.loss, leaves)))
     for one, other in zip(*results, strict=True):
         assert one.dtype == other.dtype == torch.float32
@@ -299,8 +308,8 @@ def test_a_second_backward_is_scaled_as_the_first():
 
 
 def test_chunks_are_large_for_small_vocabularies_and_bounded_for_large_ones():
-    assert chunk_for(torch.empty(500, 1)) == 2**22 // 500
-    assert chunk_for(torch.empty(128256, 1)) == 192
+    assert chunk_rows(torch.empty(500, 1)) == 2**22 // 500
+    assert chunk_rows(torch.empty(128256, 1)) == 192
 
 
 def test_only_a_few_chunks_of_logits_exist_at_once():

@@ -4,15 +4,17 @@ import pytest
 import torch
 
 from llmfusion.fusion.fused_loss import fused_loss
-from llmfusion.fusion.minilogit import MinilogitDistribution, relative_minimum
+from llmfusion.fusion.targets.minilogit import MinilogitDistribution, relative_minimum
 
 N, D, V = 23, 5, 8
 
 
-def minilogit_loss(hidden, head, bias, labels, teachers, lam=0.5, temperature=1.0):
+def minilogit_loss(hidden, head, bias, labels, teachers, fusion_weight=0.5, temperature=1.0):
     """The loss as the objective takes it: the ensemble is the one teacher, weighted by its mask."""
     ensemble = MinilogitDistribution(teachers, labels)
-    return fused_loss(hidden, head, bias, labels, [ensemble], ensemble.mask[:, None], lam, temperature), ensemble
+    return fused_loss(
+        hidden, head, bias, labels, [ensemble], ensemble.mask[:, None], fusion_weight, temperature
+    ), ensemble
 
 
 class Teacher:
@@ -26,10 +28,10 @@ class Teacher:
         self.mask = torch.ones(N, dtype=torch.float64)
         self.mask[list(masked)] = 0
         self.entropy = self.cross_entropy = torch.zeros(N, dtype=torch.float64)
-        self.asked = set()
+        self.temperatures = set()
 
     def log_probs(self, rows, temperature):
-        self.asked.add(temperature)
+        self.temperatures.add(temperature)
         return (self.logits[rows] / temperature).log_softmax(-1)
 
 
@@ -70,18 +72,18 @@ def test_the_target_is_that_of_the_definition(name, temperature):
     teachers = committees()[name]
     labels = labels_of(teachers)
     rows = MinilogitDistribution(teachers, labels, chunk=5)
-    found = rows.log_probs(slice(0, N), temperature).exp()
+    probabilities = rows.log_probs(slice(0, N), temperature).exp()
     for row in range(N):
         expected = target_by_hand(teachers, labels, row, temperature)
         assert rows.mask[row] == (expected is not None)
         if expected is not None:
-            assert found[row].tolist() == pytest.approx(expected, rel=1e-12)
+            assert probabilities[row].tolist() == pytest.approx(expected, rel=1e-12)
             assert rows.cross_entropy[row].item() == pytest.approx(
                 -math.log(target_by_hand(teachers, labels, row)[labels[row]])
             )
             entropy = -sum(p * math.log(p) for p in target_by_hand(teachers, labels, row) if p > 0)
             assert rows.entropy[row].item() == pytest.approx(entropy)
-    assert teachers[0].asked <= {1.0}
+    assert teachers[0].temperatures <= {1.0}
 
 
 @pytest.mark.parametrize("name", committees())
@@ -154,10 +156,10 @@ def student(seed=5):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_loss_is_that_of_the_definition_and_rows_without_a_teacher_carry_sft_only(temperature):
-    teachers, lam = committees()["masked"], 0.3
+    teachers, fusion_weight = committees()["masked"], 0.3
     labels = labels_of(teachers)
     hidden, head, bias = student()
-    found, rows = minilogit_loss(hidden, head, bias, labels, teachers, lam, temperature)
+    found, rows = minilogit_loss(hidden, head, bias, labels, teachers, fusion_weight, temperature)
     logits = (hidden @ head.T + bias).detach()
     sft, kl = 0.0, 0.0
     for row in range(N):
@@ -167,11 +169,11 @@ def test_the_loss_is_that_of_the_definition_and_rows_without_a_teacher_carry_sft
         kl += 0 if target is None else sum(q * (math.log(q) - log_p[v]) for v, q in enumerate(target) if q > 0)
     assert found.sft.item() == pytest.approx(sft, rel=1e-5)  # the loss itself is in float32
     assert found.fusion.item() == pytest.approx(kl, rel=1e-5)
-    assert found.loss.item() == pytest.approx((1 - lam) * sft + lam * kl, rel=1e-5)
+    assert found.loss.item() == pytest.approx((1 - fusion_weight) * sft + fusion_weight * kl, rel=1e-5)
     found.loss.backward()
     p = logits[3].softmax(-1)
     p[labels[3]] -= 1
-    torch.testing.assert_close(hidden.grad[3], (1 - lam) * p @ head.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(hidden.grad[3], (1 - fusion_weight) * p @ head.detach(), rtol=1e-5, atol=1e-6)
     assert rows.mask[3] == 0
     assert rows.mask.sum() == N - 1
 

@@ -1,35 +1,44 @@
-"""The objective over every kind of teacher: cached equals online, micro-batches do not matter, projectors are prepared and resumed."""
+"""The objective over every kind of teacher: cached is online, any micro-batches, projectors prepared and resumed."""
 
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
 
-from llmfusion.data.chat import encode
+from llmfusion.data.chat import TokenizedSample, encode
 from llmfusion.errors import UserError
-from llmfusion.fusion.dskd import StudentBatch, TeacherBatch, dual_space, input_ids
+from llmfusion.fusion.dskd import TeacherBatch, dual_space, input_ids
 from llmfusion.fusion.objective import Objective
-from llmfusion.fusion.teacher import CachedTeacher, ProjectedTeacher, TokenizedSample, load_teacher
+from llmfusion.fusion.student import StudentBatch
+from llmfusion.fusion.teacher import CachedTeacher, ProjectedTeacher, load_teacher
 from llmfusion.models.batches import label_positions
 from llmfusion.models.loading import load_model, load_tokenizer, save_model
 from llmfusion.models.scratch import make_model, make_tokenizer
+from llmfusion.study.schema.base_models import Architecture, Tokenizer
+from llmfusion.study.schema.options import FusionOptions
+from llmfusion.study.schema.settings import Capture
+from llmfusion.study.schema.training import Training
 from llmfusion.teachers.alignment import match_spans, responses, row_spans, token_bytes
 from llmfusion.teachers.capture import capture
 from llmfusion.training import loop as module
 from llmfusion.training.loop import Student, train
-from tests.unit.stand_ins import artifact, job
+from llmfusion.training.save_deadline import TimeLimit
+from tests.unit.fusion.stand_ins import fusion_options
+from tests.unit.stand_ins import artifact
 
-SPEC = {"steps": 8, "batch_size": 4, "lr": 1e-2, "lr_min": 1e-3, "seed": 3}
-NEOX = {
-    "model_type": "gpt_neox",
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "initializer_range": 0.3,
-}
+RUN = {"steps": 8, "batch_size": 4, "lr": 1e-2, "lr_min": 1e-3, "seed": 3}
+NEOX = Architecture(
+    model_type="gpt_neox",
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=2048,
+    initializer_range=0.3,
+)
 FUSION = {"projector_lr": 1e-2, "projector_steps": 3}
 
 
@@ -37,68 +46,70 @@ FUSION = {"projector_lr": 1e-2, "projector_steps": 3}
 def foreign(tmp_path_factory, mix):
     """The cache of a GPT-NeoX with a tokenizer of its own, and the model."""
     folder = tmp_path_factory.mktemp("foreign")
-    tokenizer = make_tokenizer({"vocabulary_size": 284, "digits": 1}, mix.file("samples.jsonl"), None)
+    tokenizer = make_tokenizer(Tokenizer(vocabulary_size=284, digits=1), mix.file("samples.jsonl"), None)
     model = make_model(NEOX, tokenizer, 5)
     save_model(model, tokenizer, folder, "float32")
-    facts = capture(artifact(folder), mix, folder, {"dtype": "float32", "batch_size": 8}, None)
+    facts = capture(artifact(folder), mix, folder, Capture(dtype="float32", batch_size=8), None)
     return artifact(folder, **facts), model.eval()
 
 
-def source(foreign, tokenizer, **options):
+def projected_teacher(foreign, tokenizer, **options):
     return ProjectedTeacher("far", foreign[0], tokenizer, "cpu", **options)
 
 
 @pytest.fixture
 def go(tmp_path, pivot, tokenizer, mix, cache, foreign):
-    def run(name, fusion, teachers=("near", "far"), spec=None, minutes=None, spoil=lambda loop: None):
-        made = job(tmp_path, name=name, minutes=minutes)
+    """Trains the pivot with teachers of its own and of another vocabulary; returns its weights and the records."""
+
+    def run(name, fusion, teachers=("near", "far"), changed=None, minutes=None):
         model = load_model(pivot, "float32")
-        given = {**SPEC, **(spec or {}), "fusion": {**FUSION, **fusion}}
+        options = fusion if isinstance(fusion, FusionOptions) else fusion_options(**{**FUSION, **fusion})
         caches = {"near": cache, "far": foreign[0]}
-        sources = [load_teacher(t, caches[t], tokenizer, 300, "cpu", given["fusion"]) for t in teachers]
-        train(made, Student(model, tokenizer), given, [mix], sources)
-        return model.state_dict(), [
-            json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()
-        ]
+        loaded = [load_teacher(t, caches[t], tokenizer, 300, "cpu", options) for t in teachers]
+        settings = Training(mix="m", **{**RUN, **(changed or {})})
+        limit = None if minutes is None else TimeLimit(minutes, time.monotonic())
+        result = train(Student(model, tokenizer), settings, options, [mix], loaded, tmp_path / name, "f", limit)
+        return model.state_dict(), result.records
 
     return run
 
 
 def student_of(pivot, tokenizer, samples):
-    model, drawn = load_model(pivot, "float32"), [TokenizedSample(s, encode(s, tokenizer, 128)) for s in samples]
+    model = load_model(pivot, "float32")
+    batch = [TokenizedSample(s, encode(s, tokenizer, 128)) for s in samples]
     with torch.no_grad():
         hidden = torch.cat(
             [
                 model.base_model(torch.tensor([d.encoded.ids])).last_hidden_state[0, label_positions(d.encoded)]
-                for d in drawn
+                for d in batch
             ]
         )
-    inputs = torch.tensor([d.encoded.ids[i] for d in drawn for i in label_positions(d.encoded)])
-    labels = [d.encoded.label_ids for d in drawn]
+    inputs = torch.tensor([d.encoded.ids[i] for d in batch for i in label_positions(d.encoded)])
+    labels = [d.encoded.label_ids for d in batch]
     flat = torch.tensor([y for sample in labels for y in sample])
     head = model.get_output_embeddings().weight
-    return drawn, StudentBatch(
+    return batch, StudentBatch(
         hidden, inputs, flat, [len(y) for y in labels], model.get_input_embeddings().weight, head
     )
 
 
-def test_the_source_is_chosen_by_vocabulary(cache, foreign, tokenizer):
-    assert isinstance(load_teacher("n", cache, tokenizer, 300, "cpu", {}), CachedTeacher)
-    far = load_teacher("f", foreign[0], tokenizer, 300, "cpu", {"align": "exact", "score": "own"})
+def test_the_kind_of_teacher_is_chosen_by_vocabulary(cache, foreign, tokenizer):
+    assert isinstance(load_teacher("n", cache, tokenizer, 300, "cpu", fusion_options()), CachedTeacher)
+    far = load_teacher("f", foreign[0], tokenizer, 300, "cpu", fusion_options(align="exact", score="own"))
     assert isinstance(far, ProjectedTeacher)
-    assert (far.exact, far.own) == (True, True)
+    assert (far.exact, far.own_scores) == (True, True)
 
 
 @pytest.mark.parametrize("align", ["cma", "exact"])
 def test_a_projected_teacher_from_the_cache_is_the_one_from_the_model(foreign, pivot, tokenizer, samples, align):
     cache, model = foreign
     theirs = load_tokenizer(cache, None)
-    drawn, student = student_of(pivot, tokenizer, samples[18:])
-    far = source(foreign, tokenizer, align=align)
+    batch, student = student_of(pivot, tokenizer, samples[18:])
+    far = projected_teacher(foreign, tokenizer, align=align)
     torch.manual_seed(0)
     projectors = far.projectors(16)
-    found = far.view(drawn, student, projectors, 1.5).space
-    encoded = [encode(d.sample, theirs, 128) for d in drawn]
+    found = far.output(batch, student, projectors, 1.5).dual_space
+    encoded = [encode(d.sample, theirs, 128) for d in batch]
     with torch.no_grad():
         hidden = torch.cat(
             [model.base_model(torch.tensor([e.ids])).last_hidden_state[0, label_positions(e)] for e in encoded]
@@ -111,7 +122,7 @@ def test_a_projected_teacher_from_the_cache_is_the_one_from_the_model(foreign, p
     matched = None
     if align == "exact":
         matched, first = [], 0
-        for d, e in zip(drawn, encoded, strict=True):
+        for d, e in zip(batch, encoded, strict=True):
             texts = responses(d.sample)
             ours = row_spans(token_bytes(tokenizer), d.encoded.label_ids, d.encoded.segments()[0], texts)
             other = row_spans(token_bytes(theirs), e.label_ids, e.segments()[0], texts)
@@ -124,15 +135,18 @@ def test_a_projected_teacher_from_the_cache_is_the_one_from_the_model(foreign, p
     for name in ("t2s_ce", "s2t_kl"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        found.rows.log_probs(slice(0, 999), 1.0), expected.rows.log_probs(slice(0, 999), 1.0), rtol=0, atol=1e-5
+        found.distribution.log_probs(slice(0, 999), 1.0),
+        expected.distribution.log_probs(slice(0, 999), 1.0),
+        rtol=0,
+        atol=1e-5,
     )
-    torch.testing.assert_close(found.rows.mask, expected.rows.mask)
-    assert far.rows_of(drawn) == sum(map(len, labels))
+    torch.testing.assert_close(found.distribution.mask, expected.distribution.mask)
+    assert far.label_count(batch) == sum(map(len, labels))
 
 
 def test_input_tokens_are_those_the_teacher_read(foreign, tokenizer, samples):
     theirs = load_tokenizer(foreign[0], None)
-    far = source(foreign, tokenizer)
+    far = projected_teacher(foreign, tokenizer)
     for sample in samples:
         e, entry = encode(sample, theirs, 128), far.cache.entry(sample["id"])
         found = input_ids(torch.tensor(e.label_ids), entry["segment_starts"], entry["segment_prompts"])
@@ -140,10 +154,10 @@ def test_input_tokens_are_those_the_teacher_read(foreign, tokenizer, samples):
 
 
 def test_own_scores_keep_each_samples_total(foreign, pivot, tokenizer, samples):
-    drawn, student = student_of(pivot, tokenizer, samples[:5])
-    far = source(foreign, tokenizer, score="own")
-    rows = far.view(drawn, student, far.projectors(16), 1.0).rows
-    totals = [float(-far.cache.rows(d.sample["id"])["label_logprob"].sum()) for d in drawn]
+    batch, student = student_of(pivot, tokenizer, samples[:5])
+    far = projected_teacher(foreign, tokenizer, score="own")
+    rows = far.output(batch, student, far.projectors(16), 1.0).distribution
+    totals = [float(-far.cache.rows(d.sample["id"])["label_logprob"].sum()) for d in batch]
     sizes, first = student.sizes, 0
     for size, total in zip(sizes, totals, strict=True):
         assert float(rows.cross_entropy[first : first + size].sum()) == pytest.approx(total, rel=1e-5)
@@ -153,20 +167,28 @@ def test_own_scores_keep_each_samples_total(foreign, pivot, tokenizer, samples):
 def test_a_response_that_is_not_the_cached_one_is_refused(foreign, pivot, tokenizer, samples):
     changed = json.loads(json.dumps(samples[0]))
     changed["messages"][1]["content"] += " "
-    drawn, student = student_of(pivot, tokenizer, [changed])
-    far = source(foreign, tokenizer)
+    batch, student = student_of(pivot, tokenizer, [changed])
+    far = projected_teacher(foreign, tokenizer)
     with pytest.raises(UserError, match="teacher far: sample s00: its cached response is not the mix's"):
-        far.view(drawn, student, far.projectors(16), 1.0)
+        far.output(batch, student, far.projectors(16), 1.0)
 
 
-TARGETS = [{"target": "naive"}, {"target": "minilogit"}, {"target": "mince"}, {"target": "udf"}, {"target": "udf", "align": "exact"},
-           {"target": "udf", "score": "own"}, {"target": "naive", "divergence": "reverse_kl"}, {"target": "mince", "divergence": "js", "temperature": 2.0}]  # fmt: skip
+TARGETS = [
+    {"target": "naive"},
+    {"target": "minilogit"},
+    {"target": "mince"},
+    {"target": "udf"},
+    {"target": "udf", "align": "exact"},
+    {"target": "udf", "score": "own"},
+    {"target": "naive", "divergence": "reverse_kl"},
+    {"target": "mince", "divergence": "js", "temperature": 2.0},
+]
 
 
 @pytest.mark.parametrize("fusion", TARGETS, ids=lambda f: "-".join(map(str, f.values())))
 def test_micro_batches_change_neither_loss_nor_gradient(go, fusion):
     whole, split = (
-        go(name, fusion, spec={"steps": 2, **more})[1]
+        go(name, fusion, changed={"steps": 2, **more})[1]
         for name, more in (("whole", {}), ("split", {"micro_batch_size": 1}))
     )
     for a, b in zip(whole, split, strict=True):
@@ -184,7 +206,7 @@ def test_one_projected_teacher_is_dskd(go):
 
 
 def test_teachers_of_both_kinds_share_one_loss_and_projected_terms_are_averaged_over_the_projected(go):
-    [record] = go("both", {"target": "udf"}, spec={"steps": 1})[1]
+    [record] = go("both", {"target": "udf"}, changed={"steps": 1})[1]
     assert record["loss"] == pytest.approx(
         0.5 * record["sft"] + 0.5 * (record["fusion"] + record["t2s_ce"]["far"] + record["s2t_kl"]["far"]), rel=1e-6
     )
@@ -193,18 +215,27 @@ def test_teachers_of_both_kinds_share_one_loss_and_projected_terms_are_averaged_
 
 
 def test_projectors_are_prepared_without_touching_the_student(go, monkeypatch, pivot):
+    created = []
     seen = {}
-    prepare = module._Loop._prepare_projectors
+    step = module._Loop._step
 
-    def watched(self, *given):
-        before = {name: t.clone() for name, t in self.trained.state_dict().items()}
-        prepare(self, *given)
-        after = self.trained.state_dict()
-        seen["changed"] = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    class Watched(Objective):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            created.extend(p.detach().clone() for p in self.projectors.parameters())
 
-    monkeypatch.setattr(module._Loop, "_prepare_projectors", watched)
+    def watched(self, *arguments):
+        before = load_model(pivot, "float32").state_dict()
+        after = self.model.state_dict()
+        seen["student"] = any(not torch.equal(before[name], after[name]) for name in before)
+        projectors = self.objective.projectors.parameters()
+        seen["projectors"] = [not torch.equal(one, p) for one, p in zip(created, projectors, strict=True)]
+        step(self, *arguments)
+
+    monkeypatch.setattr(module, "Objective", Watched)
+    monkeypatch.setattr(module._Loop, "_step", watched)
     go("job", {"target": "kd"}, ["far"], {"steps": 1})
-    assert seen["changed"] == {"objective"}
+    assert seen == {"student": False, "projectors": [True] * 6}
 
 
 def test_a_run_with_projectors_that_was_stopped_goes_on_bit_for_bit(go, monkeypatch):
@@ -220,20 +251,21 @@ def test_a_run_with_projectors_that_was_stopped_goes_on_bit_for_bit(go, monkeypa
         patch.setattr(module._Loop, "_step", interrupted)
         with pytest.raises(SystemExit):
             go("stopped", {"target": "udf"})
-    monkeypatch.setattr(module.Objective, "projection", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(module.Objective, "projector_loss", lambda *_: pytest.fail("prepared again"))
     again, more = go("stopped", {"target": "udf"})
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert records == more
 
 
-def test_projectors_half_prepared_when_the_jobs_time_ends_are_gone_on_with(go, monkeypatch, capsys):
+def test_projectors_half_prepared_when_the_jobs_time_ends_are_gone_on_with(go, monkeypatch, capsys, caplog):
     whole, records = go("whole", {"target": "udf"})
-    projection, made = Objective.projection, []
-    monkeypatch.setattr(Objective, "projection", lambda *given: made.append(1) or projection(*given))
+    projector_loss, made = Objective.projector_loss, []
+    monkeypatch.setattr(Objective, "projector_loss", lambda *arguments: made.append(1) or projector_loss(*arguments))
+    caplog.set_level("INFO")
     for number in range(3):  # each job ends after one step
         with pytest.raises(SystemExit):
             go("short", {"target": "udf"}, minutes=0.0)
-        assert f"stopped after step {number + 1} of " in capsys.readouterr().out
+        assert f"stopped after step {number + 1} of " in capsys.readouterr().out + caplog.text
     assert len(made) == 3
     again, more = go("short", {"target": "udf"})
     assert len(made) == 3
@@ -256,24 +288,18 @@ def test_projectors_have_a_learning_rate_of_their_own(go, monkeypatch):
     assert rates[-1][1] < rates[3][1]
 
 
-def test_the_pivot_may_compete_with_a_source_under_mince(go, cache, pivot, tokenizer, mix, tmp_path):
-    """FuseLLM's pairwise fusion: on each sample the teacher with the lower cross-entropy, the frozen pivot among them."""
+def test_the_pivot_may_compete_with_another_teacher_under_mince(go, cache, pivot, tokenizer, mix, tmp_path):
+    """FuseLLM's pairwise fusion: on each sample the teacher with the lower cross-entropy; one is the frozen pivot."""
     folder = tmp_path / "frozen"
     save_model(load_model(pivot, "float32"), tokenizer, folder, "float32")
-    facts = capture(artifact(folder), mix, folder, {"dtype": "float32"}, None)
-    made = job(tmp_path, name="pairwise")
-    sources = [
+    facts = capture(artifact(folder), mix, folder, Capture(dtype="float32"), None)
+    teachers = [
         CachedTeacher("near", cache, tokenizer, 300, "cpu"),
         CachedTeacher("pivot", artifact(folder, **facts), tokenizer, 300, "cpu"),
     ]
-    train(
-        made,
-        Student(load_model(pivot, "float32"), tokenizer),
-        {**SPEC, "steps": 1, "fusion": {"target": "mince"}},
-        [mix],
-        sources,
-    )
-    [record] = [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
+    student = Student(load_model(pivot, "float32"), tokenizer)
+    run = Training(mix="m", **{**RUN, "steps": 1})
+    [record] = train(student, run, fusion_options("mince"), [mix], teachers, tmp_path / "state", "f").records
     assert sum(record["weight"].values()) == pytest.approx(1)
 
 
@@ -288,8 +314,70 @@ def test_a_stop_after_the_projectors_were_prepared_does_not_prepare_them_again(g
         with pytest.raises(KeyboardInterrupt):
             go("stopped", {"target": "kd"})
     with monkeypatch.context() as patch:
-        patch.setattr(Objective, "projection", lambda *_: pytest.fail("prepared again"))
+        patch.setattr(Objective, "projector_loss", lambda *_: pytest.fail("prepared again"))
         weights, records = go("stopped", {"target": "kd"})
     whole, whole_records = go("whole", {"target": "kd"})
     assert records == whole_records
     assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+# ------------------------------------------------------------------------------------------- a target with parameters
+@pytest.fixture
+def objectives(monkeypatch):
+    """Every objective that a training makes."""
+    made = []
+    monkeypatch.setattr(module, "Objective", lambda *arguments: made.append(Objective(*arguments)) or made[-1])
+    return made
+
+
+def test_a_learned_targets_parameters_are_trained_at_its_rate_and_recorded(go, gate, objectives, monkeypatch):
+    update = module._Loop._update
+    before = {}
+    rates = []
+
+    def watched(self, *check):
+        before.update((n, p.detach().clone()) for n, p in self.objective.target.named_parameters() if n not in before)
+        rates.append([group["lr"] / self.optimizer.param_groups[0]["lr"] for group in self.optimizer.param_groups])
+        return update(self, *check)
+
+    monkeypatch.setattr(module._Loop, "_update", watched)
+    _, records = go("gate", gate(target="gate", target_lr=0.05, projector_lr=1e-2))
+    after = {name: parameter.detach() for name, parameter in objectives[0].target.named_parameters()}
+    assert set(after) == {"gate.weight", "gate.bias"}
+    for name, parameter in after.items():
+        assert float((parameter - before[name]).abs().max()) > 1e-3
+    assert rates[-1] == pytest.approx([1.0, 1.0, 5.0])  # student, projectors, target
+    assert records[0]["penalty"] > 0
+    assert records[0]["weight"] != records[-1]["weight"]
+
+
+def test_a_stopped_run_with_a_learned_target_goes_on_bit_for_bit(go, gate, objectives, monkeypatch):
+    options = gate(target="gate", projector_steps=2)
+    whole, records = go("whole", options)
+    step = module._Loop._step
+
+    def interrupted(self, number, samples):
+        step(self, number, samples)
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Loop, "_step", interrupted)
+        with pytest.raises(SystemExit):
+            go("stopped", options)
+    again, more = go("stopped", options)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    for one, other in zip(objectives[0].parameters(), objectives[-1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert records == more
+
+
+def test_projectors_are_initialised_alike_under_every_target(foreign, tokenizer, gate):
+    """The target is created after the projectors: they draw first from the global generator."""
+    found = []
+    for options in (fusion_options("naive"), gate(target="gate")):
+        torch.manual_seed(0)
+        teachers = [projected_teacher(foreign, tokenizer) for _ in range(2)]
+        found.append(list(Objective(options, teachers, 16).projectors.parameters()))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

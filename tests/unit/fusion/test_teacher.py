@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from llmfusion.data.chat import encode
-from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
-from llmfusion.fusion.distributions import HiddenStateDistribution, Vocabulary
+from llmfusion.fusion.distributions import HiddenStateDistribution, TeacherHead
 from llmfusion.fusion.fused_loss import fused_loss
 from llmfusion.fusion.teacher import CachedTeacher
+from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.batches import label_positions
 from llmfusion.models.loading import load_model, save_model
 from llmfusion.models.scratch import make_model, make_tokenizer
+from llmfusion.study.schema.base_models import Architecture, Tokenizer
+from llmfusion.study.schema.settings import Capture
 from llmfusion.teachers.capture import capture
 from tests.unit.stand_ins import artifact, question
 
@@ -44,7 +46,7 @@ def logits(model, encoded):
 def test_kd_from_the_cache_is_kd_from_the_model(cache, teacher, pivot, tokenizer, samples, temperature):
     encoded = encoded_of(samples, tokenizer)
     labels = [e.label_ids for e in encoded]
-    rows = CachedTeacher("t", cache, tokenizer, 300, "cpu").batch(named(IDS), labels)
+    rows = CachedTeacher("t", cache, tokenizer, 300, "cpu").distribution(named(IDS), labels)
     student, own = load_model(pivot, "float32"), load_model(teacher, "float32")
     flat = torch.tensor([y for sample in labels for y in sample])
     found = fused_loss(
@@ -61,10 +63,12 @@ def test_kd_from_the_cache_is_kd_from_the_model(cache, teacher, pivot, tokenizer
 
 
 def test_rows_follow_the_order_of_the_samples_asked_for(cache, tokenizer, samples):
-    source = CachedTeacher("t", cache, tokenizer, 300, "cpu")
-    one = [source.batch(named([i]), [e.label_ids]) for i, e in zip(IDS, encoded_of(samples, tokenizer), strict=True)]
+    cached = CachedTeacher("t", cache, tokenizer, 300, "cpu")
+    one = [
+        cached.distribution(named([i]), [e.label_ids]) for i, e in zip(IDS, encoded_of(samples, tokenizer), strict=True)
+    ]
     order = [2, 0, 3, 1]
-    together = source.batch(
+    together = cached.distribution(
         named([IDS[i] for i in order]), [encoded_of(samples, tokenizer)[i].label_ids for i in order]
     )
     whole = together.log_probs(slice(0, 9999), 1.0)
@@ -75,7 +79,10 @@ def test_rows_follow_the_order_of_the_samples_asked_for(cache, tokenizer, sample
 
 @pytest.fixture(scope="module")
 def added(tmp_path_factory, tokenizer, samples):
-    """A teacher whose added tokens and end token are not the student's: the cache of two samples, the model, both tokenizers."""
+    """A teacher whose added tokens and end token are not the student's.
+
+    The cache of two samples, the model, both tokenizers.
+    """
     folder = tmp_path_factory.mktemp("added")
     theirs, ours = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
     theirs.add_special_tokens(
@@ -89,14 +96,15 @@ def added(tmp_path_factory, tokenizer, samples):
         }
     )
     assert theirs.convert_tokens_to_ids("<|same|>") == ours.convert_tokens_to_ids("<|same|>") >= 300
-    shape = {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "initializer_range": 0.3,
-    }
+    shape = Architecture(
+        model_type="llama",
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.3,
+    )
     model = make_model(shape, theirs, 4)
     write_jsonl(folder / "samples.jsonl", [s for s in samples if s["id"] in ("s03", "twice")])
     save_model(model, theirs, folder / "model", "float32")
@@ -104,7 +112,7 @@ def added(tmp_path_factory, tokenizer, samples):
         artifact(folder / "model"),
         artifact(folder, max_length=128, samples=2),
         folder / "model",
-        {"dtype": "float32"},
+        Capture(dtype="float32"),
         None,
     )
     return artifact(folder / "model", **facts), model.eval(), theirs, ours
@@ -114,8 +122,8 @@ def test_tokens_that_differ_are_masked_out_of_the_teachers_softmax(added, sample
     cache, model, theirs, ours = added
     ids = ["s03", "twice"]
     student, own = encoded_of(samples, ours, ids), encoded_of(samples, theirs, ids)
-    source = CachedTeacher("t", cache, ours, 310, "cpu")
-    rows = source.batch(named(ids), [e.label_ids for e in student])
+    cached = CachedTeacher("t", cache, ours, 310, "cpu")
+    rows = cached.distribution(named(ids), [e.label_ids for e in student])
     shared = [i for token, i in theirs.get_vocab().items() if ours.get_vocab().get(token) == i]
     assert len(shared) == 301
     expected = torch.full((len(rows.mask), 310), -torch.inf, dtype=torch.float64)
@@ -132,7 +140,7 @@ def test_tokens_that_differ_are_masked_out_of_the_teachers_softmax(added, sample
 def test_where_end_tokens_differ_the_closing_position_carries_no_teacher(added, samples):
     cache, _, _, ours = added
     labels = [e.label_ids for e in encoded_of(samples, ours, ["s03", "twice"])]
-    rows = CachedTeacher("t", cache, ours, 310, "cpu").batch(named(["s03", "twice"]), labels)
+    rows = CachedTeacher("t", cache, ours, 310, "cpu").distribution(named(["s03", "twice"]), labels)
     closing = [token == ours.eos_token_id for sample in labels for token in sample]
     assert sum(closing) == 4
     assert rows.mask.tolist() == [float(not end) for end in closing]
@@ -140,15 +148,15 @@ def test_where_end_tokens_differ_the_closing_position_carries_no_teacher(added, 
 
 
 def test_a_teacher_with_another_vocabulary_is_refused_with_both_sizes(cache, mix):
-    other = make_tokenizer({"vocabulary_size": 290}, mix.file("samples.jsonl"), None)
+    other = make_tokenizer(Tokenizer(vocabulary_size=290), mix.file("samples.jsonl"), None)
     with pytest.raises(UserError, match=r"teacher t has another vocabulary than the student \(300 and 290 tokens"):
         CachedTeacher("t", cache, other, 290, "cpu")
 
 
 def test_a_sample_the_cache_lacks_or_labels_otherwise_is_named(cache, tokenizer, samples):
-    source = CachedTeacher("t", cache, tokenizer, 300, "cpu")
+    cached = CachedTeacher("t", cache, tokenizer, 300, "cpu")
     with pytest.raises(UserError, match="no rows for sample missing"):
-        source.batch(named(["missing"]), [[1]])
+        cached.distribution(named(["missing"]), [[1]])
     labels = encoded_of(samples, tokenizer, ["s03"])[0].label_ids
     for wrong in (
         [*labels[:2], (labels[2] + 1) % 300, *labels[3:]],
@@ -157,7 +165,7 @@ def test_a_sample_the_cache_lacks_or_labels_otherwise_is_named(cache, tokenizer,
         encode(question("x", "a", "b"), tokenizer, 99).label_ids,
     ):
         with pytest.raises(UserError, match="teacher t: sample s03: its cached labels are not the student's"):
-            source.batch(named(["s03"]), [wrong])
+            cached.distribution(named(["s03"]), [wrong])
 
 
 @pytest.mark.parametrize("known", [5, 8, 11])
@@ -167,7 +175,7 @@ def test_rows_are_a_softmax_over_the_shared_tokens_whatever_the_teacher_has_more
     hidden, head, bias = (torch.randn(*shape, generator=generator) for shape in ((7, 3), (known, 3), (known,)))
     shared = torch.tensor([0, 2, 3, 4])
     nothing = torch.zeros(7)
-    rows = HiddenStateDistribution(hidden, Vocabulary(head, bias, shared, 8), nothing, nothing, nothing)
+    rows = HiddenStateDistribution(hidden, TeacherHead(head, bias, shared, 8), nothing, nothing, nothing)
     expected = torch.full((7, 8), -torch.inf)
     expected[:, shared] = ((hidden @ head.T + bias)[:, shared] / temperature).log_softmax(-1)
     torch.testing.assert_close(rows.log_probs(slice(0, 7), temperature), expected)

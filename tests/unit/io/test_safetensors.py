@@ -13,7 +13,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def hard_values():
-    """Random float32 of every size, and all that lie exactly between two neighbours in bf16 or fp16, with their own neighbours."""
+    """Random float32 of every size, and all that lie exactly between two neighbours in bf16 or fp16, with their own
+    neighbours."""
     random = np.random.default_rng(0)
     bits = random.integers(0, 2**32, 200_000, dtype=np.uint32)
     halves = np.concatenate([(np.arange(2**16, dtype=np.uint32) << 16) | low for low in (0x7FFF, 0x8000, 0x8001)])
@@ -53,14 +54,14 @@ def test_a_layout_is_a_file_that_safetensors_reads(tmp_path):
     content = bytearray(layout.size)
     content[: len(layout.head)] = layout.head
     for name, values in (("scalar", scalar), ("b", b), ("a", a)):  # in any order
-        content[layout.entries[name].start : layout.entries[name].end] = values.tobytes()
+        content[layout.tensors[name].start : layout.tensors[name].end] = values.tobytes()
     (tmp_path / "a.safetensors").write_bytes(content)
-    found = load_file(tmp_path / "a.safetensors")
-    assert torch.equal(found["a"], torch.arange(6.0).view(2, 3))
-    assert torch.equal(found["b"], torch.arange(3))
-    assert found["none"].shape == (0, 4)
-    assert found["scalar"] == 2.5
-    assert read_checkpoint_headers(tmp_path) == layout.entries
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert torch.equal(loaded["a"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(loaded["b"], torch.arange(3))
+    assert loaded["none"].shape == (0, 4)
+    assert loaded["scalar"] == 2.5
+    assert read_checkpoint_headers(tmp_path) == layout.tensors
     assert tensor_values(read_checkpoint_headers(tmp_path)["none"]).size == 0
 
 
@@ -84,7 +85,7 @@ def test_tensors_at_odd_addresses_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
         (lambda b: b[:-1], "tensor a ends at byte .*: truncated"),
         (lambda b: b[:5], "no safetensors header"),
@@ -93,10 +94,10 @@ def test_tensors_at_odd_addresses_are_read(tmp_path):
         (lambda b: b[:8] + b"\xff" + b[9:], "the header is not JSON"),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, spoil, told):
+def test_a_damaged_file_is_named(tmp_path, spoil, message):
     save_file({"a": torch.ones(9)}, tmp_path / "a.safetensors")
     content = (tmp_path / "a.safetensors").read_bytes()
     assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["a"]["dtype"] == "F32"
     (tmp_path / "a.safetensors").write_bytes(spoil(content))
-    with pytest.raises(DamagedError, match=f"a.safetensors: {told}"):
+    with pytest.raises(DamagedError, match=f"a.safetensors: {message}"):
         read_checkpoint_headers(tmp_path)

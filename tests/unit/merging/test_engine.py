@@ -2,6 +2,7 @@ import csv
 import json
 import shutil
 import sys
+import time
 import tracemalloc
 
 import pytest
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from llmfusion.cli.merge import progress_line
 from llmfusion.errors import UserError
 from llmfusion.merging import engine
-from llmfusion.merging.methods import merge_arrays
-from llmfusion.merging.plan import plan
+from llmfusion.merging.arrays import merge_arrays
+from llmfusion.merging.options import options_of
+from llmfusion.merging.plan import MergePlan, plan_merge
 from llmfusion.models.loading import load_model, load_tokenizer
 from tests.unit.stand_ins import artifact
 
@@ -26,8 +29,13 @@ def folder_of(place, tensors, **files):
     return place
 
 
+def plan_of(pivot, models, method="ta", **options) -> MergePlan:
+    """A checked merge with these options, by their names in a study."""
+    return plan_merge(pivot, models, options_of(method, options, len(models)))
+
+
 def merged(pivot, models, out, method="ta", **options):
-    facts, _ = engine.run(plan(pivot, models, method, options), out, "key")
+    facts, _ = engine.run(plan_of(pivot, models, method, **options), out, "key")
     return facts, load_file(out / "model.safetensors") if (out / "model.safetensors").exists() else None
 
 
@@ -115,13 +123,13 @@ def test_all_shards_of_the_pivot_are_written_under_their_names(tmp_path):
     assert load_file(tmp_path / "out" / "model-00002-of-00002.safetensors")["b"].tolist() == [1, 1, 1]
 
 
-def test_all_differences_in_names_and_shapes_are_told_at_once_with_their_folders(tmp_path):
+def test_all_differences_in_names_and_shapes_are_reported_at_once_with_their_folders(tmp_path):
     pivot = folder_of(tmp_path / "p", {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(4)})
     one = folder_of(tmp_path / "m1", {"a": torch.zeros(2), "c": torch.zeros(4, 1), "d": torch.zeros(1)})
     two = folder_of(tmp_path / "m2", {"a": torch.zeros(3), "b": torch.zeros(3), "c": torch.zeros(4)})
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         merged(pivot, [one, two], tmp_path / "out")
-    lines = str(told.value).splitlines()
+    lines = str(refused.value).splitlines()
     assert "4 differences" in lines[0]
     assert sorted(line.strip() for line in lines[1:]) == [
         f"a is [3] in {two} and [2] in the pivot {pivot}",
@@ -234,8 +242,11 @@ def test_the_index_of_shards_is_the_pivots(tmp_path):
     index = "model.safetensors.index.json"
     assert (tmp_path / "out" / index).read_bytes() == (pivot / index).read_bytes()
     merged(pivot, [model], tmp_path / "wide", out_dtype="float32")
-    told = json.loads((tmp_path / "wide" / index).read_text())
-    assert told == {"metadata": {"total_size": 20}, "weight_map": json.loads((pivot / index).read_text())["weight_map"]}
+    written = json.loads((tmp_path / "wide" / index).read_text())
+    assert written == {
+        "metadata": {"total_size": 20},
+        "weight_map": json.loads((pivot / index).read_text())["weight_map"],
+    }
 
 
 # ------------------------------------------------------------------------------------------------ what is written
@@ -266,7 +277,7 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path, method, options):
     ]
     pivot, *models = (folder_of(tmp_path / str(i), tensors) for i, tensors in enumerate((theta, *others)))
     for threads in (1, 2, 7):
-        engine.run(plan(pivot, models, method, options), tmp_path / f"out{threads}", "key", threads)
+        engine.run(plan_of(pivot, models, method, **options), tmp_path / f"out{threads}", "key", threads)
     one, *more = ({p.name: p.read_bytes() for p in (tmp_path / f"out{threads}").iterdir()} for threads in (1, 2, 7))
     assert all(other == one for other in more)
 
@@ -311,11 +322,17 @@ def test_a_merge_that_is_nearly_the_pivot_says_so_with_the_figure(tmp_path):
     assert "warning" not in merged(folders[0], folders[1:], tmp_path / "quiet", "rsaf_literal", warn_below=0.0)[0]
 
 
-# ------------------------------------------------------------------------------------------------ what transformers does not read
+# -------------------------------------------------------------------------------- what transformers does not read
 def test_redundant_heads_buffers_and_prefixes_are_no_differences(tmp_path):
     table, body = torch.arange(6.0).view(3, 2), torch.ones(2)
-    hub = {"wte.weight": table, "h.0.ln_1.weight": body, "lm_head.weight": table.clone(), "h.0.attn.bias": torch.ones(1, 1, 2, 2),
-           "h.0.attn.masked_bias": torch.tensor(-1e4), "rotary_emb.inv_freq": torch.ones(4)}  # fmt: skip
+    hub = {
+        "wte.weight": table,
+        "h.0.ln_1.weight": body,
+        "lm_head.weight": table.clone(),
+        "h.0.attn.bias": torch.ones(1, 1, 2, 2),
+        "h.0.attn.masked_bias": torch.tensor(-1e4),
+        "rotary_emb.inv_freq": torch.ones(4),
+    }
     trained = {"transformer.wte.weight": table + 1, "transformer.h.0.ln_1.weight": body + 1}
     pivot = folder_of(
         tmp_path / "p", hub, config='{"model_type": "gpt2"}'
@@ -364,7 +381,7 @@ def test_rows_of_tokens_that_both_have_are_merged_and_the_others_are_the_pivots(
     for folder, tokens in ((pivot, "abcd"), (longer, "abcdef"), (shorter, "abc")):
         tokenizer(folder, tokens)
     assert any(
-        "only the rows of both are merged" in remark for remark in plan(pivot, [longer], "ta", {}).matching.remarks
+        "only the rows of both are merged" in remark for remark in plan_of(pivot, [longer], "ta").matching.remarks
     )
     for dtype in ("pivot", "float32"):
         _, found = merged(pivot, [longer, shorter], tmp_path / dtype, out_dtype=dtype)
@@ -388,14 +405,14 @@ def test_settings_that_no_shape_shows_are_compared(tmp_path):
         {"w": torch.ones(2)},
         config='{"architectures": ["B"], "num_attention_heads": 8, "rope_theta": 5e5}',
     )
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as refused:
         merged(pivot, [model], tmp_path / "out")
-    assert f"architectures is ['B'] in {model} and ['A'] in the pivot {pivot}" in str(told.value)
-    assert f"num_attention_heads is 8 in {model} and 4 in the pivot {pivot}" in str(told.value)
+    assert f"architectures is ['B'] in {model} and ['A'] in the pivot {pivot}" in str(refused.value)
+    assert f"num_attention_heads is 8 in {model} and 4 in the pivot {pivot}" in str(refused.value)
     (model / "config.json").write_text(
         '{"architectures": ["A"], "num_attention_heads": 4, "head_dim": 1, "rope_theta": 5e5}'
     )  # the pivot leaves head_dim out
-    assert plan(pivot, [model], "ta", {}).matching.remarks == [
+    assert plan_of(pivot, [model], "ta").matching.remarks == [
         f"rope_theta is 500000.0 in {model} and 10000.0 in the pivot {pivot}; the merge has the pivot's"
     ]
     (model / "config.json").write_text('{"quantization_config": {"bits": 4}}')
@@ -408,21 +425,21 @@ def test_a_merge_goes_on_with_the_tensors_that_are_missing(tmp_path, monkeypatch
     generator = torch.Generator().manual_seed(0)
     tensors = [{f"w{i}": torch.randn(50 + i, generator=generator) for i in range(6)} for _ in range(3)]
     pivot, *models = (folder_of(tmp_path / str(i), t) for i, t in enumerate(tensors))
-    work, whole, out = plan(pivot, models, "rsaf", {}), tmp_path / "whole", tmp_path / "out"
-    engine.run(work, whole, "key", 1)
-    merge_part, seen = engine._merge_part, []
+    plan, whole, out = plan_of(pivot, models, "rsaf"), tmp_path / "whole", tmp_path / "out"
+    engine.run(plan, whole, "key", 1)
+    merge_tensor, seen = engine._merge_tensor, []
 
-    def dies(plan_, part, *rest):
+    def dies(plan, tensor, *rest):
         if len(seen) == 3:
             raise KeyboardInterrupt
-        seen.append(part.name)
-        return merge_part(plan_, part, *rest)
+        seen.append(tensor.name)
+        return merge_tensor(plan, tensor, *rest)
 
-    monkeypatch.setattr(engine, "_merge_part", dies)
+    monkeypatch.setattr(engine, "_merge_tensor", dies)
     with pytest.raises(KeyboardInterrupt):
-        engine.run(work, out, "key", 1)
+        engine.run(plan, out, "key", 1)
     first = list(seen)
-    damaged = work.files["model.safetensors"].entries[first[0]]
+    damaged = plan.files["model.safetensors"].tensors[first[0]]
     content = bytearray((out / "model.safetensors").read_bytes())
     content[damaged.start : damaged.end] = bytes(
         damaged.end - damaged.start
@@ -432,34 +449,38 @@ def test_a_merge_goes_on_with_the_tensors_that_are_missing(tmp_path, monkeypatch
         journal.write('{"tensor": "w0", "do')
     seen.clear()
     monkeypatch.setattr(
-        engine, "_merge_part", lambda plan_, part, *rest: seen.append(part.name) or merge_part(plan_, part, *rest)
+        engine,
+        "_merge_tensor",
+        lambda plan, tensor, *rest: seen.append(tensor.name) or merge_tensor(plan, tensor, *rest),
     )
-    engine.run(work, out, "key", 1)
+    engine.run(plan, out, "key", 1)
     assert sorted(seen) == sorted(set(tensors[0]) - set(first[1:]))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
 
 def test_what_another_merge_left_is_not_continued(tmp_path, models, monkeypatch):
-    work, out, seen, merge_part = plan(models[0], models[1:], "ta", {}), tmp_path / "out", [], engine._merge_part
+    plan, out, seen, merge_tensor = plan_of(models[0], models[1:], "ta"), tmp_path / "out", [], engine._merge_tensor
 
     def leave():
         monkeypatch.setattr(engine, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            engine.run(work, out, "key", 1)
+            engine.run(plan, out, "key", 1)
         monkeypatch.undo()
 
-    for key, changed in (("other", work), ("key", plan(models[0], models[1:], "ta", {"lambda": 0.5}))):
+    for key, changed in (("other", plan), ("key", plan_of(models[0], models[1:], "ta", **{"lambda": 0.5}))):
         leave()
         seen.clear()
         monkeypatch.setattr(
-            engine, "_merge_part", lambda plan_, part, *rest: seen.append(part.name) or merge_part(plan_, part, *rest)
+            engine,
+            "_merge_tensor",
+            lambda plan, tensor, *rest: seen.append(tensor.name) or merge_tensor(plan, tensor, *rest),
         )
         engine.run(changed, out, key, 1)
         monkeypatch.undo()
-        assert len(seen) == len(work.parts)
+        assert len(seen) == len(plan.tensors)
     leave()
-    monkeypatch.setattr(engine, "_merge_part", lambda *_: pytest.fail("nothing was left to merge"))
-    engine.run(work, out, "key", 1)
+    monkeypatch.setattr(engine, "_merge_tensor", lambda *_: pytest.fail("nothing was left to merge"))
+    engine.run(plan, out, "key", 1)
 
 
 # ------------------------------------------------------------------------------------------------ fuzz
@@ -480,7 +501,7 @@ def test_any_shapes_and_dtypes_are_merged_as_their_values(tmp_path_factory, data
     _, found = merged(folders[0], folders[1:], place / "out", method)
     for name, theta in all_tensors[0].items():
         values = [tensors[name].float().numpy() for tensors in all_tensors]
-        expected, _ = merge_arrays(method, values[0], values[1:], {})
+        expected, _ = merge_arrays(method, values[0], values[1:])
         assert found[name].shape == theta.shape
         assert torch.equal(found[name], torch.tensor(expected).to(theta.dtype))
 
@@ -493,7 +514,7 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path):
         for method in ("ta", "ties", "sce", "rsaf"):
             merged(folders[0], folders[1:], tmp_path / "warm", method)  # compiled, and what Python keeps
             tracemalloc.start()
-            engine.run(plan(folders[0], folders[1:], method, {}), tmp_path / f"{method}{rows}", "key", 1)
+            engine.run(plan_of(folders[0], folders[1:], method), tmp_path / f"{method}{rows}", "key", 1)
             peaks[method, rows] = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
     for method in ("ta", "ties", "sce", "rsaf"):
@@ -508,7 +529,7 @@ def test_no_flipped_bit_of_a_header_is_merged_over(tmp_path, broken):
     file = folders[broken] / "model.safetensors"
     whole = file.read_bytes()
     length = 8 + int.from_bytes(whole[:8], "little")
-    about = whole.index(b'"__metadata__":') + 15  # what is told there is the writer's own
+    about = whole.index(b'"__metadata__":') + 15  # what stands there is the writer's own
     for place in range(8 * length):
         content = bytearray(whole)
         content[place // 8] ^= 1 << place % 8
@@ -516,30 +537,31 @@ def test_no_flipped_bit_of_a_header_is_merged_over(tmp_path, broken):
         if about <= place // 8 < whole.index(b"}", about) and place // 8 < length:
             continue
         with pytest.raises(UserError, match=rf"{folders[broken]}|layer\.[wb]"):
-            plan(folders[0], folders[1:], "ta", {})
+            plan_of(folders[0], folders[1:], "ta")
 
 
 def test_the_progress_line_tells_the_share_and_gigabytes_a_second(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(engine.time, "monotonic", lambda: 12.0)
-    tell = engine.progress_callback(10.0)
-    tell(1_000_000_000, 4_000_000_000)
-    tell(4_000_000_000, 4_000_000_000)
+    monkeypatch.setattr(time, "monotonic", lambda: 12.0)
+    update = progress_line(10.0)
+    update(1_000_000_000, 4_000_000_000)
+    update(4_000_000_000, 4_000_000_000)
     assert capsys.readouterr().err == "\r 25% of 4.00 GB, 0.50 GB/s\r100% of 4.00 GB, 2.00 GB/s\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    engine.progress_callback(10.0)(1, 2)
+    assert progress_line(10.0) is None
     assert capsys.readouterr().err == ""
 
 
 def test_progress_ends_with_all_bytes_read_and_written(tmp_path, models):
-    told, work = [], plan(models[0], models[1:], "ta", {})
-    engine.run(work, tmp_path / "out", "key", 1, lambda *given: told.append(given))
+    calls = []
+    plan = plan_of(models[0], models[1:], "ta")
+    engine.run(plan, tmp_path / "out", "key", 1, lambda *bytes_done: calls.append(bytes_done))
     merged_bytes, copied = (
         4 * (12 + 5 + 1) * 4,
         2 * (8 + 2),
     )  # of pivot, two models and merge; integers and flags of pivot and merge
-    assert told[-1] == (merged_bytes + copied, merged_bytes + copied)
-    assert [moved for moved, _ in told] == sorted(moved for moved, _ in told)
+    assert calls[-1] == (merged_bytes + copied, merged_bytes + copied)
+    assert [moved for moved, _ in calls] == sorted(moved for moved, _ in calls)
 
 
 def test_the_report_of_rsaf_has_skewness_share_and_coefficients_of_each_model(tmp_path):
@@ -551,6 +573,7 @@ def test_the_report_of_rsaf_has_skewness_share_and_coefficients_of_each_model(tm
     merged(pivot, [one, two], tmp_path / "out", "rsaf", tau=0.3)
     (row,) = csv.DictReader((tmp_path / "out" / "merge_report.csv").read_text().splitlines())
     skew = 2 / 3**0.5  # of 8 0 0 0, and the opposite of 0 1 1 1
-    hand = {"S_0": skew, "S_1": -skew, "K_0": 0.3 / (1 + skew), "K_1": 0.3 * (1 + skew), "k_0": 1, "k_1": 3, "threshold_0": 8, "threshold_1": 1,
-            "eta_0": 64 / 67, "eta_1": 3 / 67, "kept_energy": 1, "changed": 1, "sign_conflicts": 0, "values": 4}  # fmt: skip
+    hand = {"S_0": skew, "S_1": -skew, "K_0": 0.3 / (1 + skew), "K_1": 0.3 * (1 + skew), "k_0": 1, "k_1": 3}
+    hand |= {"threshold_0": 8, "threshold_1": 1, "eta_0": 64 / 67, "eta_1": 3 / 67, "kept_energy": 1}
+    hand |= {"changed": 1, "sign_conflicts": 0, "values": 4}
     assert {key: float(row[key]) for key in hand} == pytest.approx(hand, rel=1e-6)

@@ -13,27 +13,31 @@ import torch
 import xxhash
 from safetensors.torch import load_file, save_file
 
+from llmfusion.cli.main import main
 from llmfusion.errors import UserError
 from llmfusion.io.safetensors import layout_of, read_checkpoint_headers
+from llmfusion.merging.options import parse_options
 from llmfusion.models.loading import load_model
-from llmfusion.steps.merge_models import build, check_options
+from llmfusion.steps.merge_models import build
 from llmfusion.study.schema.base import dump
 from tests.unit.stand_ins import artifact, job
 
-WITHOUT_TORCH = """
-import runpy, sys
-sys.modules["torch"] = sys.modules["transformers"] = sys.modules["llmfusion.study.schema.models"] = None  # importing them is an error
-sys.argv = ["merge", *sys.argv[1:]]
-runpy.run_module("llmfusion.steps.merge_models", run_name="__main__")
+FORBIDDEN = ("torch", "transformers", "llmfusion.study.kinds", "llmfusion.study.schema.merging")
+WITHOUT_TORCH = f"""
+import sys
+sys.modules.update(dict.fromkeys({FORBIDDEN}))  # importing them is an error
+from llmfusion.cli import main
+sys.argv = ["llmfusion", "merge", *sys.argv[1:]]
+main.entry()
 """
-
-WITHOUT_KERNELS = """
-import os, runpy, sys
-os._exit = sys.exit  # what the process took is told after it
-sys.modules["torch"] = sys.modules["transformers"] = sys.modules["llmfusion.study.schema.models"] = sys.modules["numba"] = None
-sys.argv = ["merge", *sys.argv[1:]]
+WITHOUT_KERNELS = f"""
+import os, sys
+os._exit = sys.exit  # what the process took is printed after it
+sys.modules.update(dict.fromkeys({(*FORBIDDEN, "numba")}))
+from llmfusion.cli import main
+sys.argv = ["llmfusion", "merge", *sys.argv[1:]]
 try:
-    runpy.run_module("llmfusion.steps.merge_models", run_name="__main__")
+    main.entry()
 except SystemExit as end:
     status = end.code
 """
@@ -41,13 +45,18 @@ DIES = """
 import os, signal
 from llmfusion.merging import engine
 add, left = engine.Journal.add, [AFTER]
-def dies(self, *given):
+def dies(self, *arguments):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     left[0] -= 1
-    add(self, *given)
+    add(self, *arguments)
 engine.Journal.add = dies
 """
+
+
+def merge(*words):
+    """Exit status of ``llmfusion merge`` in this process."""
+    return main(["merge", *map(str, words)])
 
 
 def command(*arguments, code=("-c", WITHOUT_TORCH)):
@@ -119,17 +128,15 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("changed", "told"), WRONG, ids=[" ".join(c) for c, _ in WRONG])
-def test_wrong_options_end_with_status_2_and_a_message(tmp_path, pivot, folders, monkeypatch, capsys, changed, told):
-    from llmfusion.steps.merge_models import merge_checkpoints
-
+@pytest.mark.parametrize(("changed", "message"), WRONG, ids=[" ".join(c) for c, _ in WRONG])
+def test_wrong_options_end_with_status_2_and_a_message(tmp_path, pivot, folders, monkeypatch, capsys, changed, message):
     monkeypatch.chdir(tmp_path)
-    given = {"--method": ["ta"], "--pivot": [str(pivot.folder)], "--models": list(map(str, folders)), "--out": ["out"]}
-    given[changed[0]] = changed[1:]
-    assert merge_checkpoints([word for key, values in given.items() for word in (key, *values)]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert told in message
+    words = {"--method": ["ta"], "--pivot": [pivot.folder], "--models": folders, "--out": ["out"]}
+    words[changed[0]] = changed[1:]
+    assert merge(*(word for key, values in words.items() for word in (key, *values))) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert message in printed
     assert {p.name for p in tmp_path.iterdir()} == {"m1", "m2"}
 
 
@@ -146,64 +153,31 @@ def test_wrong_options_end_the_process_without_a_traceback_and_without_torch(tmp
 
 
 def test_checkpoints_that_do_not_fit_leave_nothing_behind(tmp_path, pivot, folders, capsys):
-    from llmfusion.steps.merge_models import merge_checkpoints
-
     save_file({"w": torch.zeros(1)}, folders[1] / "model.safetensors")
-    assert (
-        merge_checkpoints(
-            [
-                "--method",
-                "ta",
-                "--pivot",
-                str(pivot.folder),
-                "--models",
-                *map(str, folders),
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 2
-    )
+    assert merge("--method", "ta", "--pivot", pivot.folder, "--models", *folders, "--out", tmp_path / "out") == 2
     assert f"model.norm.weight is missing in {folders[1]}" in capsys.readouterr().err
     assert {p.name for p in tmp_path.iterdir()} == {"m1", "m2"}
 
 
 def test_another_dtype_is_written_if_it_is_asked_for(tmp_path, pivot, folders, capsys):
-    from llmfusion.steps.merge_models import merge_checkpoints
-
-    words = [
-        "--method",
-        "ta",
-        "--pivot",
-        str(pivot.folder),
-        "--models",
-        *map(str, folders),
-        "--out",
-        str(tmp_path / "out"),
-        "--set",
-        "out_dtype=bfloat16",
-    ]
-    assert merge_checkpoints(words) == 0
+    words = ["--method", "ta", "--pivot", pivot.folder, "--models", *folders, "--out", tmp_path / "out"]
+    assert merge(*words, "--set", "out_dtype=bfloat16") == 0
     before, after = load_file(pivot.folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert {name: t.dtype for name, t in after.items()} == dict.fromkeys(before, torch.bfloat16)
     assert all(torch.allclose(after[name].float(), t + 1.5, rtol=2**-8) for name, t in before.items())
     assert "note: config.json is the pivot's; load with dtype='bfloat16'" in capsys.readouterr().err
 
 
-def parse_options(*given):
-    return dump(check_options(*given), "pivot", "parents")
-
-
 def test_options_are_read_as_in_a_study():
-    assert parse_options("ta", [], 2) == {"method": "ta"}
-    assert parse_options("ta", ["weight=1e-3", "normalize=true"], 2) == {
-        "method": "ta",
-        "weight": 0.001,
-        "normalize": True,
-    }
-    assert parse_options("ta", ["weight=0.25,0.75"], 2) == {"method": "ta", "weight": [0.25, 0.75]}
+    def read(*arguments):
+        return dump(parse_options(*arguments), "pivot", "parents")
+
+    assert read("ta", [], 2) == {"method": "ta"}
+    expected = {"method": "ta", "weight": 0.001, "normalize": True}
+    assert read("ta", ["weight=1e-3", "normalize=true"], 2) == expected
+    assert read("ta", ["weight=0.25,0.75"], 2) == {"method": "ta", "weight": [0.25, 0.75]}
     with pytest.raises(UserError, match=r"(?s)tau.*lambda|lambda.*tau"):  # all mistakes at once
-        parse_options("ta", ["tau=1", "lambda=x"], 2)
+        read("ta", ["tau=1", "lambda=x"], 2)
 
 
 def test_the_step_merges_the_parents_of_its_spec(tmp_path, pivot, folders):
@@ -229,17 +203,17 @@ def test_the_folder_says_what_it_was_made_from_and_holds(tmp_path, pivot, folder
     assert re.search(
         r"warning: the merge is nearly the pivot: rsaf_literal kept [0-9.]+% of the sum of squares", done.stderr
     )
-    told = json.loads((out / "manifest.json").read_text())
-    assert set(told["files"]) == {p.name for p in out.iterdir()} - {"manifest.json"}
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert set(manifest["files"]) == {p.name for p in out.iterdir()} - {"manifest.json"}
     entries = read_checkpoint_headers(out)
-    for name, found in told["files"].items():
+    for name, entry in manifest["files"].items():
         content = (out / name).read_bytes()
-        assert found["size"] == len(content)
-        if "sha256" in found:
-            assert hashlib.sha256(content).hexdigest() == found["sha256"]
+        assert entry["size"] == len(content)
+        if "sha256" in entry:
+            assert hashlib.sha256(content).hexdigest() == entry["sha256"]
         else:
-            assert {t: xxhash.xxh3_64_hexdigest(content[e.start : e.end]) for t, e in entries.items()} == found["xxh3"]
-    assert told["options"] == {
+            assert {t: xxhash.xxh3_64_hexdigest(content[e.start : e.end]) for t, e in entries.items()} == entry["xxh3"]
+    assert manifest["options"] == {
         "tau": 0.1,
         "eps": 1e-8,
         "rate": "relative",
@@ -247,7 +221,7 @@ def test_the_folder_says_what_it_was_made_from_and_holds(tmp_path, pivot, folder
         "out_dtype": "pivot",
         "warn_below": 0.05,
     }
-    assert [model["folder"] for model in told["models"]] == list(map(str, folders))
+    assert [model["folder"] for model in manifest["models"]] == list(map(str, folders))
     card = (out / "README.md").read_text()
     assert all(str(word) in card for word in ("rsaf_literal", pivot.folder, *folders, "tau: 0.1", "**Warning**"))
     for name in (
@@ -296,7 +270,7 @@ def test_a_merge_that_is_killed_is_continued_by_the_same_command(tmp_path, pivot
             tmp_path / "out",
             "--threads",
             "1",
-            code=("-c", WITHOUT_TORCH.replace("runpy.run", DIES.replace("AFTER", str(after)) + "runpy.run", 1)),
+            code=("-c", WITHOUT_TORCH.replace("main.entry", DIES.replace("AFTER", str(after)) + "main.entry", 1)),
         )
         assert killed.returncode == -9
         assert not (tmp_path / "out").exists()
@@ -309,24 +283,8 @@ def test_a_merge_that_is_killed_is_continued_by_the_same_command(tmp_path, pivot
 
 
 def test_a_model_too_large_for_the_disk_is_refused_before_work(tmp_path, pivot, folders, monkeypatch, capsys):
-    from llmfusion.steps import merge_models as merge
-
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert (
-        merge.merge_checkpoints(
-            [
-                "--method",
-                "ta",
-                "--pivot",
-                str(pivot.folder),
-                "--models",
-                *map(str, folders),
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 2
-    )
+    assert merge("--method", "ta", "--pivot", pivot.folder, "--models", *folders, "--out", tmp_path / "out") == 2
     assert re.search(r"the merge needs \d+ KiB more, 1 KiB are free in", capsys.readouterr().err)
     assert {p.name for p in tmp_path.iterdir()} == {"m1", "m2"}
 
@@ -376,22 +334,22 @@ def test_a_mismatch_of_8b_models_is_refused_from_headers_alone(tmp_path):
     assert int(done.stdout.split()[-1]) < 200 * 1024
 
 
-def test_compiled_code_goes_where_it_is_told_and_to_a_private_folder_where_home_cannot_be_written(tmp_path):
+def test_compiled_code_goes_where_the_environment_says_and_to_a_private_folder_where_home_cannot_be_written(tmp_path):
     code = "from llmfusion.merging.compiled import cache_folder; print(cache_folder())"
     home, temporary = tmp_path / "home", tmp_path / "tmp"
     home.write_text("a file: no folder can be made in it")
     temporary.mkdir()
     plain = {key: value for key, value in os.environ.items() if key not in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME")}
 
-    def found(**changed):
+    def folder_with(**changed):
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**plain, **changed})
         assert run.returncode == 0, run.stderr
         return run.stdout.strip()
 
-    assert found(NUMBA_CACHE_DIR=str(tmp_path / "given")) == str(tmp_path / "given")
-    assert found(XDG_CACHE_HOME=str(tmp_path / "xdg")) == str(tmp_path / "xdg/llmfusion")
-    assert found(HOME=str(tmp_path)) == str(tmp_path / ".cache/llmfusion")
-    private = found(HOME=str(home), TMPDIR=str(temporary))
+    assert folder_with(NUMBA_CACHE_DIR=str(tmp_path / "given")) == str(tmp_path / "given")
+    assert folder_with(XDG_CACHE_HOME=str(tmp_path / "xdg")) == str(tmp_path / "xdg/llmfusion")
+    assert folder_with(HOME=str(tmp_path)) == str(tmp_path / ".cache/llmfusion")
+    private = folder_with(HOME=str(home), TMPDIR=str(temporary))
     assert os.path.dirname(private) == str(temporary)
     assert os.stat(private).st_mode & 0o777 == 0o700
 
@@ -407,22 +365,24 @@ def test_a_step_that_was_killed_goes_on_with_the_next_tensor(tmp_path, pivot, fo
     }
     whole = job(tmp_path, spec, inputs, "whole")
     build(whole)
-    merge_part, seen = engine._merge_part, []
+    merge_tensor, seen = engine._merge_tensor, []
 
-    def dies(plan, part, *rest):
-        seen.append(part.name)
+    def dies(plan, tensor, *rest):
+        seen.append(tensor.name)
         if len(seen) > 4:
             raise KeyboardInterrupt
-        return merge_part(plan, part, *rest)
+        return merge_tensor(plan, tensor, *rest)
 
-    monkeypatch.setattr(engine, "_merge_part", dies)
+    monkeypatch.setattr(engine, "_merge_tensor", dies)
     with pytest.raises(KeyboardInterrupt):
         build(job(tmp_path, spec, inputs, "killed"))
     assert not list((tmp_path / "killed/out").iterdir())
     finished = seen[:4]
     seen.clear()
     monkeypatch.setattr(
-        engine, "_merge_part", lambda plan, part, *rest: seen.append(part.name) or merge_part(plan, part, *rest)
+        engine,
+        "_merge_tensor",
+        lambda plan, tensor, *rest: seen.append(tensor.name) or merge_tensor(plan, tensor, *rest),
     )
     again = job(tmp_path, spec, inputs, "killed")
     build(again)

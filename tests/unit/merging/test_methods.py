@@ -1,4 +1,4 @@
-"""TA, TIES, SCE and RSAF against hand-worked cases, plain float64 references, mergekit's semantics and the identities every method must keep."""
+"""TA, TIES, SCE and RSAF against hand-worked cases, plain references, mergekit's semantics, and identities."""
 
 import math
 
@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmfusion.errors import UserError
+from llmfusion.merging.arrays import merge_arrays
 from llmfusion.merging.blocks import BLOCK, PivotDeltas
-from llmfusion.merging.methods import METHODS, Moments, merge_arrays
+from llmfusion.merging.rate_of_change import Moments
 from llmfusion.merging.selection import select
+from llmfusion.study.merge_methods import method_names
 
 RNG = np.random.default_rng(0)
 
@@ -21,13 +23,13 @@ def some(models: int = 3, n: int = 501, seed: int = 0) -> tuple[np.ndarray, np.n
 
 
 def merged(name: str, theta: np.ndarray, deltas: np.ndarray, options: dict | None = None) -> np.ndarray:
-    out, _ = merge_arrays(name, theta, list(deltas), options or {}, deltas=True)
+    out, _ = merge_arrays(name, theta, list(deltas), options, deltas=True)
     assert out.dtype == np.float32
     return out
 
 
 def notes(name: str, theta: np.ndarray, deltas: np.ndarray, options: dict | None = None) -> dict[str, float]:
-    return merge_arrays(name, theta, list(deltas), options or {}, deltas=True)[1]
+    return merge_arrays(name, theta, list(deltas), options, deltas=True)[1]
 
 
 # ------------------------------------------------------------------------------------------------ by hand
@@ -60,9 +62,9 @@ def test_sce_by_hand() -> None:
     theta = np.zeros(4, np.float32)
     deltas = np.array([[3, 1, 0, 2], [1, 1, 0, -4]], np.float32)
     # variances 1, 0, 0, 9: of two that are not 0 the half is one, the last; eta = 4/20, 16/20
-    told = notes("sce", theta, deltas, {"tau": 0.5})
-    assert (told["k"], told["eta_0"], told["eta_1"]) == pytest.approx((1, 0.2, 0.8))
-    assert told["threshold"] == pytest.approx(3)  # the standard deviation of 2 and -4
+    stats = notes("sce", theta, deltas, {"tau": 0.5})
+    assert (stats["k"], stats["eta_0"], stats["eta_1"]) == pytest.approx((1, 0.2, 0.8))
+    assert stats["threshold"] == pytest.approx(3)  # the standard deviation of 2 and -4
     # disjoint over all values: 0.2*3 + 0.8*1; 1; 0; the elected sign is -: -4
     np.testing.assert_allclose(merged("sce", theta, deltas, {"tau": 0.5}), [1.4, 1, 0, -4], rtol=1e-6)
     np.testing.assert_allclose(
@@ -79,12 +81,12 @@ def test_rsaf_by_hand() -> None:
     theta = np.array([1, 1, 1, 1], np.float32)
     deltas = np.array([[8, 0, 0, 0], [0, 1, 1, 1]], np.float32)
     # rates 8 0 0 0: S = (n-2)/sqrt(n-1) = 2/sqrt(3); rates 0 1 1 1: S = -2/sqrt(3)
-    told = notes("rsaf", theta, deltas, {"tau": 0.3, "eps": 1e-300})
+    stats = notes("rsaf", theta, deltas, {"tau": 0.3, "eps": 1e-300})
     skew = 2 / math.sqrt(3)
-    assert (told["S_0"], told["S_1"]) == pytest.approx((skew, -skew), abs=1e-12)
-    assert (told["K_0"], told["K_1"]) == pytest.approx((0.3 / (1 + skew), 0.3 * (1 + skew)))
-    assert (told["k_0"], told["k_1"]) == (1, 3)  # ceil(0.14 4) and ceil(0.646 4)
-    assert (told["eta_0"], told["eta_1"]) == pytest.approx((64 / 67, 3 / 67))
+    assert (stats["S_0"], stats["S_1"]) == pytest.approx((skew, -skew), abs=1e-12)
+    assert (stats["K_0"], stats["K_1"]) == pytest.approx((0.3 / (1 + skew), 0.3 * (1 + skew)))
+    assert (stats["k_0"], stats["k_1"]) == (1, 3)  # ceil(0.14 4) and ceil(0.646 4)
+    assert (stats["eta_0"], stats["eta_1"]) == pytest.approx((64 / 67, 3 / 67))
     np.testing.assert_allclose(
         merged("rsaf", theta, deltas, {"tau": 0.3}), [9, 2, 2, 2]
     )  # each stands alone where it is not 0
@@ -93,7 +95,7 @@ def test_rsaf_by_hand() -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ a plain float64 reference
+# -------------------------------------------------------------------------------- a plain float64 reference
 def top(values: np.ndarray, k: int) -> np.ndarray:
     """The k largest, of equal ones the first: sorted, in plain Python."""
     mask = np.zeros(values.size, bool)
@@ -110,7 +112,8 @@ def two_pass_skewness(rates: np.ndarray) -> float:
 def reference(
     name: str, theta: np.ndarray, deltas: np.ndarray, options: dict, numbers: list[int] | None = None
 ) -> np.ndarray:
-    """What a method must give, bit for bit given the numbers of selected values: masks from sorting, coefficients in float64, the merge in float32."""
+    """What a method must give, bit for bit given the numbers of selected values: masks from sorting, coefficients in
+    float64, the merge in float32."""
     count, n = deltas.shape
     wide = deltas.astype(np.float64)
     one = np.float32(1)
@@ -184,14 +187,14 @@ def test_each_method_is_its_plain_reference_bit_for_bit(name: str, options: dict
         theta, deltas = coarse(theta), coarse(np.round(deltas, 4))
     if kind == "sparse":
         deltas = np.where(np.random.default_rng(1).random(deltas.shape) < 0.97, np.float32(0), deltas)
-    found, told = merge_arrays(name, theta, list(deltas), options, deltas=True)
-    numbers = [int(told[f"k_{j}"]) for j in range(3)] if name.startswith("rsaf") else None
-    assert np.array_equal(found.view(np.uint32), reference(name, theta, deltas, options, numbers).view(np.uint32))
+    out, stats = merge_arrays(name, theta, list(deltas), options, deltas=True)
+    numbers = [int(stats[f"k_{j}"]) for j in range(3)] if name.startswith("rsaf") else None
+    assert np.array_equal(out.view(np.uint32), reference(name, theta, deltas, options, numbers).view(np.uint32))
     if name.startswith("rsaf"):
         rates = np.abs(deltas.astype(np.float64)) / (np.abs(theta.astype(np.float64)) + options.get("eps", 1e-8))
         for j, row in enumerate(rates):
-            assert told[f"S_{j}"] == pytest.approx(two_pass_skewness(row), rel=1e-9)
-            assert told[f"k_{j}"] == min(math.ceil(told[f"K_{j}"] * row.size), np.count_nonzero(deltas[j]))
+            assert stats[f"S_{j}"] == pytest.approx(two_pass_skewness(row), rel=1e-9)
+            assert stats[f"k_{j}"] == min(math.ceil(stats[f"K_{j}"] * row.size), np.count_nonzero(deltas[j]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -211,14 +214,15 @@ def test_small_tensors_of_any_size_and_number_of_models_are_their_reference(
         deltas = np.round(deltas * 1000, digits - 1).astype(np.float32) / np.float32(
             1024
         )  # few different values, zeros among them
-    found, told = merge_arrays(name, theta, list(deltas), options, deltas=True)
-    numbers = [int(told[f"k_{j}"]) for j in range(models)] if name.startswith("rsaf") else None
-    assert np.array_equal(found.view(np.uint32), reference(name, theta, deltas, options, numbers).view(np.uint32))
+    out, stats = merge_arrays(name, theta, list(deltas), options, deltas=True)
+    numbers = [int(stats[f"k_{j}"]) for j in range(models)] if name.startswith("rsaf") else None
+    assert np.array_equal(out.view(np.uint32), reference(name, theta, deltas, options, numbers).view(np.uint32))
 
 
-# ------------------------------------------------------------------------------------------------ mergekit's published semantics
+# -------------------------------------------------------------------------------- mergekit's published semantics
 def mergekit(name: str, phi: np.ndarray, theta: np.ndarray, options: dict) -> np.ndarray:
-    """task_arithmetic, ties and sce as mergekit defines them, in float64: consensus by sum, +1 for 0, its divisors and its clamp."""
+    """task_arithmetic, ties and sce as mergekit defines them, in float64: consensus by sum, +1 for 0, its divisors
+    and its clamp."""
     deltas = phi.astype(np.float64) - theta
     if name == "sce":
         variance = deltas.var(0)
@@ -260,8 +264,8 @@ def test_what_mergekit_gives(name: str, options: dict) -> None:
     rng = np.random.default_rng(3)
     theta = rng.normal(0, 0.5, 3001).astype(np.float32)
     phi = theta + rng.normal(0, 0.1, (3, 3001)).astype(np.float32)
-    found, _ = merge_arrays(name, theta, list(phi), options)
-    np.testing.assert_allclose(found, mergekit(name, phi, theta, options), rtol=0, atol=1e-6)
+    out, _ = merge_arrays(name, theta, list(phi), options)
+    np.testing.assert_allclose(out, mergekit(name, phi, theta, options), rtol=0, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ selection
@@ -269,9 +273,9 @@ def test_what_mergekit_gives(name: str, options: dict) -> None:
 def test_a_selection_takes_exactly_k_and_the_lower_index_of_equals(k: int) -> None:
     values = np.array([1.0, 3, 3, 2, 3, 0], np.float32)
     tensor = PivotDeltas(values, [values], deltas=True)
-    (chosen,) = select(tensor, lambda block, first: np.abs(block.deltas), [range(1)], lambda tops: [k])
+    (chosen,) = select(tensor, lambda block, first_pass: np.abs(block.deltas), [range(1)], lambda selections: [k])
     kept = values + 1  # so that a kept 0 shows
-    chosen.trim(0, values, kept)
+    chosen.zero_unselected(0, values, kept)
     assert (kept > 0).tolist() == top(values, k).tolist()
     assert chosen.squares[0] == pytest.approx((values[top(values, k)] ** 2).sum())
     assert chosen.value == (sorted(values)[-k] if k else math.inf)
@@ -317,20 +321,20 @@ def test_a_long_left_tail_selects_more_but_never_more_than_all() -> None:
     theta = np.ones(1000, np.float32)
     deltas = np.full((1, 1000), 0.5, np.float32)
     deltas[0, 7] = 0.001
-    told = notes("rsaf", theta, deltas, {"tau": 0.5})
-    assert told["S_0"] < -30
-    assert told["K_0"] == 1.0
-    assert told["k_0"] == 1000
+    stats = notes("rsaf", theta, deltas, {"tau": 0.5})
+    assert stats["S_0"] < -30
+    assert stats["K_0"] == 1.0
+    assert stats["k_0"] == 1000
 
 
 def test_the_skewness_of_logarithms_leaves_zeros_out() -> None:
     theta, deltas = some(2, 5000)
     deltas[:, ::3] = 0
-    told = notes("rsaf", theta, deltas, {"rate": "log", "eps": 1e-6})
+    stats = notes("rsaf", theta, deltas, {"rate": "log", "eps": 1e-6})
     for j in range(2):
         used = deltas[j] != 0
         logs = np.log(np.abs(deltas[j][used].astype(np.float64)) / (np.abs(theta[used].astype(np.float64)) + 1e-6))
-        assert told[f"S_{j}"] == pytest.approx(two_pass_skewness(logs), rel=1e-9)
+        assert stats[f"S_{j}"] == pytest.approx(two_pass_skewness(logs), rel=1e-9)
     assert notes("rsaf", theta, deltas * 0, {"rate": "log"})["k_0"] == 0
 
 
@@ -352,8 +356,9 @@ ALL = [
 LITERAL = [("ties", {"density": 0.3}), ("sce", {"select_scope": "values", "normalize": "none"}), ("rsaf_literal", {})]
 
 
-def test_every_method_of_the_registry_is_held_to_the_identities() -> None:
-    assert {name for name, _ in ALL + LITERAL} == set(METHODS)
+def test_every_method_of_the_papers_is_held_to_these_identities() -> None:
+    """What holds for every registered method, also for one that is added, is in test_plugins.py."""
+    assert {name for name, _ in ALL + LITERAL} == {"ta", "ties", "sce", "rsaf", "rsaf_literal"} <= set(method_names())
 
 
 @pytest.mark.parametrize(("name", "options"), ALL)
@@ -434,13 +439,13 @@ def test_bfloat16_and_float16_arrays_are_merged_as_their_values() -> None:
     theta, deltas = some(2)
     half = [np.float16(theta + d) for d in deltas]
     assert np.array_equal(
-        merge_arrays("ties", theta, half, {})[0],
-        merge_arrays("ties", theta, [h.astype(np.float32) for h in half], {})[0],
+        merge_arrays("ties", theta, half)[0],
+        merge_arrays("ties", theta, [h.astype(np.float32) for h in half])[0],
     )
     short = [coarse(theta + d) for d in deltas]
     bits = [(values.view(np.uint32) >> 16).astype(np.uint16) for values in short]
-    assert np.array_equal(merge_arrays("ties", theta, bits, {})[0], merge_arrays("ties", theta, short, {})[0])
-    assert np.array_equal(merge_arrays("ties", bits[0], bits, {})[0], merge_arrays("ties", short[0], short, {})[0])
+    assert np.array_equal(merge_arrays("ties", theta, bits)[0], merge_arrays("ties", theta, short)[0])
+    assert np.array_equal(merge_arrays("ties", bits[0], bits)[0], merge_arrays("ties", short[0], short)[0])
 
 
 def test_a_value_that_is_not_finite_is_refused_with_the_array_that_holds_it() -> None:
@@ -448,6 +453,6 @@ def test_a_value_that_is_not_finite_is_refused_with_the_array_that_holds_it() ->
     broken = (theta + deltas[1]).copy()
     broken[77] = np.nan
     with pytest.raises(UserError, match="model 1 holds a NaN or an infinity"):
-        merge_arrays("ta", theta, [theta + deltas[0], broken], {})
+        merge_arrays("ta", theta, [theta + deltas[0], broken])
     with pytest.raises(UserError, match="the difference to a model overflows float32"):
-        merge_arrays("ta", np.full(3, 3e38, np.float32), [np.full(3, -3e38, np.float32)], {})
+        merge_arrays("ta", np.full(3, 3e38, np.float32), [np.full(3, -3e38, np.float32)])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from llmfusion.merging.methods import merge_arrays
+from llmfusion.merging.arrays import merge_arrays
 
 RANDOM = np.random.default_rng(0)
 THETA = RANDOM.normal(size=500).astype(np.float32)
@@ -9,7 +9,7 @@ DELTAS = (RANDOM.normal(size=(3, 500)) * 1e-2).astype(np.float32)
 
 
 def ta(options=None, deltas=DELTAS):
-    merged, _ = merge_arrays("ta", THETA, list(deltas), options or {}, deltas=True)
+    merged, _ = merge_arrays("ta", THETA, list(deltas), options, deltas=True)
     assert merged.dtype == np.float32
     return merged
 

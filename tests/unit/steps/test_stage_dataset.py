@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from llmfusion.data.samples import read_jsonl
+from llmfusion.data.samples import read_samples
 from llmfusion.errors import UserError
 from llmfusion.steps import stage_dataset as dataset
 from tests.unit.stand_ins import job
@@ -11,7 +11,7 @@ from tests.unit.stand_ins import job
 def build(tmp_path, spec, name="job"):
     made = job(tmp_path, {"dataset": spec}, name=name)
     dataset.build(made)
-    return list(read_jsonl(made.folder / "samples.jsonl")), made.facts
+    return list(read_samples(made.folder / "samples.jsonl")), made.facts
 
 
 def source(tmp_path, rows, **more):

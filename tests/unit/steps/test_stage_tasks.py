@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from llmfusion.data.samples import read_jsonl
+from llmfusion.data.samples import read_items
 from llmfusion.errors import UserError
 from llmfusion.steps import stage_tasks as tasks
 from tests.unit.stand_ins import job
@@ -24,11 +24,11 @@ def test_items_and_shots_are_numbered_and_malformed_rows_counted(tmp_path):
         tmp_path, {"items": gsm8k(tmp_path / "a.jsonl", rows), "shots_from": gsm8k(tmp_path / "b.jsonl", rows[:1])}
     )
     tasks.build(made)
-    assert [(i["item"], i["question"], i["answer"]) for i in read_jsonl(made.folder / "items.jsonl")] == [
+    assert [(i["item"], i["question"], i["answer"]) for i in read_items(made.folder / "items.jsonl")] == [
         (0, "1+1?", "2"),
         (1, "2+2?", "4"),
     ]
-    assert [i["solution"] for i in read_jsonl(made.folder / "shots.jsonl")] == ["1+1=2"]
+    assert [i["solution"] for i in read_items(made.folder / "shots.jsonl")] == ["1+1=2"]
     assert made.facts == {
         "items": 2,
         "items_rejected": {"malformed": {"count": 2, "first": ["1", "3"]}},
@@ -41,7 +41,7 @@ def test_items_and_shots_are_numbered_and_malformed_rows_counted(tmp_path):
 def test_generated_items_are_the_held_out_ones(tmp_path):
     made = job(tmp_path, {"items": {"kind": "generated", "generator": "code", "form": "test", "rows": 9}})
     tasks.build(made)
-    items = list(read_jsonl(made.folder / "items.jsonl"))
+    items = list(read_items(made.folder / "items.jsonl"))
     assert [i["item"] for i in items] == list(range(9))
     assert all({"prompt", "entry_point", "test"} < set(i) for i in items)
 

@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 
-from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
+from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.loading import load_model, load_tokenizer
 from llmfusion.steps.train_model import build
 from llmfusion.teachers.capture import capture

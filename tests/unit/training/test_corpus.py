@@ -7,8 +7,9 @@ from llmfusion.data.chat import encode
 from llmfusion.errors import UserError
 from llmfusion.training.corpus import Corpus
 from tests.unit.stand_ins import artifact
+from tests.unit.training.options import run_of
 
-SPEC = {"batch_size": 4, "epochs": 3, "seed": 7}
+RUN = run_of(batch_size=4, epochs=3, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -16,32 +17,32 @@ def corpus(mix, tokenizer):
     return Corpus([mix], tokenizer)
 
 
-def order(corpus, spec=SPEC, first=0, steps=21):
-    return list(corpus.batches(spec, first, steps))
+def order(corpus, run=RUN, first=0, steps=21):
+    return list(corpus.batches(run, first, steps))
 
 
 def test_all_usable_samples_are_held_and_the_others_counted(mix, tokenizer, samples):
     short = artifact(mix.folder, max_length=40)
-    found = {s["id"]: encode(s, tokenizer, 40) for s in samples}
-    kept = [i for i, e in found.items() if not isinstance(e, str)]
+    encoded = {s["id"]: encode(s, tokenizer, 40) for s in samples}
+    kept = [i for i, e in encoded.items() if not isinstance(e, str)]
     corpus = Corpus([short, mix], tokenizer)
-    assert [d.sample["id"] for d in corpus.drawn] == kept + [s["id"] for s in samples]
-    assert [d.encoded for d in corpus.drawn[: len(kept)]] == [found[i].compact() for i in kept]
+    assert [sample.sample["id"] for sample in corpus.samples] == kept + [s["id"] for s in samples]
+    assert [sample.encoded for sample in corpus.samples[: len(kept)]] == [encoded[i].compact() for i in kept]
     assert all(
-        list(d.encoded.ids) == found[i].ids and d.encoded.label_ids == found[i].label_ids
-        for d, i in zip(corpus.drawn, kept, strict=False)
+        list(sample.encoded.ids) == encoded[i].ids and sample.encoded.label_ids == encoded[i].label_ids
+        for sample, i in zip(corpus.samples, kept, strict=False)
     )
     assert corpus.rejected.counts == {"too long": len(samples) - len(kept)}
     assert len(kept) < len(samples)
 
 
-def test_steps_are_full_batches_times_epochs_or_as_asked(corpus):
+def test_steps_are_full_batches_times_epochs_or_as_given(corpus):
     assert len(corpus) == 29
-    assert corpus.steps(SPEC) == 29 // 4 * 3
-    assert corpus.steps({**SPEC, "steps": 5}) == 5
-    assert corpus.steps({"epochs": 2}) == 2  # the paper's batch of 16
+    assert corpus.steps(RUN) == 29 // 4 * 3
+    assert corpus.steps(run_of(batch_size=4, steps=5)) == 5
+    assert corpus.steps(run_of(epochs=2)) == 2  # the paper's batch of 16
     with pytest.raises(UserError, match="29 usable samples do not fill one batch of 30"):
-        corpus.steps({"batch_size": 30, "epochs": 1})
+        corpus.steps(run_of(batch_size=30, epochs=1))
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(corpus):
@@ -49,7 +50,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(corpus):
     first = order(corpus)
     torch.manual_seed(2)
     assert order(corpus) == first
-    assert order(corpus, {**SPEC, "seed": 8}) != first
+    assert order(corpus, RUN.model_copy(update={"seed": 8})) != first
     assert [step for step, _ in first] == list(range(21))
 
 
@@ -59,7 +60,7 @@ def test_going_on_anywhere_gives_what_would_have_followed(corpus, start):
 
 
 def test_an_epoch_shows_no_sample_twice_and_another_epoch_another_order(corpus):
-    batches = [numbers for _, numbers in order(corpus)]
+    batches = [indices for _, indices in order(corpus)]
     epochs = [list(chain.from_iterable(batches[i : i + 7])) for i in (0, 7, 14)]
     assert all(len(set(epoch)) == 28 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]

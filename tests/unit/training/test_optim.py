@@ -9,7 +9,7 @@ from llmfusion.errors import UserError
 from llmfusion.training import optim
 from llmfusion.training.optim import (
     CautiousAdamW,
-    clip_gradients,
+    clip_grad_norm,
     effective_update_fraction,
     learning_rate,
     require_effective_updates,
@@ -127,7 +127,7 @@ def test_the_other_schedules_are_a_line_and_a_level_behind_the_same_warm_up():
 def test_gradients_are_clipped_by_the_norm_of_all_of_them():
     parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert clip_gradients(parameters, 1.0) == pytest.approx(5.0)
+    assert clip_grad_norm(parameters, 1.0) == pytest.approx(5.0)
     assert parameters[1].grad.item() == pytest.approx(0.8, rel=1e-5)
 
 
@@ -153,23 +153,26 @@ def test_bfloat16_weights_are_refused_at_a_rate_that_they_would_round_away():
     require_effective_updates(weights(torch.bfloat16), 1e-3)
     with pytest.raises(
         UserError, match=r"parameters: bfloat16 at lr 1e-06: a step of this size changes \d\.\d% of the weights"
-    ) as told:
+    ) as error:
         require_effective_updates(weights(torch.bfloat16), 1e-6)
-    require_effective_updates(weights(torch.bfloat16), float(str(told.value).split("an lr of ")[1].split()[0]) * 1.05)
+    require_effective_updates(weights(torch.bfloat16), float(str(error.value).split("an lr of ")[1].split()[0]) * 1.05)
 
 
 @pytest.mark.parametrize("norm", ["mean_clamp", "numel_plus_1"])
 def test_few_parameters_at_a_time_are_updated_as_all_at_once(monkeypatch, norm):
     values, gradients = start(((3, 4), (5,), (2, 2), (7,), (1,)))
     whole = trained(values, gradients, lr=0.1, norm=norm)
-    for together in (1, 9, 16):
-        monkeypatch.setattr(optim, "TOGETHER", together)
+    for chunk in (1, 9, 16):
+        monkeypatch.setattr(optim, "CHUNK_VALUES", chunk)
         for a, b in zip(trained(values, gradients, lr=0.1, norm=norm), whole, strict=True):
             assert np.array_equal(a, b)
 
 
 def test_moments_of_bfloat16_weights_are_those_of_float32_ones_and_each_weight_is_rounded_once():
-    """In bfloat16 the second moment times 0.999 would be rounded back to what it was: steps would stay as small as the first gradients made them."""
+    """In bfloat16 the second moment times 0.999 would be rounded back to what it was.
+
+    Steps would stay as small as the first gradients made them.
+    """
     start_at = torch.linspace(0.5, 2, 64).bfloat16()
     gradients = [torch.full((64,), 1.0 if step < 100 else 1e-2).bfloat16() for step in range(600)]
     pair = [torch.nn.Parameter(start_at.to(dtype)) for dtype in (torch.bfloat16, torch.float32)]
@@ -183,7 +186,7 @@ def test_moments_of_bfloat16_weights_are_those_of_float32_ones_and_each_weight_i
     assert float(states[0]["exp_avg_sq"][0]) == pytest.approx(
         (1 - 0.999**100) * 0.999**500 + 1e-4 * (1 - 0.999**500), rel=1e-4
     )
-    # half of the gap to the next number is 9.8e-4: neither the decay of 9.4e-4 nor the step of 1e-4 would cross it alone
+    # half of the gap to the next number is 9.8e-4: neither the decay of 9.4e-4 nor the step of 1e-4 crosses it alone
     one = torch.nn.Parameter(torch.tensor([0.49609375]).bfloat16())
     one.grad = torch.ones(1).bfloat16()
     CautiousAdamW([one], lr=1e-4, weight_decay=19.0).step()

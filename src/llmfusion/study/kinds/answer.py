@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llmfusion.study.data_plugins import task_formats
 from llmfusion.study.errors import Problem
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.schema.base import dump
@@ -36,11 +37,12 @@ def cost(workload: Workload, spec: Spec, shards: int, model: str, batch: str) ->
     """Parameters times tokens: generated ones, and those read, of which a pass takes many at once."""
     assumed = workload.assumed
     written = read = longest = items = 0.0
+    formats = task_formats()
     for name, task in spec.tasks.items():
         prompt = assumed.prompt_tokens + task.shots * assumed.shot_tokens
-        new = 1.0 if task.format == "letter" else assumed.answer_share * task.max_new_tokens
+        answer = 1.0 if formats[task.format].short_answer else assumed.answer_share * task.max_new_tokens
         items += workload.items(name)
-        written += workload.items(name) * new
+        written += workload.items(name) * answer
         read += workload.items(name) * prompt
         longest = max(longest, prompt + task.max_new_tokens)
     parameters = workload.parameters(model)
@@ -50,16 +52,16 @@ def cost(workload: Workload, spec: Spec, shards: int, model: str, batch: str) ->
 
 def problems(declared: Declared) -> Iterator[Problem]:
     """Every task is in exactly one batch."""
-    home: dict[str, str] = {}
+    batch_of: dict[str, str] = {}
     for key, batch in declared.entries("batches"):
         yield from declared.repeated(key, batch, "task")
         for i, task in enumerate(batch):
             yield from declared.missing((*key, i), task, declared.tasks, "task")
-            if home.setdefault(task, str(key[1])) != key[1]:
+            if batch_of.setdefault(task, str(key[1])) != key[1]:
                 yield Problem(
-                    (*key, i), f"task {task!r} is already in batch {home[task]!r}; a task is asked in one batch"
+                    (*key, i), f"task {task!r} is already in batch {batch_of[task]!r}; a task is asked in one batch"
                 )
-    for task in sorted(declared.tasks - set(home)):
+    for task in sorted(declared.tasks - set(batch_of)):
         yield Problem(("tasks", task), "is in no batch; add it under batches")
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Spec(whole.Spec):
-    """The cache's spec, and which share: its number from 1, and how many there are."""
+    """The cache's spec, and ``shard``: the share's number from 1, and how many there are."""
 
     shard: Annotated[list[int], Field(min_length=2, max_length=2)]
 

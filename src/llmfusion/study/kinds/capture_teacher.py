@@ -30,7 +30,10 @@ def body_of(graph: ArtifactGraph, model: str, mix: str) -> dict[str, Any]:
 
 
 def declare(graph: ArtifactGraph, model: str, mix: str) -> Declaration:
-    """Made from the model and the mix; where several jobs share the pass, it waits for their shards and is the same without them."""
+    """Made from the model and the mix; where several jobs share the pass, it waits for their shards.
+
+    Shards do not change the cache or its spec: caches that are there stay when their number is changed.
+    """
     inputs = [f"models/{model}", f"data/mix/{mix}"]
     body = body_of(graph, model, mix)
     made_in = graph.shards_made(f"teachers/{model}/{mix}", STEP, RECIPE, body, inputs)
@@ -39,42 +42,44 @@ def declare(graph: ArtifactGraph, model: str, mix: str) -> Declaration:
     return Declaration(body, inputs, shards=shards)
 
 
+def state_bytes(capture: Capture, hidden_size: float) -> float:
+    """Bytes of one hidden state of a teacher of this width, and of a row of its head."""
+    return hidden_size * _value_bytes(capture)
+
+
+def _value_bytes(capture: Capture) -> int:
+    return 4 if capture.dtype == "float32" else 2
+
+
 def row_bytes(capture: Capture, hidden_size: float) -> float:
     """Bytes of a row of a cache of a teacher of this width: 2d + 16 for hidden states in bfloat16."""
-    states = hidden_size * (4 if capture.dtype == "float32" else 2)
-    return 16 + {"hidden": states, "topk": 8 * capture.k + 4, "online": 0}[capture.kind]
+    return 16 + {"hidden": state_bytes(capture, hidden_size), "topk": 8 * capture.k + 4, "online": 0}[capture.kind]
 
 
 def cache_bytes(workload: Workload, spec: Spec) -> float:
     """Bytes of a teacher cache: rows, head and embeddings."""
     rows = workload.samples(spec.mix) * workload.tokens(spec.mix) * workload.assumed.response_share
-    head = (
-        workload.vocabulary_size(spec.model)
-        * workload.hidden_size(spec.model)
-        * (4 if spec.capture.dtype == "float32" else 2)
-    )
-    return rows * row_bytes(spec.capture, workload.hidden_size(spec.model)) + 2 * head
+    hidden_size = workload.hidden_size(spec.model)
+    head = workload.vocabulary_size(spec.model) * state_bytes(spec.capture, hidden_size)
+    return rows * row_bytes(spec.capture, hidden_size) + 2 * head
 
 
 def pass_cost(workload: Workload, spec: Spec, share: float) -> Cost:
     """FLOPs of a forward pass over a ``share`` of the mix."""
-    model, mix = spec.model, spec.mix
-    width = 4 if spec.capture.dtype == "float32" else 2
-    tokens = workload.samples(mix) * workload.tokens(mix) * share
-    batch = spec.capture.batch_size * workload.study.mixes[mix].max_length
-    hidden_size = workload.hidden_size(model)
+    parameters = workload.parameters(spec.model)
+    hidden_size = workload.hidden_size(spec.model)
+    tokens = workload.samples(spec.mix) * workload.tokens(spec.mix) * share
+    batch = spec.capture.batch_size * workload.study.mixes[spec.mix].max_length
     memory = (
-        width * workload.parameters(model)
-        + 4 * workload.vocabulary_size(model) * hidden_size
+        _value_bytes(spec.capture) * parameters
+        + 4 * workload.vocabulary_size(spec.model) * hidden_size
         + batch * hidden_size * 20
     )
-    return Cost(
-        STEP, (2 * workload.parameters(model) * tokens,), cache_bytes(workload, spec) * share, gpu_memory=memory
-    )
+    return Cost(STEP, (2 * parameters * tokens,), cache_bytes(workload, spec) * share, gpu_memory=memory)
 
 
 def cost(workload: Workload, spec: Spec, shards: int, model: str, mix: str) -> Cost:
-    """A forward pass; of shards, every byte read when they are verified and when the cache is hashed (its files are the shards')."""
+    """A forward pass; after shards, every byte read twice: when they are verified, and when the cache is hashed."""
     if shards:
         return Cost("assemble", (2 * cache_bytes(workload, spec),), 0)
     return pass_cost(workload, spec, 1.0)

@@ -32,9 +32,8 @@ def cost(workload: Workload, spec: Spec, shards: int, model: str, mix: str) -> C
     samples = workload.samples(mix)
     tokens = workload.tokens(mix)
     written = samples * tokens * workload.assumed.response_share
-    memory = workload.inference_bytes(
-        model, spec.generation.dtype, spec.generation.batch_size * workload.study.mixes[mix].max_length
-    )
+    batch_tokens = spec.generation.batch_size * workload.study.mixes[mix].max_length
+    memory = workload.inference_bytes(model, spec.generation.dtype, batch_tokens)
     return Cost("generate", (workload.parameters(model) * written,), samples * tokens * 5, gpu_memory=memory)
 
 

@@ -9,6 +9,7 @@ from llmfusion.study.errors import Key, Problem
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.schema.base import dump
 from llmfusion.study.schema.merging import Merge
+from llmfusion.study.schema.options import MergeOptions
 
 if TYPE_CHECKING:
     from llmfusion.study.graph import ArtifactGraph
@@ -67,7 +68,7 @@ def _parent_problems(key: Key, address: str, pivot: str, declared: Declared) -> 
 
 KIND = Kind(
     step="merge",
-    recipe=3,
+    recipe=MergeOptions.recipe,
     address="models/merged/{merged}",
     stage="models",
     report_stage="merges",

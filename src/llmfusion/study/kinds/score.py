@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llmfusion.study.data_plugins import task_formats
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def declare(graph: ArtifactGraph, model: str, task: str) -> Declaration:
 def cost(workload: Workload, spec: Spec, shards: int, model: str, task: str) -> Cost:
     """Items, and items whose programs are run."""
     items = workload.items(task)
-    return Cost("score", (items, items if spec.format == "code" else 0.0), items * 200)
+    return Cost("score", (items, items if task_formats()[spec.format].runs_programs else 0.0), items * 200)
 
 
 KIND = Kind(

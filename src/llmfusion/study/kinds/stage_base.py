@@ -41,12 +41,12 @@ def cost(workload: Workload, spec: Spec, shards: int, base: str) -> Cost:
 
 def problems(declared: Declared) -> Iterator[Problem]:
     """What a model trained from scratch starts from."""
-    for key, run in declared.entries("models", "base"):
-        if not isinstance(run, ScratchModel):
+    for key, entry in declared.entries("models", "base"):
+        if not isinstance(entry, ScratchModel):
             continue
-        yield from training_problems(declared, key, run)
-        if run.init is not None and not run.init.startswith("base/"):
-            yield Problem((*key, "init"), f"got {run.init!r}; a base model can start only from another base model")
+        yield from training_problems(declared, key, entry)
+        if entry.init is not None and not entry.init.startswith("base/"):
+            yield Problem((*key, "init"), f"got {entry.init!r}; a base model can start only from another base model")
 
 
 KIND = Kind(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from llmfusion.study.errors import Problem
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.schema.base import dump
-from llmfusion.study.schema.data import Dataset, SampleLayout, outside_files
+from llmfusion.study.schema.data import Dataset, outside_files
 
 if TYPE_CHECKING:
     from llmfusion.study.graph import ArtifactGraph
@@ -30,8 +30,8 @@ def declare(graph: ArtifactGraph, dataset: str) -> Declaration:
 
 def cost(workload: Workload, spec: Spec, shards: int, dataset: str) -> Cost:
     """Bytes to download: five a token."""
-    drawn = max((mix.datasets.get(dataset, 0) for mix in workload.study.mixes.values()), default=0)
-    size = (getattr(spec.dataset, "rows", None) or drawn) * workload.assumed.tokens_per_sample * 5
+    largest_draw = max((mix.datasets.get(dataset, 0) for mix in workload.study.mixes.values()), default=0)
+    size = (getattr(spec.dataset, "rows", None) or largest_draw) * workload.assumed.tokens_per_sample * 5
     return Cost("dataset", (size,), size)
 
 
@@ -40,7 +40,7 @@ def problems(declared: Declared) -> Iterator[Problem]:
     for key, dataset in declared.entries("datasets"):
         if dataset.kind == "generated" and dataset.form == "test":
             yield Problem((*key, "form"), "test items cannot be trained on; use text or chat")
-        yield from declared.layout(key, dataset, get_args(SampleLayout))
+        yield from declared.layout(key, dataset, "sample")
 
 
 KIND = Kind(

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from llmfusion.study.errors import Problem
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.schema.base import dump
-from llmfusion.study.schema.data import Source, TaskLayout, outside_files
+from llmfusion.study.schema.data import Source, outside_files
 
 if TYPE_CHECKING:
     from llmfusion.study.graph import ArtifactGraph
     from llmfusion.study.references import Declared
     from llmfusion.study.workload import Workload
 
-COLUMNS = (
-    "category",
-    "label",
-    "method",
-    "models",
-    "model",
-    "scale",
-    "average",
-)  # every table has them: no task may be named so
+# Every table has these columns: no task may be named so.
+COLUMNS = ("category", "label", "method", "models", "model", "scale", "average")
 
 
 class Spec(StepSpec):
@@ -59,8 +52,8 @@ def problems(declared: Declared) -> Iterator[Problem]:
             yield Problem(
                 (*key, "shots_from", "form"), f"got {task.shots_from.form!r}; examples of a task need form: test"
             )
-        yield from declared.layout((*key, "items"), task.items, get_args(TaskLayout))
-        yield from declared.layout((*key, "shots_from"), task.shots_from, get_args(TaskLayout))
+        yield from declared.layout((*key, "items"), task.items, "item")
+        yield from declared.layout((*key, "shots_from"), task.shots_from, "item")
 
 
 KIND = Kind(

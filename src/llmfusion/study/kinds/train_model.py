@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from llmfusion.study.errors import Key, Problem
+from llmfusion.study.fusion_targets import target_class, target_names
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.schema.base import Section, dump
+from llmfusion.study.schema.options import FusionOptions
 from llmfusion.study.schema.settings import Capture
 from llmfusion.study.schema.training import TrainedModel, Training
 
 if TYPE_CHECKING:
+    from llmfusion.fusion.target import FusionTarget
     from llmfusion.study.graph import ArtifactGraph
     from llmfusion.study.references import Declared
     from llmfusion.study.workload import Assumptions, Workload
@@ -22,7 +25,7 @@ FLOPS_PER_PARAMETER_AND_TOKEN = 6  # 2 forward, 4 backward (Kaplan et al. 2020)
 
 
 class Captured(Section):
-    """What a training expects its teacher caches to be made of: settings of the capture, and each teacher's fingerprint."""
+    """What a training expects its caches to be made of: settings of the capture, and each teacher's fingerprint."""
 
     capture: Capture
     teachers: dict[str, str]
@@ -89,7 +92,10 @@ def training_cost(workload: Workload, rates: str, model: str, run: Training) -> 
 
 
 def _state_bytes(workload: Workload, model: str, run: Training) -> float:
-    """Bytes of weights, gradients and two moments in one device; of a sharded model its part, and head, embeddings and one layer gathered."""
+    """Bytes of weights, gradients and two moments in one device.
+
+    Of a sharded model: its part, and head, embeddings and one layer gathered.
+    """
     size = 2 if run.parameters == "bfloat16" else 4
     state = (2 * size + 8) * workload.parameters(model)  # moments are float32
     if run.sharding != "full":
@@ -99,7 +105,10 @@ def _state_bytes(workload: Workload, model: str, run: Training) -> float:
 
 
 def _activation_bytes(workload: Workload, model: str, tokens: float, recomputed: bool) -> float:
-    """Bytes that a forward pass keeps (34 a token, layer and value of the width: Korthikanti et al. 2022), and five times the logits."""
+    """Bytes that a forward pass keeps, and five times the logits.
+
+    34 a token, layer and value of the width (Korthikanti et al. 2022).
+    """
     width = workload.hidden_size(model)
     layers = max(1.0, workload.parameters(model) / (12 * width * width))
     kept = 2 * width * layers + 34 * width if recomputed else 34 * width * layers  # one layer at a time
@@ -124,62 +133,110 @@ def problems(declared: Declared) -> Iterator[Problem]:
     """Teachers, generated answers, and what the fusion target can take."""
     for key, run in declared.entries("models", "trained"):
         yield from training_problems(declared, key, run)
-        for field in ("teachers", "generated"):
-            yield from _source_problems(declared, (*key, field), run, getattr(run, field))
-        mix = declared.valid.get(("mixes", run.mix))
-        for i, teacher in enumerate(run.teachers):
-            if mix is not None and teacher in declared.models and teacher not in mix.tokenizers:
-                text = f"mix {run.mix!r} does not name {teacher!r} under tokenizers: samples that do not fit the teacher would have no states"
-                yield Problem((*key, "teachers", i), text)
+        yield from _source_problems(declared, key, run)
+        yield from _tokenizer_problems(declared, key, run)
         if run.generated and run.teachers:
-            yield Problem(
-                (*key, "generated"),
-                "cannot go with teachers: their caches hold the mix's own answers, not generated ones",
-            )
-        if run.fusion is not None and run.fusion.target == "kd" and len(run.teachers) > 1:
-            yield Problem(
-                (*key, "fusion", "target"),
-                f"kd has one teacher, {len(run.teachers)} are given; use naive, mince or udf",
-            )
-        if run.fusion is not None and run.fusion.target != "kd" and len(run.teachers) == 1:
-            yield Problem((*key, "teachers"), f"{run.fusion.target} needs two teachers or more, one is given; use kd")
-        if declared.capture.get("kind") == "topk" and run.fusion is not None:
-            yield from _top_k_problems(declared, key, run)
+            why = "cannot go with teachers: their caches hold the mix's own answers, not generated ones"
+            yield Problem((*key, "generated"), why)
+        if run.fusion is not None:
+            target = target_class(run.fusion.target)
+            yield from _number_problems(key, run, run.fusion, target)
+            yield from _target_problems(declared, key, run, run.fusion, target)
+            if declared.capture.get("kind") == "topk":
+                yield from _top_k_problems(declared, key, run, run.fusion, target)
 
 
-def _source_problems(declared: Declared, key: Key, run: TrainedModel, sources: list[str]) -> Iterator[Problem]:
-    yield from declared.addresses(key, sources)
-    yield from declared.repeated(key, sources, "source")
-    for i, source in enumerate(sources):
-        frozen_start = (
-            key[-1] == "teachers" and run.fusion is not None and run.fusion.target == "mince"
-        )  # FuseLLM lets the pivot compete
-        if source == run.init and not frozen_start:
-            yield Problem((*key, i), f"{source!r} is the model this one starts from; a source must be another model")
+def _source_problems(declared: Declared, key: Key, run: TrainedModel) -> Iterator[Problem]:
+    """Teachers and generators must exist, stand once, and be other models, unless the target takes the pivot."""
+    accepts_pivot = run.fusion is not None and target_class(run.fusion.target).accepts_pivot
+    for field, sources in (("teachers", run.teachers), ("generated", run.generated)):
+        yield from declared.addresses((*key, field), sources)
+        yield from declared.repeated((*key, field), sources, "source")
+        for i, source in enumerate(sources):
+            if source == run.init and not (field == "teachers" and accepts_pivot):
+                why = f"{source!r} is the model this one starts from; a source must be another model"
+                yield Problem((*key, field, i), why)
 
 
-def _top_k_problems(declared: Declared, key: Key, run: TrainedModel) -> Iterator[Problem]:
+def _tokenizer_problems(declared: Declared, key: Key, run: TrainedModel) -> Iterator[Problem]:
+    """The mix must keep only samples that fit every teacher."""
+    mix = declared.valid.get(("mixes", run.mix))
+    for i, teacher in enumerate(run.teachers):
+        if mix is not None and teacher in declared.models and teacher not in mix.tokenizers:
+            text = f"mix {run.mix!r} does not name {teacher!r} under tokenizers"
+            yield Problem((*key, "teachers", i), f"{text}: samples that do not fit the teacher would have no states")
+
+
+def _number_problems(
+    key: Key, run: TrainedModel, fusion: FusionOptions, target: type[FusionTarget]
+) -> Iterator[Problem]:
+    """The number of teachers that the target can take."""
+    count = len(run.teachers)
+    most = target.max_teachers
+    others = _targets_for(count)
+    if most is not None and count > most:
+        has = f"has {_count(most)}" if most == target.min_teachers else f"has at most {_count(most)}"
+        yield Problem((*key, "fusion", "target"), f"{fusion.target} {has}, {count} are given; use {others}")
+    if count < target.min_teachers:
+        needs = f"needs {_count(target.min_teachers)}" + ("" if most == target.min_teachers else " or more")
+        listed = "one is given" if count == 1 else f"{count} are given"
+        yield Problem((*key, "teachers"), f"{fusion.target} {needs}, {listed}; use {others}")
+
+
+def _count(teachers: int) -> str:
+    words = {1: "one", 2: "two", 3: "three"}
+    return f"{words.get(teachers, teachers)} teacher{'s' * (teachers != 1)}"
+
+
+def _targets_for(teachers: int) -> str:
+    """Names of the targets that take this many, as a sentence lists them."""
+    names = [name for name in target_names() if _takes(target_class(name), teachers)]
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]])) or "another number of teachers"
+
+
+def _takes(target: type[FusionTarget], teachers: int) -> bool:
+    return target.min_teachers <= teachers and (target.max_teachers is None or teachers <= target.max_teachers)
+
+
+def _target_problems(
+    declared: Declared, key: Key, run: TrainedModel, fusion: FusionOptions, target: type[FusionTarget]
+) -> Iterator[Problem]:
+    """Temperatures and vocabularies that the target cannot take."""
+    if fusion.temperature != 1 and not target.accepts_temperature:
+        text = f"got {fusion.temperature}; {fusion.target} is defined at temperature 1 only"
+        yield Problem((*key, "fusion", "temperature"), text)
+    if not target.accepts_other_vocabularies:
+        for i, teacher in _other_vocabularies(declared, run):
+            text = f"{teacher!r} has another vocabulary than {run.init!r}, which {fusion.target} does not take"
+            yield Problem((*key, "teachers", i), text)
+
+
+def _top_k_problems(
+    declared: Declared, key: Key, run: TrainedModel, fusion: FusionOptions, target: type[FusionTarget]
+) -> Iterator[Problem]:
     """What the k most likely tokens of a teacher cannot serve."""
-    assert run.fusion is not None
-    if run.fusion.target in ("udf", "minilogit"):
+    instead = "Use kind hidden or online"
+    if target.topk_refusal is not None:
+        why = f"{fusion.target} {target.topk_refusal}; capture.kind topk keeps the k most likely tokens"
+        yield Problem((*key, "fusion", "target"), f"{why}. {instead}")
+    if fusion.temperature != 1:
+        why = f"got {fusion.temperature}; the k most likely tokens of capture.kind topk are known at temperature 1 only"
+        yield Problem((*key, "fusion", "temperature"), f"{why}. {instead}")
+    for i, teacher in _other_vocabularies(declared, run):
         why = (
-            "weighs teachers by their whole distributions"
-            if run.fusion.target == "udf"
-            else "compares the logits of all tokens"
+            f"{teacher!r} has another vocabulary than {run.init!r}: cross-model attention (DSKD) needs its states, "
+            "which capture.kind topk does not keep"
         )
-        yield Problem(
-            (*key, "fusion", "target"),
-            f"{run.fusion.target} {why}; capture.kind topk keeps the k most likely tokens. Use kind hidden or online",
-        )
-    if run.fusion.temperature != 1:
-        why = "the k most likely tokens of capture.kind topk are known at temperature 1 only. Use kind hidden or online"
-        yield Problem((*key, "fusion", "temperature"), f"got {run.fusion.temperature}; {why}")
+        yield Problem((*key, "teachers", i), f"{why}. {instead}")
+
+
+def _other_vocabularies(declared: Declared, run: TrainedModel) -> Iterator[tuple[int, str]]:
+    """Numbers and names of the teachers that are known to have another vocabulary than the student."""
     own = declared.vocabulary(run.init)
     for i, teacher in enumerate(run.teachers):
         other = declared.vocabulary(teacher) if teacher in declared.models else None
         if own is not None and other is not None and own != other:
-            why = f"{teacher!r} has another vocabulary than {run.init!r}: cross-model attention (DSKD) needs its states, which capture.kind topk does not keep"
-            yield Problem((*key, "teachers", i), f"{why}. Use kind hidden or online")
+            yield i, teacher
 
 
 KIND = Kind(

@@ -1,15 +1,26 @@
 """The data sections of a study: where rows come from, how samples are drawn from them, and the tests."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from pydantic import Field, field_validator
 
+from llmfusion.study.data_plugins import format_sentences, layouts, task_formats
 from llmfusion.study.schema.base import Address, Commit, Licensed, Name, Positive, Section, Share, template_fields
 
-# ---------------------------------------------------------------------------------------------------- where rows come from
-SampleLayout = Literal["pair", "messages", "conversations", "chatml", "clusters", "text"]
-TaskLayout = Literal["mmlu", "gsm8k", "math", "humaneval"]
-Layout = SampleLayout | TaskLayout
+# Names of plug-ins: one file each in llmfusion/data/layouts and llmfusion/evaluation/tasks.
+if TYPE_CHECKING:
+    Layout: TypeAlias = str
+    TaskFormatName: TypeAlias = str
+else:
+    Layout = Literal[tuple(layouts("sample"))] | Literal[tuple(layouts("item"))]
+    TaskFormatName = Literal[tuple(task_formats())]
+
+ITEM_FIELDS = (*dict.fromkeys(field for layout in layouts("item").values() for field in layout.fields), "item")
+_NEED_COLUMNS = ", ".join(name for name, layout in layouts("sample").items() if layout.needs_columns)
+_COLUMNS = f"for layout {_NEED_COLUMNS}: the columns that hold prompt and response"
+
+
+# ---------------------------------------------------------------------------------------------- where rows come from
 
 
 class Columns(Section):
@@ -30,14 +41,14 @@ class HubSource(Licensed):
     )
     files: str | None = Field(None, description="read only this data file of the repository")
     layout: Layout = Field(description="how its columns become samples or items (docs/extending.md)")
-    columns: Columns | None = Field(None, description="for layout pair: the columns that hold prompt and response")
+    columns: Columns | None = Field(None, description=_COLUMNS)
 
 
 class PathSource(Licensed):
     kind: Literal["path"] = Field(description="a .jsonl or .parquet file of your own")
     path: str = Field(min_length=1, description="the file, relative to the repository root, or absolute")
     layout: Layout = Field(description="how its columns become samples or items (docs/extending.md)")
-    columns: Columns | None = Field(None, description="for layout pair: the columns that hold prompt and response")
+    columns: Columns | None = Field(None, description=_COLUMNS)
 
 
 class GeneratedSource(Section):
@@ -60,7 +71,8 @@ class Domain(Section):
 class Conversations(Domain):
     split_characters: Positive | None = Field(
         None,
-        description="cut conversations longer than this between turns into several samples (FuseChat's blocks); default: never",
+        description="cut conversations longer than this between turns into several samples (FuseChat's blocks); "
+        "default: never",
     )
 
 
@@ -89,12 +101,14 @@ class Mix(Section):
     )
     tokenizers: list[Address] = Field(
         [],
-        description="models in whose tokenizer and chat template every sample must fit max_length (the pivot and all teachers)",
+        description="models in whose tokenizer and chat template every sample must fit max_length "
+        "(the pivot and all teachers)",
     )
     english: Share = Field(0.0, description="smallest share of ASCII characters in a sample; 0 keeps all")
     against: list[Name] = Field(
         [],
-        description="task sets to compare with: the manifest reports samples sharing a 13-gram or an 8-gram with a test",
+        description="task sets to compare with: "
+        "the manifest reports samples sharing a 13-gram or an 8-gram with a test",
     )
     decontaminate: Literal["report", "remove"] = Field(
         "report", description="remove: also drop samples that share a 13-gram with a test"
@@ -102,27 +116,11 @@ class Mix(Section):
     seed: int = Field(42, description="seed of the draws and of the order")
 
 
-ITEM_FIELDS = (
-    "question",
-    "choices",
-    "answer",
-    "subject",
-    "solution",
-    "prompt",
-    "entry_point",
-    "test",
-    "task_id",
-    "item",
-)
-
-
 class TaskPrompt(Section):
     """How a task is asked and graded; what a job that asks it needs to know."""
 
     shots: int = Field(0, ge=0, description="number of few-shot examples, the first of each subject")
-    format: Literal["letter", "number", "boxed", "code"] = Field(
-        description="how it is asked and graded: a letter, the last number, the last \\boxed{}, or a program run in the sandbox"
-    )
+    format: TaskFormatName = Field(description=f"how it is asked and graded; {format_sentences()}")
     prompt: str | None = Field(
         None, description="Jinja text of the question with the item's fields; the format has a default"
     )

@@ -1,4 +1,4 @@
-"""What the options of all fusion targets, and of all merge methods, share. Each plug-in adds its own in its own file."""
+"""What the options of all fusion targets, and of all merge methods, share. A plug-in adds its own in its file."""
 
 from typing import ClassVar, Literal
 
@@ -24,11 +24,13 @@ class FusionOptions(Section):
     )
     align: Literal["cma", "exact"] = Field(
         "cma",
-        description="teachers of another vocabulary: cross-model attention (DSKD), or only tokens that cover the same text (DSKDv2)",
+        description="teachers of another vocabulary: cross-model attention (DSKD), or only tokens that cover the same "
+        "text (DSKDv2)",
     )
     score: Literal["projected", "own"] = Field(
         "projected",
-        description="by what udf and mince judge a teacher of another vocabulary: by its projection, or by its own cached statistics",
+        description="by what udf and mince judge a teacher of another vocabulary: by its projection, or by its own "
+        "cached statistics",
     )
     projector_lr: float = Field(
         1e-3, gt=0, lt=1, description="peak learning rate of the projectors, which teachers of another vocabulary need"
@@ -37,12 +39,13 @@ class FusionOptions(Section):
 
 
 class MergeOptions(Section):
-    """Options of every merge method; a method adds ``method: Literal[NAME]`` and its own."""
+    """Options of every merge method; a method adds ``method: Literal[NAME]`` and its own.
 
-    seconds_per_value: ClassVar[float] = (
-        9e-9  # of a method's arithmetic, a value and model, on a core of 2.5 GHz: for estimates
-    )
-    method: str
+    ``seconds_per_value`` is what the method's arithmetic takes on a core of 2.5 GHz, a value and model (for estimates).
+    """
+
+    recipe: ClassVar[int] = 3  # raised when the meaning of merging changes: what was merged before is then merged again
+    seconds_per_value: ClassVar[float] = 9e-9
 
     pivot: Address = Field(description="the model all parents started from")
     parents: list[Address] = Field(min_length=1, description="models to merge")
@@ -55,3 +58,4 @@ class MergeOptions(Section):
         le=1,
         description="warn where a merge keeps less of the deltas' squares, or changes a smaller share of the values",
     )
+    method: str

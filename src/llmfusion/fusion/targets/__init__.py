@@ -1,0 +1,1 @@
+"""Fusion targets: one file each, named like the target. See :mod:`llmfusion.fusion.target`."""

@@ -1,0 +1,89 @@
+"""Cells from stored answers: facts, and answers that cannot be graded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmfusion.artifacts.job import Job
+from llmfusion.errors import DamagedError
+from llmfusion.io.jsonl import write_jsonl
+from llmfusion.steps import score
+from tests.unit.stand_ins import artifact, job
+
+FUNCTION = {
+    "prompt": 'def f(x):\n    """Double."""\n',
+    "test": "def check(f):\n    assert f(2) == 4\n",
+    "entry_point": "f",
+}
+ITEMS: dict[str, list[dict[str, Any]]] = {
+    "letter": [{"question": "q", "choices": ["red", "blue"], "answer": i % 2} for i in range(3)],
+    "number": [{"question": "q", "answer": "5"}] * 3,
+    "boxed": [{"question": "q", "answer": "\\frac{1}{2}"}] * 3,
+    "code": [FUNCTION] * 3,
+}
+ANSWERS = {
+    "letter": ["The answer is A", "blue", "B"],
+    "number": ["#### 5", "#### 6", "none"],
+    "boxed": ["\\boxed{1/2}", "1/2", "\\boxed{2}"],
+    "code": ["    return 2 * x\n", "```python\ndef f(x):\n    return x + x\n```", "    return x\n"],
+}
+RIGHT = {"letter": "110", "number": "100", "boxed": "100", "code": "110"}
+
+
+def scored(tmp_path: Path, name: str, answers: list[str], items: list[dict[str, Any]], **facts: Any) -> Job:
+    """The job of a score, run on these answers to these items."""
+    for folder in ("answers", "task"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    write_jsonl(tmp_path / "task/items.jsonl", ({"item": i, **item} for i, item in enumerate(items)))
+    rows = ({"item": i, "prompt": "p", "answer": answer} for i, answer in enumerate(answers))
+    write_jsonl(tmp_path / "answers/quiz.jsonl", rows)
+    facts = {"tasks": {"quiz": {"items": 3, "format": name}}, "backend": "lm-eval", "decoding": "greedy"} | facts
+    inputs = {
+        "answers/base/pivot/all": artifact(tmp_path / "answers", **facts),
+        "data/tasks/quiz": artifact(tmp_path / "task", items=len(items)),
+    }
+    spec = {"model": "base/pivot", "task": "quiz", "format": name, "batch": "all", "scale": "miniature"}
+    made = job(tmp_path, spec, inputs)
+    score.build(made)
+    return made
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_a_cell_tells_the_score_and_every_verdict(tmp_path: Path, name: str) -> None:
+    facts = scored(tmp_path, name, ANSWERS[name], ITEMS[name]).facts
+    right = RIGHT[name].count("1")
+    assert (facts["right"], facts["k"], facts["n"]) == (RIGHT[name], right, 3)
+    assert facts["score"] == pytest.approx(100 * right / 3, abs=0.01)
+    assert facts["reasons"] == {"passed": right, "wrong answer": 3 - right}
+    assert facts["scale"] == "miniature"
+    assert facts["asked"] == {"items": 3, "format": name, "backend": "lm-eval", "decoding": "greedy"}
+
+
+def test_comparisons_count_both_reasons_and_programs_those_there_are(tmp_path: Path) -> None:
+    assert scored(tmp_path / "a", "number", ["5"], ITEMS["number"][:1]).facts["reasons"] == {
+        "passed": 1,
+        "wrong answer": 0,
+    }
+    crash = ["    raise ValueError\n", "    import os\n    os._exit(0)\n"]
+    reasons = scored(tmp_path / "b", "code", crash, [FUNCTION] * 2).facts["reasons"]
+    assert json.dumps(reasons) == '{"ValueError": 1, "the program ended": 1}'
+
+
+def test_answers_that_are_not_one_an_item_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DamagedError, match="expected an answer to each of 3 items, found 2; ask again with -R answer"):
+        scored(tmp_path, "number", ANSWERS["number"][:2], ITEMS["number"])
+
+
+def test_answers_without_a_note_of_how_they_were_asked_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DamagedError, match="does not tell how quiz was asked; ask again with -R answer"):
+        scored(tmp_path, "number", ANSWERS["number"], ITEMS["number"], tasks={})
+
+
+def test_an_item_that_the_format_cannot_use_is_named_with_its_line(tmp_path: Path) -> None:
+    items = [*ITEMS["number"][:2], {"question": "q", "answer": 5}]
+    with pytest.raises(
+        DamagedError, match=r"items\.jsonl, line 3: answer: a task of format 'number' needs str, found 5"
+    ):
+        scored(tmp_path, "number", ANSWERS["number"], items)
