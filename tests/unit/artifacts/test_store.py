@@ -243,10 +243,14 @@ def test_require_speaks_to_the_user() -> None:
 @pytest.mark.parametrize(
     ("path", "folder"),
     [
-        ("results/table2.csv", ""), ("runs/mini/results/table2.json", "runs/mini"), ("/data/results/x/results/scores/base/p/t.json", "/data/results/x"),
-        ("results/models/base/results/manifest.json", ""), ("a/results/data/mix/results/manifest.json", "a"), ("results/results/models/base/p/manifest.json", "results"),
+        ("results/table2.csv", ""),
+        ("runs/mini/results/table2.json", "runs/mini"),
+        ("/data/results/x/results/scores/base/p/t.json", "/data/results/x"),
+        ("results/models/base/results/manifest.json", ""),
+        ("a/results/data/mix/results/manifest.json", "a"),
+        ("results/results/models/base/p/manifest.json", "results"),
     ],
-)  # fmt: skip
+)
 def test_the_results_folder_of_a_path_is_the_one_its_address_follows(path: str, folder: str) -> None:
     assert Path(*Path(path).parts[: results_index(path)]) == Path(folder)
 
