@@ -10,8 +10,8 @@ import torch
 
 from llmfusion.artifacts.store import Artifact
 from llmfusion.data.chat import TokenizedSample, encode
-from llmfusion.data.samples import read_jsonl
-from llmfusion.data.sources import Rejected
+from llmfusion.data.rejections import Rejected
+from llmfusion.data.samples import read_samples
 from llmfusion.errors import UserError
 from llmfusion.fusion.teacher import Teacher
 from llmfusion.study.schema.training import Training
@@ -26,7 +26,7 @@ class Corpus:
         self.samples: list[TokenizedSample] = []
         self.rejected = Rejected()
         for mix in mixes:
-            for sample in read_jsonl(mix.file("samples.jsonl")):
+            for sample in read_samples(mix.file("samples.jsonl")):
                 encoded = encode(sample, tokenizer, mix.facts["max_length"])
                 if isinstance(encoded, str):  # the reason why not
                     self.rejected.add(encoded, sample["id"])
