@@ -12,6 +12,7 @@ from llmfusion.io.digests import canonical
 from llmfusion.models.loading import save_model
 from llmfusion.models.scratch import make_model, make_tokenizer
 from llmfusion.study.graph import output_of
+from llmfusion.study.schema.base_models import Architecture, Tokenizer
 from llmfusion.training import loop as run
 
 WORDS = [
@@ -39,7 +40,7 @@ def samples(count: int, shortest: int, longest: int, seed: int = 0) -> list[dict
 
 
 def pieces(
-    root: Path, texts: list[dict[str, Any]], shape: dict[str, Any], vocabulary: int, max_length: int
+    root: Path, texts: list[dict[str, Any]], shape: Architecture, vocabulary: int, max_length: int
 ) -> tuple[Artifact, Any, Any]:
     """Publish the mix below ``root``. Returns it, a tokenizer made of it, and a model of this shape."""
     mix = published(
@@ -48,7 +49,7 @@ def pieces(
         {"max_length": max_length, "samples": len(texts)},
         lambda folder: write_jsonl(folder / "samples.jsonl", texts),
     )
-    tokenizer = make_tokenizer({"vocabulary_size": vocabulary}, mix.file("samples.jsonl"), None)
+    tokenizer = make_tokenizer(Tokenizer(vocabulary_size=vocabulary), mix.file("samples.jsonl"), None)
     return mix, tokenizer, make_model(shape, tokenizer, 1)
 
 
