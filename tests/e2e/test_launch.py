@@ -15,7 +15,6 @@ from benchmarks import small
 from llmfusion.artifacts.job import Job
 from llmfusion.errors import UserError
 from llmfusion.steps.train_model import build
-from llmfusion.study.schema.base_models import Architecture
 from llmfusion.training.launch import run_processes
 from tests.unit.stand_ins import ARCHITECTURE, artifact, job
 
@@ -121,7 +120,7 @@ def test_nobody_goes_on_when_the_one_that_started_them_is_killed(running):
 def test_a_model_split_over_two_processes_becomes_an_ordinary_checkpoint(tmp_path):
     from llmfusion.models.loading import load_model, load_tokenizer
 
-    architecture = Architecture(**{**ARCHITECTURE, "initializer_range": 0.02})
+    architecture = {**ARCHITECTURE, "initializer_range": 0.02}
     mix, tokenizer, model = small.pieces(tmp_path, small.samples(12, 3, 12), architecture, 300, 128)
     inputs = {"models/base/pivot": small.checkpoint(tmp_path, "pivot", model, tokenizer), "data/mix/m": mix}
     run = {"init": "base/pivot", "mix": "m", "steps": 3, "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
