@@ -1,11 +1,11 @@
-# make table2   a fresh machine: environment, then Table 2 on miniature models, then print it
-# make test     a fresh machine: environment, then every check and test (SLURM's need its programs: docs/cluster.md)
-# make test-all and the long loops of kills, damage, hostile programs and faults of a cluster: more than an hour
+# make table2     make the environment, then Table 2 on miniature models, then print it
+# make test       make the environment, then run all checks and tests (those of SLURM need its packages: docs/cluster.md)
+# make test-all   also run the long tests: repeated kills, damage, hostile programs, cluster faults; more than an hour
 PYTHON ?= python3.11
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 BIN := .venv/bin
-WARM := $(if $(wildcard /proc/driver/nvidia),,$(BIN)/llmfusion warm --)# steps fork from one process; a GPU's driver would not survive that
+WARM := $(if $(wildcard /proc/driver/nvidia),,$(BIN)/llmfusion warm --)# steps fork from one process, which a GPU's driver does not support
 
 .PHONY: table2 test test-all check unit workflow e2e slurm lock generated clean
 
@@ -47,12 +47,12 @@ slurm: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-lock: # pins everything; torch is the plain PyPI version number, which the CPU build satisfies too
+lock: # pin all dependencies; torch as the plain PyPI version number, which its CPU build satisfies too
 	$(BIN)/pip-compile --quiet --all-extras --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
 	  --no-header --annotation-style=line --output-file requirements.lock pyproject.toml
 	sed -i 's/^\(torch==[0-9.]*\)+cpu /\1     /' requirements.lock
 
-generated: .venv/ready # what follows from the code and is checked in: config/schema.json, tables in the documents
+generated: .venv/ready # write what is derived from the code and checked in: config/schema.json, tables in the documents
 	$(BIN)/python docs/generate.py
 
 config/mini-seeds.yaml: config/mini.yaml .venv/ready # the study of docs/results.md

@@ -1,13 +1,15 @@
 """Training with 4 cached teachers against 4 that are run in every step, and against none: time and memory, in one run.
 
-``python -m benchmarks.cache`` makes a student and four teachers of its size (34 million parameters, a vocabulary of 8,192, random weights), captures
-the teachers over a mix of made-up words, and trains with SFT, with UDF over cached states and with UDF over the same teachers online. Each runs in a
-process of its own, with one thread. A step's time is that of a longer training less that of a shorter one, the least of the repeats: CPU seconds, so
-that other programs do not count, or seconds where there is a GPU. Exit status 1 if a goal is missed. Takes three minutes on a quiet machine.
+``python -m benchmarks.cache`` makes a student and four teachers of its size (34 million parameters, a vocabulary of
+8,192, random weights), captures the teachers over a mix of made-up words, and trains with SFT, with UDF over cached
+states and with UDF over the same teachers online. Each runs in a process of its own, with one thread. A step's time is
+that of a longer training less that of a shorter one, the least of the repeats: CPU seconds, so that other programs do
+not count, or seconds where there is a GPU. Exit status 1 if a goal is missed. Takes three minutes on a quiet machine.
 """
 
 import argparse
 import json
+import logging
 import os
 import random
 import resource
@@ -19,16 +21,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+HIDDEN_SIZE = 512
 SHAPE = {
     "model_type": "llama",
-    "hidden_size": 512,
+    "hidden_size": HIDDEN_SIZE,
     "intermediate_size": 1376,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
+    "max_position_embeddings": 2048,
 }
 VOCABULARY, TEACHERS, SAMPLES = 8192, 4, 24
 WORDS = (40, 60)  # of a prompt and of a response, on average: 60 % of the tokens are labels
-SPEC = {"batch_size": 4, "lr": 1e-4, "seed": 1}
+RUN = {"init": "base/student", "mix": "mix", "batch_size": 4, "lr": 1e-4, "seed": 1}
 STEPS = (2, 6)
 CAPTURE = {"dtype": "float32", "batch_size": 8}
 TIME, MEMORY = 0.6, 1.1  # at most: cached against online, and resident memory against SFT's and the heads
@@ -69,76 +73,78 @@ def make_samples() -> list[dict[str, Any]]:
 
 
 def prepare(folder: Path) -> None:
-    """Student, teachers, mix, and a cache of each kind for every teacher; prints how fast the teachers were captured."""
+    """Student, teachers, mix, and a cache of each kind for every teacher; prints the speed of the captures."""
     from llmfusion.data.samples import write_jsonl
     from llmfusion.models.loading import save_model
     from llmfusion.models.scratch import make_model, make_tokenizer
+    from llmfusion.study.schema.base_models import Architecture, Tokenizer
+    from llmfusion.study.schema.settings import Capture
     from llmfusion.teachers.capture import capture
 
-    for name in (
-        "words",
-        "mix",
-        "student",
-        *(f"{kind}{k}" for kind in ("teacher", "hidden", "online") for k in range(TEACHERS)),
-    ):
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    of_teachers = [f"{kind}{k}" for kind in ("teacher", "hidden", "online") for k in range(TEACHERS)]
+    for name in ("words", "mix", "student", *of_teachers):
         (folder / name).mkdir()
     samples = make_samples()
     write_jsonl(folder / "words/samples.jsonl", samples)
     write_jsonl(folder / "mix/samples.jsonl", samples[-SAMPLES:])
-    tokenizer = make_tokenizer({"vocabulary_size": VOCABULARY}, folder / "words/samples.jsonl", None)
+    architecture = Architecture(**SHAPE)
+    tokenizer = make_tokenizer(Tokenizer(vocabulary_size=VOCABULARY), folder / "words/samples.jsonl", None)
     assert len(tokenizer) == VOCABULARY
-    save_model(make_model(SHAPE, tokenizer, 0), tokenizer, folder / "student", "float32")
+    save_model(make_model(architecture, tokenizer, 0), tokenizer, folder / "student", "float32")
     mix = artifact(folder / "mix", {}, max_length=512, samples=SAMPLES)
     for k in range(TEACHERS):
-        facts = save_model(make_model(SHAPE, tokenizer, 1 + k), tokenizer, folder / f"teacher{k}", "float32")
+        facts = save_model(make_model(architecture, tokenizer, 1 + k), tokenizer, folder / f"teacher{k}", "float32")
+        teacher = artifact(folder / f"teacher{k}", {}, **facts)
         for kind in ("hidden", "online"):
-            settings = {**CAPTURE, "kind": kind}
-            told = capture(artifact(folder / f"teacher{k}", {}, **facts), mix, folder / f"{kind}{k}", settings, None)
-            (folder / f"{kind}{k}.json").write_text(json.dumps(told))
-    print(f"{facts['parameters']:,} parameters, {told['rows']:,} label rows in {told['samples']} samples", flush=True)
+            made = capture(teacher, mix, folder / f"{kind}{k}", Capture(kind=kind, **CAPTURE), None)
+            (folder / f"{kind}{k}.json").write_text(json.dumps(made))
+    print(f"{facts['parameters']:,} parameters, {made['rows']:,} label rows in {made['samples']} samples", flush=True)
 
 
-def sources(folder: Path, kind: str, tokenizer: Any, device: str) -> list[Any]:
+def load_teachers(folder: Path, kind: str, tokenizer: Any, device: str) -> list[Any]:
     """The teachers as the trainer sees them; none for ``sft``."""
     from llmfusion.fusion.teacher import load_teacher
-    from llmfusion.teachers.online import states_of
+    from llmfusion.teachers.online import online_source
 
-    out = []
+    teachers: list[Any] = []
     for k in range(TEACHERS if kind != "sft" else 0):
-        cache = artifact(
-            folder / f"{kind}{k}",
-            {"capture": {**CAPTURE, "kind": kind}},
-            **json.loads((folder / f"{kind}{k}.json").read_text()),
-        )
+        facts = json.loads((folder / f"{kind}{k}.json").read_text())
+        cache = artifact(folder / f"{kind}{k}", {"capture": {**CAPTURE, "kind": kind}}, **facts)
         mix = artifact(folder / "mix", {}, max_length=512, samples=SAMPLES)
-        states = states_of(f"t{k}", cache, mix, artifact(folder / f"teacher{k}", {}), device)
-        out.append(load_teacher(f"t{k}", cache, tokenizer, VOCABULARY, device, {}, states))
-    return out
+        source = online_source(f"t{k}", cache, mix, artifact(folder / f"teacher{k}", {}), device)
+        teachers.append(load_teacher(f"t{k}", cache, tokenizer, VOCABULARY, device, training(1, kind).fusion, source))
+    return teachers
+
+
+def training(steps: int, kind: str) -> Any:
+    """The options of a training with these teachers."""
+    from llmfusion.study.schema.training import TrainedModel
+
+    fused = {"teachers": [f"base/t{k}" for k in range(TEACHERS)], "fusion": {"target": "udf"}}
+    return TrainedModel.model_validate({**RUN, "steps": steps, **(fused if kind != "sft" else {})})
 
 
 def measure(folder: Path, kind: str, repeats: int) -> None:
     """Print seconds a step and peak resident memory in MiB of trainings with these teachers, as JSON."""
-    from llmfusion.artifacts.job import Job
     from llmfusion.models.batches import default_device
     from llmfusion.models.loading import load_model, load_tokenizer
     from llmfusion.training.loop import Student, train
 
-    place = artifact(folder / "student", {})
-    tokenizer = load_tokenizer(place, None)
-    teachers, model = sources(folder, kind, tokenizer, default_device()), load_model(place, "float32")
-    clock = (
-        time.process_time if default_device() == "cpu" else time.perf_counter
-    )  # other programs on the machine do not count
-    spec = {**SPEC, "fusion": {"target": "udf"}} if teachers else SPEC
+    student = artifact(folder / "student", {})
+    tokenizer = load_tokenizer(student, None)
+    teachers = load_teachers(folder, kind, tokenizer, default_device())
+    model = load_model(student, "float32")
+    # CPU seconds: other programs on the machine do not count
+    clock = time.process_time if default_device() == "cpu" else time.perf_counter
+    mix = artifact(folder / "mix", {}, max_length=512, samples=SAMPLES)
     took: dict[int, float] = dict.fromkeys(STEPS, float("inf"))
     for repeat in range(repeats):
         for steps in STEPS:
-            out = folder / f"out-{kind}-{repeat}-{steps}"
-            job = Job(spec, {}, out, out / "work", {}, "", None)
-            job.work.mkdir(parents=True)
-            mix = artifact(folder / "mix", {}, max_length=512)
+            run = training(steps, kind)
+            state = folder / f"state-{kind}-{repeat}-{steps}"
             began = clock()
-            train(job, Student(model, tokenizer), {**spec, "steps": steps}, [mix], teachers)
+            train(Student(model, tokenizer), run, run.fusion, [mix], teachers, state, "")
             took[steps] = min(took[steps], clock() - began)
     seconds = (took[STEPS[1]] - took[STEPS[0]]) / (STEPS[1] - STEPS[0])
     print(json.dumps({"seconds": seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
@@ -157,25 +163,21 @@ def alone(*words: str) -> str:
 
 def compare(folder: Path, repeats: int) -> int:
     """Print the table and the goals. Returns the exit status: 1 if one is missed."""
-    told = alone("prepare", str(folder)).splitlines()
-    speeds = [float(line.split(": ")[1].split()[0].replace(",", "")) for line in told if line.startswith("piece ")]
-    print(told[-1], f"\ncapture: {max(speeds):,.0f} tokens/s\n", flush=True)
-    found = {}
+    log = alone("prepare", str(folder)).splitlines()
+    speeds = [float(line.split(": ")[1].split()[0].replace(",", "")) for line in log if line.startswith("chunk ")]
+    print(log[-1], f"\ncapture: {max(speeds):,.0f} tokens/s\n", flush=True)
+    results = {}
     print(f"{'':24} {'s/step':>8} {'RSS MiB':>8}")
-    for kind, name in (
-        ("sft", "SFT"),
-        ("hidden", f"{TEACHERS} cached teachers"),
-        ("online", f"{TEACHERS} online teachers"),
-    ):
-        found[kind] = json.loads(alone("measure", str(folder), kind, str(repeats)).splitlines()[-1])
-        print(f"{name:24} {found[kind]['seconds']:8.3f} {found[kind]['memory']:8.0f}", flush=True)
-    heads = TEACHERS * VOCABULARY * SHAPE["hidden_size"] * 4 / 2**20  # type: ignore[operator]
-    time_ratio = found["hidden"]["seconds"] / found["online"]["seconds"]
-    memory_ratio = found["hidden"]["memory"] / (found["sft"]["memory"] + heads)
+    rows = {"sft": "SFT", "hidden": f"{TEACHERS} cached teachers", "online": f"{TEACHERS} online teachers"}
+    for kind, name in rows.items():
+        results[kind] = json.loads(alone("measure", str(folder), kind, str(repeats)).splitlines()[-1])
+        print(f"{name:24} {results[kind]['seconds']:8.3f} {results[kind]['memory']:8.0f}", flush=True)
+    heads = TEACHERS * VOCABULARY * HIDDEN_SIZE * 4 / 2**20
+    time_ratio = results["hidden"]["seconds"] / results["online"]["seconds"]
+    memory_ratio = results["hidden"]["memory"] / (results["sft"]["memory"] + heads)
     print(f"\ncached against online, time of a step: {time_ratio:.2f}x (goal: {TIME:.2f}x at most)")
-    print(
-        f"cached against SFT and {heads:.0f} MiB of heads, resident memory: {memory_ratio:.2f}x (goal: {MEMORY:.2f}x at most)"
-    )
+    against = f"cached against SFT and {heads:.0f} MiB of heads"
+    print(f"{against}, resident memory: {memory_ratio:.2f}x (goal: {MEMORY:.2f}x at most)")
     return int(time_ratio > TIME or memory_ratio > MEMORY)
 
 
@@ -190,9 +192,9 @@ def main() -> int:
     elif sys.argv[1:2] == ["measure"]:
         measure(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
     else:
-        given = parser.parse_args()
+        arguments = parser.parse_args()
         with tempfile.TemporaryDirectory(prefix="cache-benchmark-") as folder:
-            return compare(Path(folder), given.repeats)
+            return compare(Path(folder), arguments.repeats)
     return 0
 
 

@@ -16,7 +16,7 @@ rule stage_base:
         "../envs/llmfusion.yaml"
     resources:
         gpu=study.gpus("models/base/{base}"),
-        runtime=10080,  # minutes, without a profile that says better
+        runtime=10080,  # minutes; a profile can set it
     params:
         spec=study.spec("models/base/{base}"),
     shell:
@@ -36,7 +36,7 @@ rule train_model:
         "../envs/llmfusion.yaml"
     resources:
         gpu=study.gpus("models/trained/{trained}"),
-        runtime=10080,  # minutes, without a profile that says better
+        runtime=10080,  # minutes; a profile can set it
     params:
         spec=study.spec("models/trained/{trained}"),
     shell:

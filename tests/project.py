@@ -1,4 +1,4 @@
-"""Helpers of the workflow and end-to-end tests: copies of the project, small studies, Snakemake as its users start it."""
+"""Helpers of the workflow and end-to-end tests: copies of the project, small studies, and its commands."""
 
 import os
 import re
@@ -6,8 +6,9 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,18 @@ def environment() -> dict[str, str]:
     }
 
 
+def llmfusion(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """``llmfusion WORDS`` in a folder: a copy of the project, which has code of its own, or any other."""
+    source = folder / "src" if (folder / "src").is_dir() else ROOT / "src"
+    return subprocess.run(
+        [sys.executable, "-m", "llmfusion", *words],
+        cwd=folder,
+        env={**environment(), "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+    )
+
+
 def snakemake(folder: Path, *words: str, fails: bool = False) -> str:
     """Output of a Snakemake call in ``folder``; asserts that it succeeds, or with ``fails`` that it does not."""
     done = subprocess.run(["snakemake", *words], cwd=folder, env=environment(), capture_output=True, text=True)
@@ -69,18 +82,62 @@ def snakemake(folder: Path, *words: str, fails: bool = False) -> str:
 def jobs(output: str) -> Counter[str]:
     """Jobs by rule from Snakemake's own statistics, without the total."""
     table = re.search(r"Job stats:\njob +count\n[- ]+\n(.*?)\n\n", output, re.DOTALL)
-    found = (
-        Counter({name: int(count) for name, count in (line.split() for line in table.group(1).splitlines())})
-        if table
-        else Counter()
-    )
-    found.pop("total", None)
-    return found
+    rows = (line.split() for line in table.group(1).splitlines()) if table else ()
+    return Counter({rule: int(count) for rule, count in rows if rule != "total"})
 
 
 def outputs(output: str) -> set[str]:
     """The first output of every job a dry run lists."""
     return set(re.findall(r"^    output: ([^,\n]+)", output, re.MULTILINE))
+
+
+def planned(output: str) -> Iterator[tuple[str, str]]:
+    """Every job that a dry run lists: its rule, and the block of lines that describes it."""
+    for block in output.split("\nrule ")[1:]:
+        yield block.split(":")[0], block
+
+
+def command_in(log: Path) -> str:
+    """The command that a step's log begins with; run it again to make the same artifact."""
+    start = "# python -m llmfusion step "
+    return next(line for line in log.read_text().splitlines() if line.startswith(start)).removeprefix("# ")
+
+
+def is_step(words: Sequence[str], name: str = "") -> bool:
+    """Whether a process's command line is that of a step: of any one, or of the one of this name."""
+    return list(words[1:4]) == ["-m", "llmfusion", "step"] and name in ("", *words[4:5])
+
+
+def runs_llmfusion(words: Sequence[str]) -> bool:
+    """Whether a command line is that of a step, of the shell around it, or of a process that a step started."""
+    return "-m llmfusion" in " ".join(words)
+
+
+def results(folder: Path, name: str = "tiny") -> dict[str, bytes]:
+    """Everything that must be the same in two runs of a study: tables, scores and manifests by name."""
+    base = folder / f"runs/{name}/results"
+    return {
+        str(p.relative_to(base)): p.read_bytes()
+        for p in sorted(base.rglob("*"))
+        if p.suffix in (".json", ".csv", ".md") and p.name != "cost.csv" and "provenance" not in p.name and p.is_file()
+    }
+
+
+def text_of(log: Path) -> str:
+    """A log's text so far; nothing while Snakemake puts a new one in its place. An orphan may leave a hole in it."""
+    try:
+        return log.read_text(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def wait_until(condition: Callable[[], object], process: subprocess.Popen, seconds: float = 300) -> None:
+    """Wait until ``condition()`` holds; fail if the process ends first or time runs out."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "ended before it was to be stopped"
+        assert time.monotonic() < end, "did not come so far"
+        time.sleep(0.02)
 
 
 def cpu_seconds_of(call: Callable[[], Any]) -> float:

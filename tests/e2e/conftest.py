@@ -10,6 +10,7 @@ from tests.project import clone, snakemake, study
 
 TARGET = "results/table2.csv"
 COST = "results/cost.csv"
+PROFILE = ("--profile", "profiles/tiny")
 ROWS = ("base/pivot", "base/code", "trained/sft", "trained/seqkd-code", "trained/kd-code", "merged/ta-homogeneous")
 
 

@@ -1,8 +1,6 @@
 """Costs of real runs: what the rows took, and a plan for another size made from one that was run."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +9,11 @@ import pytest
 from llmfusion.reporting.measured import measured, refined, seconds_of
 from llmfusion.study.snakemake import checked
 from llmfusion.study.workload import Assumptions, Workload, assumed_seconds
-from tests.e2e.conftest import COST, ROWS, TARGET, Project, tiny
-from tests.e2e.test_runs import PROFILE
-from tests.project import environment, snakemake, study
+from tests.e2e.conftest import COST, PROFILE, ROWS, TARGET, Project, tiny
+from tests.project import llmfusion, snakemake, study
 
 
-def test_every_row_tells_what_it_took(made: Path) -> None:
+def test_every_row_states_what_it_took(made: Path) -> None:
     rows = {row["model"]: row for row in csv.DictReader((made / "runs/tiny" / COST).open())}
     assert list(rows) == list(ROWS)
     for row in rows.values():
@@ -26,15 +23,12 @@ def test_every_row_tells_what_it_took(made: Path) -> None:
     fusion = {model: float(row["fusion_gpu_hours"]) for model, row in rows.items()}
     assert fusion["base/pivot"] == 0
     parents = fusion["trained/kd-code"] + fusion["trained/sft"]
-    assert fusion["merged/ta-homogeneous"] == pytest.approx(parents, abs=2e-6)  # told with six decimals
+    assert fusion["merged/ta-homogeneous"] == pytest.approx(parents, abs=2e-6)  # written with six decimals
     assert fusion["trained/kd-code"] > 0
 
 
 def test_a_finished_study_is_planned_from_what_it_took(made: Path) -> None:
-    words = [sys.executable, "-m", "llmfusion.cli.estimate", "config/tiny.yaml"]
-    done = subprocess.run(
-        words, cwd=made, env={**environment(), "PYTHONPATH": str(made / "src")}, capture_output=True, text=True
-    )
+    done = llmfusion(made, "estimate", "config/tiny.yaml")
     assert done.returncode == 0, done.stderr
     assert "measured: " in done.stdout
     assert "train (" in done.stdout
@@ -52,20 +46,18 @@ def test_one_study_predicts_twice_the_steps_and_half_the_items_within_30_percent
     folder = project("other-size")
     study(folder / "config/tiny.yaml", other)
     snakemake(folder, *PROFILE, "--cores", "2", TARGET)
-    (known, asked) = (Workload(*checked_in(place), Assumptions()) for place in (made, folder))
+    known, planned = (Workload(*checked_in(place), Assumptions()) for place in (made, folder))
     rates, _ = refined(assumed_seconds(Assumptions()), known)
-    took = {
-        address: found.seconds for address in asked.jobs if (found := measured(asked.directory, address)) is not None
-    }
-    assert set(took) >= {address for address, job in asked.jobs.items() if job.step == "train"}
-    expected = {address: seconds_of(asked.jobs[address].work, rates[asked.jobs[address].step]) for address in took}
-    assert sum(expected.values()) == pytest.approx(sum(took.values()), rel=0.3)
+    jobs = {address: measured(planned.directory, address) for address in planned.jobs}
+    seconds = {address: job.seconds for address, job in jobs.items() if job is not None}
+    assert set(seconds) >= {address for address, job in planned.jobs.items() if job.step == "train"}
+    expected = sum(seconds_of(planned.jobs[address].work, rates[planned.jobs[address].rates]) for address in seconds)
+    assert expected == pytest.approx(sum(seconds.values()), rel=0.3)
 
 
 def checked_in(folder: Path) -> Any:
     """A copy's study, with its directory where the copy is."""
     file = folder / "config/absolute.yaml"
-    file.write_text(
-        (folder / "config/tiny.yaml").read_text().replace("directory: runs/tiny", f"directory: {folder}/runs/tiny")
-    )
+    text = (folder / "config/tiny.yaml").read_text()
+    file.write_text(text.replace("directory: runs/tiny", f"directory: {folder}/runs/tiny"))
     return checked(file)

@@ -2,38 +2,17 @@
 
 import csv
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
-from tests.e2e.conftest import ROWS, TARGET, Project
-from tests.project import BIN, ROOT, SECRETS, environment, jobs, outputs, snakemake
-
-PROFILE = ("--profile", "profiles/tiny")
-
-
-def results(folder: Path, name: str = "tiny") -> dict[str, bytes]:
-    """Everything that must be the same in two runs of a study: tables, scores and manifests by name."""
-    base = folder / f"runs/{name}/results"
-    files = (
-        p
-        for p in sorted(base.rglob("*"))
-        if p.suffix in (".json", ".csv", ".md") and not p.name.endswith("provenance.json") and p.name != "cost.csv"
-    )
-    return {str(p.relative_to(base)): p.read_bytes() for p in files if p.is_file()}
+from llmfusion.study.kinds import all_kinds
+from tests.e2e.conftest import PROFILE, ROWS, TARGET, Project
+from tests.project import BIN, SECRETS, jobs, llmfusion, outputs, results, snakemake
 
 
 def test_every_rule_is_executed(made: Path) -> None:
-    rules = {
-        name
-        for file in (ROOT / "rules").glob("*.smk")
-        for name in re.findall(r"^rule (\w+):", file.read_text(), re.MULTILINE)
-    }
-    stages = {"data", "models", "teachers", "scores", "tables"}
-    assert set(jobs((made / "run.log").read_text())) == rules - stages
+    assert set(jobs((made / "run.log").read_text())) == {*all_kinds(), "cost"}
 
 
 def test_the_table_has_its_rows_and_says_that_it_is_miniature(made: Path) -> None:
@@ -64,9 +43,7 @@ def test_a_changed_learning_rate_re_plans_exactly_its_descendants(made: Path) ->
     changed.write_text(yaml.safe_dump(content))
     plan = snakemake(made, "-n", "--cores", "2", TARGET, "--configfile", str(changed))
     models = ("trained/kd-code", "merged/ta-homogeneous")
-    expected = {f"results/models/{m}/manifest.json" for m in models} | {
-        f"results/answers/{m}/all/manifest.json" for m in models
-    }
+    expected = {f"results/{kind}/manifest.json" for m in models for kind in (f"models/{m}", f"answers/{m}/all")}
     expected |= {f"results/scores/{m}/{task}.json" for m in models for task in ("mmlu", "humaneval")} | {TARGET}
     assert outputs(plan) == expected
 
@@ -81,14 +58,11 @@ def test_another_number_of_shards_re_plans_nothing_also_without_their_folders(ma
         content["capture"]["shards"] = count
         changed = made / f"config/shards-{count}.yaml"
         changed.write_text(yaml.safe_dump(content))
-        assert "Nothing to be done" in snakemake(
-            made, "-n", "--cores", "2", TARGET, "teachers", "--configfile", str(changed)
-        )
+        plan = ("-n", "--cores", "2", TARGET, "teachers", "--configfile", str(changed))
+        assert "Nothing to be done" in snakemake(made, *plan)
     shards.rename(aside := shards.with_name("aside"))
     try:
-        assert "Nothing to be done" in snakemake(
-            made, "-n", "--cores", "2", TARGET, "teachers", "--configfile", str(changed)
-        )
+        assert "Nothing to be done" in snakemake(made, *plan)
     finally:
         aside.rename(shards)
 
@@ -143,37 +117,13 @@ def test_answers_are_asked_again_for_one_cell_alone(made: Path) -> None:
 
 def test_checkpoints_are_merged_by_hand(made: Path, tmp_path: Path) -> None:
     models = made / "runs/tiny/results/models"
-    words = [
-        "--method",
-        "rsaf",
-        "--pivot",
-        models / "base/pivot",
-        "--models",
-        models / "trained/sft",
-        models / "trained/kd-code",
-    ]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "llmfusion.steps.merge_models",
-            *words,
-            "--out",
-            tmp_path / "merged",
-            "--set",
-            "tau=0.1",
-        ],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    parents = (str(models / name) for name in ("trained/sft", "trained/kd-code"))
+    words = ["--method", "rsaf", "--pivot", str(models / "base/pivot"), "--models", *parents]
+    done = llmfusion(tmp_path, "merge", *words, "--out", str(tmp_path / "merged"), "--set", "tau=0.1")
     assert done.returncode == 0, done.stderr
-    pivot, merged = (
-        json.loads((folder / "config.json").read_text()) for folder in (models / "base/pivot", tmp_path / "merged")
-    )
-    assert pivot == merged
+    pivot = json.loads((models / "base/pivot/config.json").read_text())
+    assert json.loads((tmp_path / "merged/config.json").read_text()) == pivot
     report = list(csv.DictReader((tmp_path / "merged/merge_report.csv").open()))
     assert {row["tensor"] for row in report} >= {"model.norm.weight", "model.embed_tokens.weight"}
-    assert all(
-        0 < float(row["K_0"]) <= 0.1 / (1 + float(row["S_0"])) + 1e-12 for row in report if float(row["S_0"]) >= 0
-    )
+    right_skewed = [row for row in report if float(row["S_0"]) >= 0]
+    assert all(0 < float(row["K_0"]) <= 0.1 / (1 + float(row["S_0"])) + 1e-12 for row in right_skewed)

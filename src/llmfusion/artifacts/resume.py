@@ -1,7 +1,7 @@
 """Resume state: files that a job finishes one by one in ``work/``, so that the next start goes on from them.
 
 Each file has a note beside it, written last: the key of the work it belongs to (one spec over the very content of its
-inputs), its sha256, and what the job needs to know of it. A file without its note, of another key or of other bytes
+inputs), its sha256, and what the job wants to remember. A file without its note, of another key or of other bytes
 does not count.
 """
 
@@ -22,11 +22,7 @@ def note_path(path: Path) -> Path:
 
 
 class ResumeFolder:
-    """Finished files in a folder, each with its note; those of another spec or other inputs (``key``) do not count.
-
-    The folder is made where it is not there. A killed writer may have left temporary files: see
-    :meth:`remove_temporary`.
-    """
+    """Finished files in a folder, each with its note; those of another spec or other inputs (``key``) do not count."""
 
     def __init__(self, folder: Path, key: str):
         self.folder = folder
@@ -34,7 +30,7 @@ class ResumeFolder:
         folder.mkdir(parents=True, exist_ok=True)
 
     def remove_temporary(self) -> None:
-        """Remove what killed writers left half-written; only while no process writes into the folder."""
+        """Remove what killed writers left half-written; for the one process that writes, or before others begin."""
         for path in self.folder.glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
@@ -42,14 +38,13 @@ class ResumeFolder:
         """Remove what does not belong here: files that were not finished, or of another spec or other inputs."""
         others = sorted(set(self.folder.iterdir()) - set(self._own()))
         if others:
-            names = ", ".join(path.name for path in others[:3])
-            names += f" and {len(others) - 3} more" if len(others) > 3 else ""
+            names = ", ".join(path.name for path in others[:3]) + (f" and {len(others) - 3} more" * (len(others) > 3))
             logger.info("%s: not finished, or of another spec or other inputs, and removed: %s", self.folder, names)
         for path in reversed(others):  # a file, then its note
             path.unlink()
 
     def note(self, name: str) -> dict[str, Any]:
-        """The note of a file; empty where there is none, or not a whole one."""
+        """What was noted of a file; empty where there is no note, or not a whole one."""
         return json_object_or_empty(note_path(self.folder / name))
 
     def is_ours(self, name: str) -> bool:
@@ -75,9 +70,9 @@ class ResumeFolder:
         return False
 
     def put(self, name: str, write: Callable[[Path], str | None] | None, note: dict[str, Any]) -> None:
-        """Write a file with ``write(path)``, then its note; without ``write`` there is only the note.
+        """Write a file with ``write(path)``, then its note; without ``write`` only the note.
 
-        ``write`` may return the sha256 of what it wrote, where it knows it, so that the file is not read again.
+        ``write`` may return the sha256 of what it wrote, so that the file need not be read once more.
         """
         path = self.folder / name
         sha256 = None
@@ -93,7 +88,7 @@ class ResumeFolder:
             path.unlink(missing_ok=True)
 
     def size(self) -> int:
-        """Bytes of the files and notes that count."""
+        """Bytes of what is there and counts."""
         return sum(path.stat().st_size for path in self._own())
 
     def _own(self) -> list[Path]:

@@ -17,7 +17,7 @@ import pytest
 from llmfusion.artifacts import job as step
 from llmfusion.artifacts.job import Job, run
 from llmfusion.artifacts.lease import Lease
-from llmfusion.artifacts.store import Artifact, draft_folder, read
+from llmfusion.artifacts.store import draft_folder, read
 from llmfusion.errors import UserError
 from llmfusion.io.digests import digest
 from tests.unit.stand_ins import job
@@ -460,37 +460,3 @@ def test_half_a_resume_state_does_not_stay_on_a_full_disk(tmp_path: Path, monkey
             tmp_path, 1, "f", torch.nn.Linear(1, 1), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), []
         )
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_capture_is_said_to_need_is_no_more_than_what_it_writes(
-    teacher: Artifact, mix: Artifact, cache: Artifact
-) -> None:
-    from llmfusion.steps.capture_teacher import least_bytes
-
-    written = sum(path.stat().st_size for path in cache.folder.glob("*.safetensors"))
-    assert 0.6 * written < least_bytes(teacher, mix, {"capture": {"dtype": "float32"}}) <= written
-
-
-def test_a_copy_of_a_model_from_another_disk_needs_its_room_and_a_link_none(
-    tmp_path: Path, free: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from llmfusion.steps import stage_base as base
-
-    source = tmp_path / "elsewhere"
-    source.mkdir()
-    (source / "model.safetensors").write_bytes(b"x" * 100)
-    made = job(tmp_path)
-    base._need(made, {"kind": "path", "path": str(source)})
-    stat = Path.stat
-
-    def another(path: Path, **given: bool) -> object:
-        found = stat(path, **given)
-        return (
-            SimpleNamespace(st_dev=-1, st_size=found.st_size, st_mode=found.st_mode)
-            if path.suffix == ".safetensors"
-            else found
-        )
-
-    monkeypatch.setattr(Path, "stat", another)
-    with pytest.raises(UserError, match=r"a copy of .*elsewhere needs 0 KiB, 0 KiB are free"):
-        base._need(made, {"kind": "path", "path": str(source)})

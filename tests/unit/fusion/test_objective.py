@@ -215,18 +215,27 @@ def test_teachers_of_both_kinds_share_one_loss_and_projected_terms_are_averaged_
 
 
 def test_projectors_are_prepared_without_touching_the_student(go, monkeypatch, pivot):
+    created = []
     seen = {}
-    prepare = module._Loop._prepare_projectors
+    step = module._Loop._step
+
+    class Watched(Objective):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            created.extend(p.detach().clone() for p in self.projectors.parameters())
 
     def watched(self, *arguments):
-        before = {name: t.clone() for name, t in self.trained.state_dict().items()}
-        prepare(self, *arguments)
-        after = self.trained.state_dict()
-        seen["changed"] = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+        before = load_model(pivot, "float32").state_dict()
+        after = self.model.state_dict()
+        seen["student"] = any(not torch.equal(before[name], after[name]) for name in before)
+        projectors = self.objective.projectors.parameters()
+        seen["projectors"] = [not torch.equal(one, p) for one, p in zip(created, projectors, strict=True)]
+        step(self, *arguments)
 
-    monkeypatch.setattr(module._Loop, "_prepare_projectors", watched)
+    monkeypatch.setattr(module, "Objective", Watched)
+    monkeypatch.setattr(module._Loop, "_step", watched)
     go("job", {"target": "kd"}, ["far"], {"steps": 1})
-    assert seen["changed"] == {"objective"}
+    assert seen == {"student": False, "projectors": [True] * 6}
 
 
 def test_a_run_with_projectors_that_was_stopped_goes_on_bit_for_bit(go, monkeypatch):
@@ -252,6 +261,7 @@ def test_projectors_half_prepared_when_the_jobs_time_ends_are_gone_on_with(go, m
     whole, records = go("whole", {"target": "udf"})
     projector_loss, made = Objective.projector_loss, []
     monkeypatch.setattr(Objective, "projector_loss", lambda *arguments: made.append(1) or projector_loss(*arguments))
+    caplog.set_level("INFO")
     for number in range(3):  # each job ends after one step
         with pytest.raises(SystemExit):
             go("short", {"target": "udf"}, minutes=0.0)

@@ -10,13 +10,25 @@ from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
 from llmfusion.models.loading import load_model, load_tokenizer
 from llmfusion.models.scratch import make_model
-from llmfusion.models.staging import KINDS
-from tests.unit.stand_ins import artifact, job
+from llmfusion.models.staging import stage_folder, stage_gguf, stage_hub
+from llmfusion.study.schema.base_models import Architecture, GgufModel, HubModel, PathModel
+from tests.unit.stand_ins import artifact
+
+LICENSED = {"license": "mit", "vocabulary": "v"}
 
 
-def stage(tmp_path, kind, place):
-    made = job(tmp_path)
-    return made.folder, KINDS[kind](made, {"kind": kind, "path": str(place), "license": "mit"})
+def take_folder(tmp_path, source):
+    """The folder that ``source`` was staged into, and its facts."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder, stage_folder(PathModel(kind="path", path=str(source), **LICENSED), folder, None)
+
+
+def convert_gguf(tmp_path, file):
+    """The same of a GGUF file."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder, stage_gguf(GgufModel(kind="gguf", path=str(file), **LICENSED), folder, None)
 
 
 @pytest.fixture
@@ -28,35 +40,41 @@ def test_a_folder_is_taken_over_without_code_and_pickles(tmp_path, source, pivot
     for name in ("modeling_own.py", "pytorch_model.bin", "notes.md"):
         (source / name).write_text("x")
     (source / "LICENSE").write_text("mine")
-    folder, facts = stage(tmp_path, "path", source)
+    folder, facts = take_folder(tmp_path, source)
     assert {p.name for p in folder.iterdir()} == {p.name for p in pivot.folder.iterdir()} | {"LICENSE"}
     assert (folder / "model.safetensors").read_bytes() == (pivot.folder / "model.safetensors").read_bytes()
     assert facts == {**pivot.facts, "license": "mit"}
 
 
+def small_vocabulary(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+
+
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message"),
     [
-        (lambda s: (s / "model.safetensors").rename(s / "pytorch_model.bin"), "pickled weights are refused: pytorch_model.bin"),
-        (lambda s: (s / "model.safetensors").unlink(), "has no .safetensors weights"),
-        (lambda s: (s / "config.json").unlink(), "has no config.json"),
-        (lambda s: shutil.rmtree(s), "is no folder"),
-        (lambda s: (s / "config.json").write_text(json.dumps({**json.loads((s / "config.json").read_text()), "vocab_size": 200})),
-         "the tokenizer has 300 tokens, the model only 200 rows"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "pickled weights are refused: pytorch_model.bin",
+        ),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no .safetensors weights"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (shutil.rmtree, "is no folder"),
+        (small_vocabulary, "the tokenizer has 300 tokens, the model only 200 rows"),
     ],
-)  # fmt: skip
-def test_an_unusable_folder_is_refused_with_the_reason(tmp_path, source, spoil, told):
+)
+def test_an_unusable_folder_is_refused_with_the_reason(tmp_path, source, spoil, message):
     spoil(source)
-    with pytest.raises(UserError, match=told):
-        stage(tmp_path, "path", source)
+    with pytest.raises(UserError, match=message):
+        take_folder(tmp_path, source)
 
 
 def test_the_hub_out_of_reach_is_told_with_the_way_out(tmp_path):
-    with pytest.raises(UserError, match=r"owner/model at 0123456789ab: could not be downloaded: .*use kind: path"):
-        KINDS["hub"](
-            job(tmp_path),
-            {"repo": "owner/model", "revision": "0123456789abcdef0123456789abcdef01234567", "license": "mit"},
-        )
+    base = HubModel(kind="hub", repo="owner/model", revision="0123456789abcdef" * 2 + "01234567", **LICENSED)
+    message = r"owner/model at 0123456789ab: could not be downloaded: .*use kind: path"
+    with pytest.raises(UserError, match=message):
+        stage_hub(base, tmp_path, None)
 
 
 def write_gguf(file, model, tokenizer):
@@ -103,20 +121,17 @@ def qwen_tokenizer(tokenizer):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|pad|>")
 
 
-def test_a_gguf_file_becomes_a_checkpoint_with_the_same_tensors_and_tokens(tmp_path, qwen_tokenizer):
+def test_a_gguf_file_becomes_a_checkpoint_with_the_same_tensors_and_tokens(tmp_path, qwen_tokenizer, capfd):
     tokenizer = qwen_tokenizer
-    shape = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-    }
-    model = make_model(
-        {"model_type": "qwen2", "max_position_embeddings": 128, "initializer_range": 0.3, **shape}, tokenizer, 5
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    architecture = Architecture(
+        model_type="qwen2", num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.3, **shape
     )
+    model = make_model(architecture, tokenizer, 5)
     write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
-    folder, facts = stage(tmp_path, "gguf", tmp_path / "tiny.gguf")
+    capfd.readouterr()
+    folder, facts = convert_gguf(tmp_path, tmp_path / "tiny.gguf")
+    assert "\r" not in capfd.readouterr().err  # no progress bars
     stored = load_file(folder / "model.safetensors")
     assert set(stored) == set(model.state_dict())
     assert all(torch.equal(stored[name], tensor) for name, tensor in model.state_dict().items())
@@ -133,4 +148,4 @@ def test_a_gguf_file_becomes_a_checkpoint_with_the_same_tensors_and_tokens(tmp_p
 def test_another_file_is_no_gguf(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [])
     with pytest.raises(UserError, match=r"is no \.gguf file"):
-        stage(tmp_path, "gguf", tmp_path / "a.jsonl")
+        convert_gguf(tmp_path, tmp_path / "a.jsonl")

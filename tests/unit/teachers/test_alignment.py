@@ -10,8 +10,8 @@ from llmfusion.teachers.alignment import (
     redistribute_by_bytes,
     responses,
     row_spans,
-    spans,
     token_bytes,
+    token_spans,
 )
 from tests.unit.stand_ins import question
 
@@ -27,8 +27,9 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """Byte-level vocabularies that split digits and characters differently, and a SentencePiece-like one with byte fallback."""
+    """Byte-level vocabularies that split digits and characters differently, and one like SentencePiece's."""
     from llmfusion.models.scratch import make_tokenizer
+    from llmfusion.study.schema.base_models import Tokenizer
 
     file = tmp_path_factory.mktemp("texts") / "samples.jsonl"
     file.write_text(
@@ -38,10 +39,12 @@ def tokenizers(tmp_path_factory):
         )
     )
     sizes = {"bytes": (258, 3), "single digits": (330, 1), "groups of digits": (480, 3)}
-    made = {
-        name: make_tokenizer({"vocabulary_size": size, "digits": digits}, file, None)
-        for name, (size, digits) in sizes.items()
-    }
+    made = {}
+    for name, (size, digits) in sizes.items():
+        options = Tokenizer.model_construct(
+            vocabulary_size=size, digits=digits
+        )  # of bytes alone: a study asks for more
+        made[name] = make_tokenizer(options, file, None)
     return made | {"sentencepiece": sentencepiece()}
 
 
@@ -87,7 +90,7 @@ def ids_of(tokenizer, text):
 def test_spans_lie_end_to_end_and_cut_the_text_as_the_tokens_do(tokenizers, name, text):
     tokenizer = tokenizers[name]
     ids = ids_of(tokenizer, text)
-    found = spans(token_bytes(tokenizer), ids, text).tolist()
+    found = token_spans(token_bytes(tokenizer), ids, text).tolist()
     assert len(found) == len(ids)
     assert [end for _, end in found[:-1]] == [start for start, _ in found[1:]]
     pieces = [text.encode()[start:end] for start, end in found]
@@ -100,7 +103,7 @@ def test_spans_lie_end_to_end_and_cut_the_text_as_the_tokens_do(tokenizers, name
 
 def test_a_character_in_several_tokens_has_a_span_for_each_of_its_bytes(tokenizers):
     tokenizer = tokenizers["bytes"]
-    found = spans(token_bytes(tokenizer), ids_of(tokenizer, "é漢🙂"), "é漢🙂").tolist()
+    found = token_spans(token_bytes(tokenizer), ids_of(tokenizer, "é漢🙂"), "é漢🙂").tolist()
     assert found == [[i, i + 1] for i in range(2 + 3 + 4)]
 
 
@@ -108,17 +111,17 @@ def test_sentencepieces_first_space_is_cut_off_and_its_byte_tokens_count_one_eac
     tokenizer = tokenizers["sentencepiece"]
     pieces, ids = token_bytes(tokenizer), ids_of(tokenizer, "and é")
     assert [pieces[i] for i in ids] == [b" and", b" ", b"\xc3", b"\xa9"]
-    assert spans(pieces, ids, "and é").tolist() == [[0, 3], [3, 4], [4, 5], [5, 6]]
+    assert token_spans(pieces, ids, "and é").tolist() == [[0, 3], [3, 4], [4, 5], [5, 6]]
 
 
 def test_a_text_whose_first_token_is_no_label_is_placed_from_its_end():
     pieces = [b"ab", b"c", b"de"]
-    assert spans(pieces, [1, 2], "abcde").tolist() == [[2, 3], [3, 5]]
+    assert token_spans(pieces, [1, 2], "abcde").tolist() == [[2, 3], [3, 5]]
 
 
 def test_tokens_that_do_not_write_the_text_have_no_spans_and_only_the_end_matches(tokenizers):
     pieces = [b"ab", b"c", b"<end>"]
-    assert spans(pieces, [0, 1], "abC") is None
+    assert token_spans(pieces, [0, 1], "abC") is None
     found = row_spans(pieces, [0, 1, 2, 0, 1, 2], [0, 3], ["abC", "abc"])
     assert found.tolist() == [[0, 0], [0, 0], [3, 4], [4, 6], [6, 7], [7, 8]]
     assert match_spans(found, found).tolist() == [-1, -1, 2, 3, 4, 5]

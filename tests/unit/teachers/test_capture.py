@@ -11,12 +11,12 @@ from llmfusion.data.chat import encode
 from llmfusion.errors import UserError
 from llmfusion.models.batches import label_positions
 from llmfusion.models.loading import load_model
-from llmfusion.steps.capture_teacher import build
-from llmfusion.teachers.cache import Cache
+from llmfusion.study.schema.settings import Capture
+from llmfusion.teachers.cache import TeacherCache
 from llmfusion.teachers.cache_format import CHUNK_SAMPLES
 from llmfusion.teachers.capture import capture
 from llmfusion.teachers.statistics import statistics
-from tests.unit.stand_ins import artifact, job
+from tests.unit.stand_ins import artifact
 
 
 def tensors_of(folder):
@@ -31,7 +31,7 @@ def usable(samples, tokenizer, max_length=128):
 def test_cached_states_through_the_head_are_the_models_own_logits(
     cache, teacher, tied_cache, tied_teacher, samples, tokenizer
 ):
-    for stored, source in ((Cache(cache), teacher), (Cache(tied_cache), tied_teacher)):
+    for stored, source in ((TeacherCache(cache), teacher), (TeacherCache(tied_cache), tied_teacher)):
         model, (weight, bias) = load_model(source, "float32"), stored.head()
         assert bias is None
         for sample, encoded in usable(samples, tokenizer):
@@ -43,7 +43,7 @@ def test_cached_states_through_the_head_are_the_models_own_logits(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_statistics_are_those_of_the_stored_states_by_brute_force(tmp_path, teacher, mix, dtype):
-    facts = capture(teacher, mix, tmp_path, {"dtype": dtype}, None)
+    facts = capture(teacher, mix, tmp_path, Capture(dtype=dtype), None)
     [rows], head = tensors_of(tmp_path), load_file(tmp_path / "head.safetensors")["weight"]
     assert rows["hidden"].dtype == getattr(torch, dtype)
     logits = rows["hidden"].double().numpy() @ head.double().numpy().T  # (n, V)
@@ -89,7 +89,7 @@ def test_statistics_do_not_depend_on_chunks_and_leave_out_unknown_rows():
 
 
 def test_every_sample_has_its_rows_in_the_order_of_its_labels(cache, samples, tokenizer):
-    stored = Cache(cache)
+    stored = TeacherCache(cache)
     expected = usable(samples, tokenizer)
     assert list(stored.index) == [s["id"] for s, _ in expected]
     for sample, encoded in expected:
@@ -107,8 +107,8 @@ def test_every_sample_has_its_rows_in_the_order_of_its_labels(cache, samples, to
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_a_row_takes_its_state_and_sixteen_bytes(tmp_path, teacher, mix, dtype, size):
-    facts = capture(teacher, mix, tmp_path, {"dtype": dtype}, None)
-    total = sum(t.numel() * t.element_size() for piece in tensors_of(tmp_path) for t in piece.values())
+    facts = capture(teacher, mix, tmp_path, Capture(dtype=dtype), None)
+    total = sum(t.numel() * t.element_size() for chunk in tensors_of(tmp_path) for t in chunk.values())
     assert total == facts["rows"] * (24 * size + 16)
 
 
@@ -118,23 +118,23 @@ def test_the_three_spreads_are_standard_deviations_over_all_label_rows(cache, sa
     for _, encoded in usable(samples, tokenizer):
         inputs += [encoded.ids[i] for i in label_positions(encoded)]
         labels += encoded.label_ids
-    hidden = np.concatenate([piece["hidden"].double().numpy() for piece in tensors_of(cache.folder)])
+    hidden = np.concatenate([chunk["hidden"].double().numpy() for chunk in tensors_of(cache.folder)])
     assert cache.facts["std_hidden"] == pytest.approx(hidden.std(), rel=1e-9)
     assert cache.facts["std_target_embedding"] == pytest.approx(embedding[labels].std(), rel=1e-9)
     assert cache.facts["std_index_embedding"] == pytest.approx(embedding[[*inputs, *labels]].std(), rel=1e-9)
 
 
 def test_a_second_capture_gives_identical_bytes(tmp_path, cache, teacher, mix):
-    capture(teacher, mix, tmp_path, {"dtype": "float32", "batch_size": 7}, None)
+    capture(teacher, mix, tmp_path, Capture(dtype="float32", batch_size=7), None)
     names = {p.name for p in cache.folder.iterdir()}
     assert {p.name for p in tmp_path.iterdir()} == names
     assert all((tmp_path / name).read_bytes() == (cache.folder / name).read_bytes() for name in names)
 
 
-def test_pieces_hold_the_rows_of_consecutive_samples(tmp_path, cache, teacher, mix, samples, monkeypatch):
+def test_chunks_hold_the_rows_of_consecutive_samples(tmp_path, cache, teacher, mix, samples, monkeypatch):
     monkeypatch.setitem(CHUNK_SAMPLES, "hidden", 8)
-    facts = capture(teacher, mix, tmp_path, {"dtype": "float32", "batch_size": 7}, None)
-    small, whole = Cache(artifact(tmp_path, **facts)), Cache(cache)
+    facts = capture(teacher, mix, tmp_path, Capture(dtype="float32", batch_size=7), None)
+    small, whole = TeacherCache(artifact(tmp_path, **facts)), TeacherCache(cache)
     assert len(tensors_of(tmp_path)) == 4 == -(-len(samples) // 8)
     for number, sample in enumerate(samples):
         assert small.entry(sample["id"])["piece"] == number // 8
@@ -154,19 +154,19 @@ def test_samples_too_long_for_the_teacher_are_left_out_counted_and_asked_for_in_
     tmp_path, teacher, mix, samples, tokenizer
 ):
     short = artifact(mix.folder, max_length=40, samples=len(samples))
-    facts = capture(teacher, short, tmp_path, {"dtype": "float32"}, None)
+    facts = capture(teacher, short, tmp_path, Capture(dtype="float32"), None)
     kept = {s["id"] for s, _ in usable(samples, tokenizer, 40)}
     assert set(pyarrow.parquet.read_table(tmp_path / "index.parquet")["id"].to_pylist()) == kept
     assert facts["rejected"]["too long"]["count"] == len(samples) - len(kept) > 0
     with pytest.raises(UserError, match=r"no rows for sample twice; .*tokenizers"):
-        Cache(artifact(tmp_path, **facts)).rows("twice")
+        TeacherCache(artifact(tmp_path, **facts)).rows("twice")
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="no sample of the mix fits"):
         capture(
             teacher,
             artifact(mix.folder, max_length=3, samples=len(samples)),
             tmp_path / "none",
-            {"dtype": "float32"},
+            Capture(dtype="float32"),
             None,
         )
 
@@ -177,11 +177,4 @@ def test_logits_that_are_more_than_states_times_a_head_are_refused_by_name(tmp_p
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, name: 30.0}))
     with pytest.raises(UserError, match=name):
-        capture(artifact(folder), mix, tmp_path, {"dtype": "float32"}, None)
-
-
-def test_the_step_captures_the_model_and_mix_of_its_spec(tmp_path, teacher, mix, cache):
-    spec = {"model": "base/teacher", "mix": "m", "capture": {"dtype": "float32", "batch_size": 7}}
-    made = job(tmp_path, spec, {"models/base/teacher": teacher, "data/mix/m": mix})
-    build(made)
-    assert made.facts == cache.facts
+        capture(artifact(folder), mix, tmp_path, Capture(dtype="float32"), None)

@@ -293,14 +293,14 @@ def test_a_gradient_or_loss_that_is_not_finite_stops_the_same_way(start, mix, to
 
 @pytest.mark.parametrize("name", ["hidden", "entropy"])
 def test_a_teacher_that_turns_out_not_finite_stops_the_same_way(start, mix, tokenizer, monkeypatch, name):
-    batch = CachedTeacher.batch
+    batch = CachedTeacher.distribution
 
     def spoilt(self, samples, labels):
         rows = batch(self, samples, labels)
         getattr(rows, name)[0] = torch.nan
         return rows
 
-    monkeypatch.setattr(CachedTeacher, "batch", spoilt)
+    monkeypatch.setattr(CachedTeacher, "distribution", spoilt)
     ids, _ = first_batch(mix, tokenizer)
     with pytest.raises(UserError) as error:
         start("wrong")
