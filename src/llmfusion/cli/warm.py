@@ -47,7 +47,7 @@ def ask(arguments: list[str]) -> int:
             connection.connect(os.environ[ADDRESS])
         except OSError as error:
             raise UserError(
-                f"{ADDRESS} names {os.environ[ADDRESS]}, where nobody listens ({error.strerror}): unset it, or run under llmfusion.cli.warm"
+                f"{ADDRESS} names {os.environ[ADDRESS]}, where nobody listens ({error.strerror}): unset it, or run under llmfusion warm"
             ) from None
         environment = {name: value for name, value in os.environ.items() if name != ADDRESS}
         request = {"arguments": arguments, "folder": os.getcwd(), "environment": environment}
@@ -79,7 +79,7 @@ def _told(connection: socket.socket) -> dict[str, Any]:
     with connection.makefile("rb", buffering=0) as file:
         line = file.readline()
     if not line:
-        raise UserError("the process of llmfusion.cli.warm has ended; run again")
+        raise UserError("the process of llmfusion warm has ended; run again")
     found: dict[str, Any] = json.loads(line)
     return found
 
@@ -195,7 +195,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     if DRIVER.exists():
         print(
-            f"error: this machine has a GPU ({DRIVER}): a driver does not survive a fork. Run the command without llmfusion.cli.warm",
+            f"error: this machine has a GPU ({DRIVER}): a driver does not survive a fork. Run the command without llmfusion warm",
             file=sys.stderr,
         )
         return 2
