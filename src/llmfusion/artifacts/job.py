@@ -5,7 +5,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -117,13 +118,20 @@ def run_job(request: Request, build: Callable[[Job], None]) -> None:
     resume state in ``work/`` stays until the artifact is published. Raises :class:`UserError` for what the user can
     mend, a full disk included, and whatever else ``build`` raises.
     """
-    try:
+    with explain_full_disk(request.out):
         _run_job(request, build)
+
+
+@contextmanager
+def explain_full_disk(output: Path) -> Iterator[None]:
+    """Turn an error that a full disk causes into a :class:`UserError` that says what was needed and what is free."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:
         if _is_disk_full(error):
-            raise UserError(_disk_full_message(request.out, error)) from error
+            raise UserError(_disk_full_message(output, error)) from error
         raise
 
 

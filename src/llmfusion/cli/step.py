@@ -50,10 +50,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _make(arguments: argparse.Namespace) -> None:
-    from llmfusion.artifacts.job import Request, run_job
+    from llmfusion.artifacts.job import Request, explain_full_disk, run_job
     from llmfusion.io.logs import log_to_stdout
 
     log_to_stdout()
-    print("#", shlex.join(["python", "-m", "llmfusion", *sys.argv[1:]]), flush=True)
-    build = import_module(f"llmfusion.steps.{arguments.step}").build
-    run_job(Request(arguments.spec, arguments.out, arguments.inputs, arguments.minutes), build)
+    with explain_full_disk(arguments.out):  # the log may lie on it, too
+        print("#", shlex.join(["python", "-m", "llmfusion", *sys.argv[1:]]), flush=True)
+        build = import_module(f"llmfusion.steps.{arguments.step}").build
+        run_job(Request(arguments.spec, arguments.out, arguments.inputs, arguments.minutes), build)

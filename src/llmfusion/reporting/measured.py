@@ -48,7 +48,7 @@ def read_measurement(directory: Path, address: str) -> Measurement | None:
 
 
 def fit_coefficients(assumed: Coefficients, workload: Workload) -> tuple[Coefficients, dict[str, int]]:
-    """Coefficients that finished jobs of ``workload`` show, else the ``assumed`` ones; and how many jobs are behind each.
+    """Coefficients that finished jobs of ``workload`` show, else ``assumed`` ones; and the jobs behind each.
 
     Relative errors are squared and summed; coefficients are never negative, and the sum of the jobs is met. Programs
     that load a model record when their work begins; of others the start follows from the work where jobs differ, else
