@@ -74,7 +74,7 @@ def make_samples() -> list[dict[str, Any]]:
 
 def prepare(folder: Path) -> None:
     """Student, teachers, mix, and a cache of each kind for every teacher; prints the speed of the captures."""
-    from llmfusion.data.samples import write_jsonl
+    from llmfusion.io.jsonl import write_jsonl
     from llmfusion.models.loading import save_model
     from llmfusion.models.scratch import make_model, make_tokenizer
     from llmfusion.study.schema.base_models import Architecture, Tokenizer

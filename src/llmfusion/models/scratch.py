@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion.data.chat import TEMPLATES
-from llmfusion.data.samples import read_jsonl, text_of
+from llmfusion.data.samples import read_samples, text_of
 from llmfusion.study.schema.base_models import Architecture, Tokenizer
 
 END_TOKEN = "<|end|>"
@@ -32,7 +32,7 @@ def make_tokenizer(options: Tokenizer, samples: Path, chat_template: str | None)
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator((text_of(sample) for sample in read_jsonl(samples)), trainer)
+    core.train_from_iterator((text_of(sample) for sample in read_samples(samples)), trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=END_TOKEN, pad_token=PAD_TOKEN, clean_up_tokenization_spaces=False
     )

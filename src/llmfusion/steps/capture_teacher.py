@@ -95,11 +95,11 @@ def least_bytes(teacher: Artifact, mix: Artifact, spec: Spec) -> int:
     Of a large mix rows are extrapolated from its first samples, less a fifth, so that they are never too many.
     """
     from llmfusion.data.chat import encode
-    from llmfusion.data.samples import read_jsonl
+    from llmfusion.data.samples import read_samples
     from llmfusion.models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(teacher, spec.chat_template)
-    samples = islice(read_jsonl(mix.file("samples.jsonl")), COUNTED_SAMPLES)
+    samples = islice(read_samples(mix.file("samples.jsonl")), COUNTED_SAMPLES)
     encoded_samples = [encode(sample, tokenizer, mix.facts["max_length"]) for sample in samples]
     rows = sum(len(encoded.label_ids) for encoded in encoded_samples if not isinstance(encoded, str))
     if (total := mix.facts["samples"]) > COUNTED_SAMPLES:

@@ -10,9 +10,10 @@ logger = logging.getLogger(__name__)
 
 def build(job: Job) -> None:
     """Write ``samples.jsonl``: the mix's samples with the model's answer as last turn; facts count those left out."""
-    from llmfusion.data.samples import read_jsonl, write_jsonl
-    from llmfusion.data.sources import Rejected
+    from llmfusion.data.rejections import Rejected
+    from llmfusion.data.samples import read_samples
     from llmfusion.errors import UserError
+    from llmfusion.io.jsonl import write_jsonl
     from llmfusion.models.batches import default_device
     from llmfusion.models.loading import load_model, load_tokenizer
     from llmfusion.teachers.generation import answer_all
@@ -23,7 +24,7 @@ def build(job: Job) -> None:
     max_length = mix.facts["max_length"]
     tokenizer = load_tokenizer(source, spec.chat_template)
     model = load_model(source, spec.generation.dtype).to(default_device())
-    samples = [sample for sample in read_jsonl(mix.file("samples.jsonl")) if "messages" in sample]
+    samples = [sample for sample in read_samples(mix.file("samples.jsonl")) if "messages" in sample]
     if not samples:
         raise UserError(f"{mix.folder}: holds raw text only; there is nothing to answer")
     job.mark_started()

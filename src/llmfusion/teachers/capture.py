@@ -17,7 +17,7 @@ from torch import Tensor
 from llmfusion.artifacts.resume import ResumeFolder
 from llmfusion.artifacts.store import Artifact
 from llmfusion.data.chat import Encoded, encode
-from llmfusion.data.samples import Sample, read_jsonl
+from llmfusion.data.samples import Sample, read_samples
 from llmfusion.errors import UserError, require
 from llmfusion.models.batches import default_device, label_positions, pad
 from llmfusion.models.loading import load_model, load_tokenizer, require_linear_head
@@ -113,7 +113,7 @@ def assemble_cache(
 
 def _chunks_of(mix: Artifact, size: int) -> Iterator[list[Sample]]:
     """The mix's samples, ``size`` at a time."""
-    samples = read_jsonl(mix.file("samples.jsonl"))
+    samples = read_samples(mix.file("samples.jsonl"))
     while chunk := list(islice(samples, size)):
         yield chunk
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion.artifacts.resume import note_path
-from llmfusion.data.sources import Rejected
+from llmfusion.data.rejections import Rejected
 from llmfusion.errors import require
 from llmfusion.io.files import link_or_copy
 from llmfusion.teachers.cache_format import CHUNK_SAMPLES, HEAD_FILE, INDEX_FILE, chunk_file_name

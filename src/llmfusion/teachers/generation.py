@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llmfusion.data.chat import prompt_text
+from llmfusion.data.rejections import Rejected
 from llmfusion.data.samples import Sample
-from llmfusion.data.sources import Rejected
 from llmfusion.models.loading import end_tokens
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmfusion.data.samples import write_jsonl
 from llmfusion.errors import UserError
+from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.loading import load_model, load_tokenizer
 from llmfusion.models.scratch import make_model
 from llmfusion.models.staging import stage_folder, stage_gguf, stage_hub

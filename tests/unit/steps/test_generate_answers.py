@@ -1,6 +1,6 @@
 import pytest
 
-from llmfusion.data.samples import read_jsonl
+from llmfusion.data.samples import read_samples
 from llmfusion.errors import UserError
 from llmfusion.steps.generate_answers import build
 from tests.unit.stand_ins import artifact, job
@@ -11,7 +11,7 @@ def test_the_step_answers_the_questions_of_a_mix_and_counts(tmp_path, source, mi
     spec = {"model": "base/source", "mix": "m", "generation": {"dtype": "float32", "batch_size": 8}}
     made = job(tmp_path, spec, {"models/base/source": source, "data/mix/m": mix})
     build(made)
-    kept = list(read_jsonl(made.folder / "samples.jsonl"))
+    kept = list(read_samples(made.folder / "samples.jsonl"))
     assert (made.facts["samples"], made.facts["asked"], made.facts["max_length"]) == (len(kept), len(samples) - 1, 128)
     assert len(kept) + sum(r["count"] for r in made.facts["rejected"].values()) == len(samples) - 1
 

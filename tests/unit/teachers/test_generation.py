@@ -3,7 +3,7 @@ import torch
 from transformers import GenerationConfig
 
 from llmfusion.data.chat import prompt_text
-from llmfusion.data.sources import Rejected
+from llmfusion.data.rejections import Rejected
 from llmfusion.models.loading import load_model, save_model
 from llmfusion.teachers.generation import answer_all
 from tests.unit.stand_ins import artifact, question
