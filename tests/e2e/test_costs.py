@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llmfusion.reporting.measured import measured, refined, seconds_of
+from llmfusion.reporting.measured import fit_coefficients, read_measurement, seconds_of
 from llmfusion.study.snakemake import checked
 from llmfusion.study.workload import Assumptions, Workload, assumed_seconds
 from tests.e2e.conftest import COST, PROFILE, ROWS, TARGET, Project, tiny
@@ -47,10 +47,10 @@ def test_one_study_predicts_twice_the_steps_and_half_the_items_within_30_percent
     study(folder / "config/tiny.yaml", other)
     snakemake(folder, *PROFILE, "--cores", "2", TARGET)
     known, planned = (Workload(*checked_in(place), Assumptions()) for place in (made, folder))
-    rates, _ = refined(assumed_seconds(Assumptions()), known)
-    jobs = {address: measured(planned.directory, address) for address in planned.jobs}
+    rates, _ = fit_coefficients(assumed_seconds(Assumptions()), known)
+    jobs = {address: read_measurement(planned.directory, address) for address in planned.jobs}
     seconds = {address: job.seconds for address, job in jobs.items() if job is not None}
-    assert set(seconds) >= {address for address, job in planned.jobs.items() if job.step == "train"}
+    assert set(seconds) >= {address for address, job in planned.jobs.items() if job.rates == "train"}
     expected = sum(seconds_of(planned.jobs[address].work, rates[planned.jobs[address].rates]) for address in seconds)
     assert expected == pytest.approx(sum(seconds.values()), rel=0.3)
 

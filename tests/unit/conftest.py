@@ -1,5 +1,6 @@
-"""Shared fixtures: a tokenizer trained on the generated worlds and two-layer Llamas of width 16, each made once a session."""
+"""Shared fixtures: a tokenizer trained on the generated worlds and two-layer Llamas of width 16, made once a session."""
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -43,6 +44,20 @@ def _same_sigterm_afterwards() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture(autouse=True)
+def _same_logging_afterwards() -> Iterator[None]:
+    """A step that a test starts in this process sets up logging for its own."""
+    root = logging.getLogger()
+    own = logging.getLogger("llmfusion")
+    before = (root.level, own.level, logging.getLogRecordFactory(), set(root.handlers))
+    yield
+    root.setLevel(before[0])
+    own.setLevel(before[1])
+    logging.setLogRecordFactory(before[2])
+    for handler in set(root.handlers) - before[3]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,14 @@ def job(
 ) -> Job:
     """A job writing into ``tmp_path/NAME/out``; the same name gives the same place for resume state."""
     given = {"key": "f", "time_limit_minutes": None, **changed}
-    out = Job(json.dumps({"step": "test", "recipe": 1, **(spec or {})}), inputs or {}, tmp_path / name / "out", tmp_path / name / "work", {}, **given)
+    out = Job(
+        json.dumps({"step": "test", "recipe": 1, **(spec or {})}),
+        inputs or {},
+        tmp_path / name / "out",
+        tmp_path / name / "work",
+        {},
+        **given,
+    )
     out.folder.mkdir(parents=True, exist_ok=True)
     out.work.mkdir(exist_ok=True)
     return out

@@ -4,11 +4,13 @@ An artifact is a folder with a manifest, a single file ``results/ADDRESS.json`` 
 ``results/NAME.csv`` beside its manifest.
 """
 
+import re
 from pathlib import Path
 
 from llmfusion.errors import UserError
 
-SHARDS = "/shards/"  # in addresses of jobs that do a part of another artifact's work: teachers/shards/base/p/mix/1-of-4
+# of jobs that do a part of another artifact's work: teachers/shards/base/p/mix/1-of-4
+SHARD = re.compile(r"([^/]+)/shards/(.+)/\d+-of-\d+")
 TABLES = "tables/"
 SINGLE_FILES = "scores/"
 
@@ -53,9 +55,10 @@ def manifest_of(output: Path) -> Path:
 
 def is_shard(address: str) -> bool:
     """Whether this is a job that does a part of another artifact's work (:func:`whole_of`)."""
-    return SHARDS in address
+    return SHARD.fullmatch(address) is not None
 
 
 def whole_of(address: str) -> str:
     """The artifact that a shard is a part of: ``teachers/shards/base/p/mix/1-of-4`` -> ``teachers/base/p/mix``."""
-    return address.replace(SHARDS, "/", 1).rsplit("/", 1)[0] if is_shard(address) else address
+    shard = SHARD.fullmatch(address)
+    return "/".join(shard.groups()) if shard else address

@@ -1,6 +1,5 @@
-"""What every program of the workflow shares: run in this process, in an empty directory."""
+"""A job as a rule starts it (``llmfusion step``): in this process, in an empty directory."""
 
-import contextlib
 import errno
 import json
 import os
@@ -14,13 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmfusion.artifacts import job as step
-from llmfusion.artifacts.job import Job, run
+from llmfusion.artifacts.job import Job
 from llmfusion.artifacts.lease import Lease
 from llmfusion.artifacts.store import draft_folder, read
+from llmfusion.cli.main import main
 from llmfusion.errors import UserError
 from llmfusion.io.digests import digest
-from tests.unit.stand_ins import job
 
 OUT = Path("results/models/base/p/manifest.json")
 WORK = Path("work/models/base/p")
@@ -37,15 +35,17 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     def start(build: Callable[[Job], None], out: Path = OUT, spec: str = '{"n":1}', *more: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["step", "--spec", spec, "--out", str(out), *more])
-        return run("train", build)
+        monkeypatch.setattr("llmfusion.steps.score.build", build)
+        monkeypatch.setattr(sys, "argv", ["llmfusion", "step", "score", "--spec", spec, "--out", str(out), *more])
+        return main()
 
     return start
 
 
 def good(job: Job) -> None:
-    (job.folder / "a.txt").write_text(f"n={job.spec['n']}")
-    job.facts["n"] = job.spec["n"]
+    number = json.loads(job.spec)["n"]
+    (job.folder / "a.txt").write_text(f"n={number}")
+    job.facts["n"] = number
 
 
 def never(job: Job) -> None:
@@ -76,7 +76,7 @@ def test_an_artifact_is_made_with_its_facts_and_the_command_in_the_log(
     found = read(OUT)
     assert (found.facts, found.file("a.txt").read_text()) == ({"n": 1}, "n=1")
     assert capsys.readouterr().out.startswith(
-        "# python -m llmfusion step train_model --spec '{\"n\":1}' --out results/models/base/p/manifest.json\n"
+        "# python -m llmfusion step score --spec '{\"n\":1}' --out results/models/base/p/manifest.json\n"
     )
 
 
@@ -143,19 +143,20 @@ class SafetensorError(Exception):
         OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
         RuntimeError(
-            "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0: file write failed"
+            "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/0: "
+            "file write failed"
         ),
         RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
     ],
 )
-def test_a_full_disk_is_told_with_what_is_free(
+def test_a_full_disk_is_reported_with_what_is_free(
     start: Callable, capsys: pytest.CaptureFixture[str], error: Exception
 ) -> None:
     assert start(failing(error)) == 1
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: the disk is full while making {OUT}: ")
-    assert "iB are free in" in told
-    assert "Traceback" not in told
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: the disk is full while making {OUT}: ")
+    assert "iB are free in" in message
+    assert "Traceback" not in message
     assert nothing_half_visible()
 
 
@@ -178,8 +179,8 @@ def test_a_defect_keeps_its_traceback_but_leaves_nothing(
     start: Callable, error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert start(failing(error)) == 1
-    assert "Traceback (most recent call last)" in (told := capsys.readouterr().err)
-    assert type(error).__name__ in told
+    assert "Traceback (most recent call last)" in (message := capsys.readouterr().err)
+    assert type(error).__name__ in message
     assert nothing_half_visible()
 
 
@@ -246,9 +247,8 @@ def test_the_writer_holds_the_lease_while_it_builds(start: Callable) -> None:
 
 def test_minutes_and_the_key_of_resume_state_reach_the_build(start: Callable) -> None:
     seen = []
-    assert start(lambda job: seen.append((job.minutes, job.key)), OUT, "{}", "--minutes", "7.5") == 0
+    assert start(lambda job: seen.append((job.time_limit_minutes, job.key)), OUT, "{}", "--minutes", "7.5") == 0
     assert seen == [(7.5, digest("{}"))]  # no inputs: the spec alone
-    assert step.Job is Job
 
 
 def test_a_writer_that_lost_its_lease_leaves_the_draft_of_the_next_alone(
@@ -282,7 +282,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 def needing(result: int, resume: int = 0) -> Callable[[Job], None]:
     def build(job: Job) -> None:
-        job.need("a model", result, resume)
+        job.require_disk("a model", result, resume)
         good(job)
 
     return build
@@ -293,11 +293,10 @@ def test_a_job_without_room_is_refused_before_it_works_with_what_it_needs_and_wh
 ) -> None:
     free.update(results=56 * 2**20, work=56 * 2**20)
     assert start(needing(1234 * 2**20)) == 1
-    told = capsys.readouterr().err
-    assert (
-        told
-        == f"error: a model needs 1,234 MiB, 56 MiB are free in {OUT.parent.parent.resolve()}: free some, or move the study's `directory`. Nothing was made\n"
-    )
+    message = capsys.readouterr().err
+    place = OUT.parent.parent.resolve()
+    advice = "free some, or move the study's `directory`. Nothing was made"
+    assert message == f"error: a model needs 1,234 MiB, 56 MiB are free in {place}: {advice}\n"
     assert nothing_half_visible()
 
 
@@ -328,21 +327,20 @@ def test_on_two_disks_each_must_hold_its_own(
     assert start(needing(100, 51)) == 1
 
 
-def test_a_disk_that_fills_all_the_same_is_told_with_what_was_needed(
+def test_a_disk_that_fills_all_the_same_is_reported_with_what_was_needed(
     start: Callable, capsys: pytest.CaptureFixture[str], free: dict[str, int]
 ) -> None:
     free.update(results=20 * 2**20, work=20 * 2**20)
 
     def build(job: Job) -> None:
-        job.need("a model", 15 * 2**20)
+        job.require_disk("a model", 15 * 2**20)
         free.update(results=3 * 2**20)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     assert start(build) == 1
-    assert (
-        capsys.readouterr().err
-        == f"error: the disk is full while making {OUT}: a model needs 15 MiB; 3,072 KiB are free in {Path.cwd()}; free some and run again\n"
-    )
+    free_now = f"3,072 KiB are free in {Path.cwd()}; free some and run again"
+    message = f"error: the disk is full while making {OUT}: a model needs 15 MiB; {free_now}\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_log_that_cannot_be_written_is_a_failure(
@@ -388,75 +386,29 @@ def test_a_score_killed_while_it_was_written_leaves_no_half_of_it(start: Callabl
     assert sorted(p.name for p in score.parent.iterdir()) == [".mmlu.json.notes", "mmlu.json", "mmlu.provenance.json"]
 
 
-GIB = 2**30
-BIG = GIB // 12  # parameters whose resume state takes a gibibyte
+def test_a_spec_of_another_step_is_refused_in_one_message(start: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    from llmfusion.study.kinds.score import Spec
+
+    assert start(lambda job: job.parse(Spec) and None, OUT, '{"step":"merge"}') == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: --spec is not a spec of this step: ")
+    assert "Traceback" not in message
+    assert nothing_half_visible()
 
 
-@pytest.mark.parametrize(
-    ("there", "room", "refused", "told"),
-    [
-        (0, GIB, False, True),
-        (0, GIB - 9, True, False),
-        (GIB, 0, True, False),
-        (GIB, GIB // 3, False, True),
-        (0, 3 * GIB, False, False),
-    ],
-)
-def test_a_training_needs_room_for_its_model_and_to_be_stopped_once(
-    tmp_path: Path,
-    free: dict[str, int],
-    capsys: pytest.CaptureFixture[str],
-    there: int,
-    room: int,
-    refused: bool,
-    told: bool,
+def test_another_process_builds_the_same_job_without_hashing_its_inputs_again(
+    start: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmfusion.training import resume_state as checkpoint
+    start(good)
 
-    made = job(tmp_path)
-    (made.work / "state").mkdir()
-    with open(made.work / "state/step-00000003.safetensors", "wb") as file:
-        file.truncate(there)  # a sparse file: a state that is there already can be replaced
-    free.update(results=room)
-    with pytest.raises(UserError, match=r"needs .* are free in") if refused else contextlib.nullcontext():
-        checkpoint.need(made, BIG, "float32")
-    assert ("fewer will be kept" in capsys.readouterr().out) == told
+    def build(job: Job) -> None:
+        job.mark_started()
+        (OUT.parent / "a.txt").write_text("changed after it was verified")
+        other = Job.from_json(json.loads(json.dumps(job.to_json())))
+        inputs = {address: artifact.manifest for address, artifact in job.inputs.items()}
+        assert {address: artifact.manifest for address, artifact in other.inputs.items()} == inputs
+        assert other.input("models/base/p").sha256 == job.input("models/base/p").sha256
+        for name in ("spec", "folder", "work", "facts", "key", "time_limit_minutes", "began", "start_seconds"):
+            assert getattr(other, name) == getattr(job, name)
 
-
-@pytest.mark.parametrize(("room", "kept"), [(3, [1, 2, 3]), (2, [2, 3]), (1, [3]), (0, [3])])
-def test_where_another_state_does_not_fit_the_oldest_give_way_and_the_last_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, kept: list[int]
-) -> None:
-    from llmfusion.training import resume_state as checkpoint
-
-    for number in (1, 2, 3):
-        (tmp_path / f"step-0000000{number}.safetensors").write_bytes(b"x" * 10)
-
-    def usage(place: Path) -> SimpleNamespace:
-        return SimpleNamespace(free=10 * (room + 1 - len(list(place.iterdir()))))
-
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    with (
-        pytest.raises(UserError, match="resume state needs 0 KiB, 0 KiB are free")
-        if room == 0
-        else contextlib.nullcontext()
-    ):
-        checkpoint._make_room(tmp_path, 10)
-    assert [int(p.name[5:13]) for p in sorted(tmp_path.iterdir())] == kept
-
-
-def test_half_a_resume_state_does_not_stay_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    from llmfusion.training import resume_state as checkpoint
-
-    def full(tensors: object, path: Path, note: object) -> str:
-        path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(
-            tmp_path, 1, "f", torch.nn.Linear(1, 1), torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]), []
-        )
-    assert list(tmp_path.iterdir()) == []
+    assert start(build, Path("results/models/trained/q/manifest.json"), "{}", "--inputs", str(OUT)) == 0

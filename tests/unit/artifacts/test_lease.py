@@ -18,7 +18,7 @@ from llmfusion.errors import UserError
 CRITICAL = """
 import sys, time
 from pathlib import Path
-from llmfusion import lease
+from llmfusion.artifacts import lease
 lease.POLL_SECONDS = 0.01
 folder = Path(sys.argv[1])
 for _ in range(5):
@@ -82,10 +82,11 @@ def test_processes_never_hold_it_together(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["log"]
 
 
-def test_a_living_holder_is_waited_for_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_living_holder_is_waited_for_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     hold(tmp_path / "lease", age=10_000)  # old, but its process lives on this host
     assert not is_free(tmp_path / "lease")
-    assert capsys.readouterr().err.count(f"held by process {os.getpid()} on {socket.gethostname()}") == 1
+    assert caplog.text.count(f"held by process {os.getpid()} on {socket.gethostname()}") == 1
+    assert [record.levelname for record in caplog.records] == ["WARNING"]  # shown where nobody has set logging up
 
 
 def test_a_dead_holder_on_this_host_is_replaced_at_once(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from llmfusion.artifacts import store as artifacts
-from llmfusion.artifacts.store import Artifact, Draft, address_of, draft_folder, manifest_of, publish, read, results_of
+from llmfusion.artifacts.store import Artifact, Draft, draft_folder, publish, read
 from llmfusion.errors import DamagedError, UserError
 from llmfusion.io.files import write_file
+from llmfusion.study.addresses import address_of, manifest_of, results_index
 
 CONTENT = {"a.bin": bytes(range(256)) * 4, "b.txt": b"text\n", "sub/c.bin": b"\0" * 10}
 
@@ -242,14 +243,18 @@ def test_require_speaks_to_the_user() -> None:
 @pytest.mark.parametrize(
     ("path", "folder"),
     [
-        ("results/table2.csv", ""), ("runs/mini/results/table2.json", "runs/mini"), ("/data/results/x/results/scores/base/p/t.json", "/data/results/x"),
-        ("results/models/base/results/manifest.json", ""), ("a/results/data/mix/results/manifest.json", "a"), ("results/results/models/base/p/manifest.json", "results"),
+        ("results/table2.csv", ""),
+        ("runs/mini/results/table2.json", "runs/mini"),
+        ("/data/results/x/results/scores/base/p/t.json", "/data/results/x"),
+        ("results/models/base/results/manifest.json", ""),
+        ("a/results/data/mix/results/manifest.json", "a"),
+        ("results/results/models/base/p/manifest.json", "results"),
     ],
-)  # fmt: skip
+)
 def test_the_results_folder_of_a_path_is_the_one_its_address_follows(path: str, folder: str) -> None:
-    assert Path(*Path(path).parts[: results_of(path)]) == Path(folder)
+    assert Path(*Path(path).parts[: results_index(path)]) == Path(folder)
 
 
 def test_a_path_outside_any_results_is_refused() -> None:
     with pytest.raises(UserError, match="lies in no results/ folder"):
-        results_of("models/base/p/manifest.json")
+        results_index("models/base/p/manifest.json")

@@ -1,6 +1,5 @@
-"""The plan of a study: who needs whom, what a change re-makes, and what a spec leaves out."""
+"""The graph of a study: who needs whom, what a change re-makes, and what a spec leaves out."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,15 +7,16 @@ from typing import Any
 import pytest
 
 from llmfusion import ROOT
-from llmfusion.io.digests import canonical, digest
-from llmfusion.study.graph import build_graph, describe, gpus_of, output_of
+from llmfusion.io.digests import canonical
+from llmfusion.study.addresses import output_of
+from llmfusion.study.graph import PlannedArtifact, build_graph
+from llmfusion.study.kinds import gpus_of
 from llmfusion.study.load import read_study
-from llmfusion.study.snakemake import checked, load_study
-from tests.unit.mini_study import MINI, small_study, write
+from tests.unit.mini_study import small_study
 
 
 def prints(change: Any = lambda data: None) -> dict[str, str]:
-    return {a: entry["fingerprint"] for a, entry in build_graph(small_study(change)).artifacts.items()}
+    return {a: entry.fingerprint for a, entry in build_graph(small_study(change)).artifacts.items()}
 
 
 def changed(change: Any) -> set[str]:
@@ -24,42 +24,22 @@ def changed(change: Any) -> set[str]:
     return {a for a in before.keys() | after.keys() if before.get(a) != after.get(a)}
 
 
-def needing(artifacts: dict, seeds: set[str]) -> set[str]:
+def needing(artifacts: dict[str, PlannedArtifact], seeds: set[str]) -> set[str]:
     """Independent closure over declared inputs: the seeds and everything that needs them."""
     made = {output_of(a): a for a in artifacts}
     out = set(seeds)
     while True:
-        more = {a for a, entry in artifacts.items() if any(made.get(i) in out for i in entry["inputs"])} - out
+        more = {a for a, entry in artifacts.items() if any(made.get(i) in out for i in entry.inputs)} - out
         if not more:
             return out
         out |= more
-
-
-def test_canonical_json_has_one_spelling_and_no_nan() -> None:
-    assert canonical({"b": [1, 0.1], "a": "é"}) == '{"a":"\\u00e9","b":[1,0.1]}'
-    with pytest.raises(ValueError, match="JSON"):
-        canonical(float("nan"))
-    assert digest("a", "b") == hashlib.sha256(b"a\nb").hexdigest()
-
-
-@pytest.mark.parametrize(
-    ("address", "path"),
-    [
-        ("models/base/p", "results/models/base/p/manifest.json"),
-        ("data/generated/base/code/mix", "results/data/generated/base/code/mix/manifest.json"),
-        ("scores/merged/m/gsm8k", "results/scores/merged/m/gsm8k.json"),
-        ("tables/table2", "results/table2.csv"),
-    ],
-)
-def test_addresses_have_one_place_on_disk(address: str, path: str) -> None:
-    assert output_of(address) == path
 
 
 def test_every_input_is_made_by_the_plan_or_lies_outside_the_results() -> None:
     artifacts = build_graph(small_study()).artifacts
     made = {output_of(a) for a in artifacts}
     assert len(made) == len(artifacts)
-    assert {i for entry in artifacts.values() for i in entry["inputs"]} <= made
+    assert {i for entry in artifacts.values() for i in entry.inputs} <= made
 
 
 @pytest.mark.parametrize(
@@ -72,7 +52,7 @@ def test_every_input_is_made_by_the_plan_or_lies_outside_the_results() -> None:
     ],
 )
 def test_a_model_needs_what_it_is_made_from(name: str, model: str, direct: set[str]) -> None:
-    assert set(build_graph(small_study()).artifacts[f"models/{model}"]["inputs"]) == {output_of(a) for a in direct}
+    assert set(build_graph(small_study()).artifacts[f"models/{model}"].inputs) == {output_of(a) for a in direct}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +90,7 @@ def test_writing_out_a_default_changes_nothing() -> None:
 
 def test_a_spec_leaves_defaults_out_so_that_a_new_option_re_makes_nothing() -> None:
     entry = build_graph(small_study(lambda d: d["mixes"]["raw"].update(seed=42, english=0.5))).artifacts["data/mix/raw"]
-    assert json.loads(entry["spec"])["mix"] == {"datasets": {"text-facts": 5}, "max_length": 128, "english": 0.5}
+    assert json.loads(entry.spec)["mix"] == {"datasets": {"text-facts": 5}, "max_length": 128, "english": 0.5}
 
 
 def test_the_order_of_keys_changes_nothing() -> None:
@@ -124,8 +104,8 @@ def test_the_order_of_keys_changes_nothing() -> None:
 
 def test_specs_are_canonical_and_name_step_and_recipe() -> None:
     for entry in build_graph(small_study()).artifacts.values():
-        spec = json.loads(entry["spec"])
-        assert canonical(spec) == entry["spec"]
+        spec = json.loads(entry.spec)
+        assert canonical(spec) == entry.spec
         assert isinstance(spec["step"], str)
         assert isinstance(spec["recipe"], int)
 
@@ -142,58 +122,8 @@ def test_outside_files_are_inputs() -> None:
         data["models"]["base"]["own"] = {"kind": "path", "path": "/m/own", "vocabulary": "own", "license": "mit"}
 
     artifacts = build_graph(small_study(own)).artifacts
-    assert artifacts["data/dataset/own"]["inputs"] == [str(ROOT / "d/a.jsonl")]
-    assert artifacts["models/base/own"]["inputs"] == ["/m/own/config.json"]
-
-
-def test_rows_describe_themselves() -> None:
-    def uni(data: dict) -> None:
-        run = data["models"]["trained"]["kd-code"]
-        data["models"]["trained"]["uni"] = {**run, "teachers": ["base/code", "base/math"], "fusion": {"target": "udf"}}
-
-    study = small_study(uni)
-    rows = (
-        "base/pivot",
-        "trained/sft",
-        "trained/seqkd-code",
-        "trained/kd-code",
-        "trained/uni",
-        "merged/ta-homogeneous",
-    )
-    assert [describe(study, m) for m in rows] == [
-        ("none", "pivot"), ("sft", "pivot"), ("seqkd", "code"), ("kd", "code"), ("unified-udf", "code+math"), ("pairwise-ta", "code+math"),
-    ]  # fmt: skip
-
-
-def test_the_snakefile_gets_stages_names_inputs_and_specs() -> None:
-    plan = load_study(MINI)
-    study, expected = checked(MINI)
-    assert plan.directory == str(ROOT / study.directory)
-    assert len(plan.stages["scores"]) == len(study.tables["table2"].rows) * len(study.tables["table2"].tasks)
-    assert plan.names["base"] == "code|math|pivot"
-    assert plan.spec("models/{model}")({"model": "trained/sft"}) == expected.artifacts["models/trained/sft"]["spec"]
-    assert plan.inputs("data/mix/{mix}")({"mix": "raw"}) == expected.artifacts["data/mix/raw"]["inputs"]
-
-
-def test_names_are_safe_in_a_regular_expression(tmp_path: Path) -> None:
-    text = MINI.read_text().replace("gsm8k", "gsm.8k")
-    assert "gsm\\.8k" in load_study(write(tmp_path, text)).names["task"]
-
-
-@pytest.mark.parametrize(
-    ("files", "options", "said"),
-    [
-        ((MINI, MINI), {}, "several --configfile"),
-        ((), {}, "several --configfile"),
-        ((MINI,), {"overrides": {"lr": 1}}, "--config lr"),
-        ((MINI,), {"directory": "x"}, "set its key 'directory'"),
-        (("absent.yaml",), {}, "cannot be read"),
-    ],
-)
-def test_snakemake_gets_one_message_instead_of_a_traceback(files: tuple, options: dict, said: str) -> None:
-    with pytest.raises(SystemExit) as caught:
-        load_study(*files, **options)
-    assert said in str(caught.value.code)
+    assert artifacts["data/dataset/own"].inputs == [str(ROOT / "d/a.jsonl")]
+    assert artifacts["models/base/own"].inputs == ["/m/own/config.json"]
 
 
 def sharded(count: int, **capture: Any) -> Any:
@@ -206,24 +136,22 @@ def test_the_number_of_shards_changes_no_artifact() -> None:
         split = build_graph(small_study(sharded(count))).artifacts
         shards = {a for a in split if a.startswith("teachers/shards/")}
         assert {a.rsplit("/", 1)[1] for a in shards} == {f"{i}-of-{count}" for i in range(1, count + 1)}
-        assert {a: (e["spec"], e["fingerprint"]) for a, e in split.items() if a not in shards} == {
-            a: (e["spec"], e["fingerprint"]) for a, e in made.items()
+        assert {a: (e.spec, e.fingerprint) for a, e in split.items() if a not in shards} == {
+            a: (e.spec, e.fingerprint) for a, e in made.items()
         }
         for address in (a for a in made if a.startswith("teachers/")):
             mine = [
                 output_of(s) for s in sorted(shards) if s.startswith(address.replace("teachers/", "teachers/shards/"))
             ]
-            assert sorted(split[address]["inputs"]) == sorted([*made[address]["inputs"], *mine])
+            assert sorted(split[address].inputs) == sorted([*made[address].inputs, *mine])
             assert len(mine) == count
-            assert all(split[s]["inputs"] == made[address]["inputs"] for s in shards if output_of(s) in mine)
-            assert (
-                gpus_of(json.loads(made[address]["spec"]), made[address]["shards"]),
-                gpus_of(json.loads(split[address]["spec"]), mine),
-            ) == (1, 0)
+            assert all(split[s].inputs == made[address].inputs for s in shards if output_of(s) in mine)
+            assert gpus_of(address, made[address].spec, len(made[address].shards)) == 1
+            assert gpus_of(address, split[address].spec, len(split[address].shards)) == 0
 
 
 def test_a_cache_that_is_there_keeps_the_shards_it_was_made_in(tmp_path: Path) -> None:
-    def planned(count: int, **capture: Any) -> dict[str, Any]:
+    def planned(count: int, **capture: Any) -> dict[str, PlannedArtifact]:
         def change(data: dict[str, Any]) -> None:
             data["directory"] = str(tmp_path)
             sharded(count, **capture)(data)
@@ -233,36 +161,36 @@ def test_a_cache_that_is_there_keeps_the_shards_it_was_made_in(tmp_path: Path) -
     address = "teachers/base/code/student"
     output = tmp_path / output_of(address)
     output.parent.mkdir(parents=True)
-    output.write_text(json.dumps({"fingerprint": planned(3)[address]["fingerprint"]}))
-    output.with_name("provenance.json").write_text(json.dumps({"shards": planned(3)[address]["shards"]}))
+    output.write_text(json.dumps({"fingerprint": planned(3)[address].fingerprint}))
+    output.with_name("provenance.json").write_text(json.dumps({"shards": planned(3)[address].shards}))
     for count in (1, 3, 8):
         assert planned(count)[address] == planned(3)[address]
-    assert len(planned(8, batch_size=99)[address]["shards"]) == 8  # it is to be made again
+    assert len(planned(8, batch_size=99)[address].shards) == 8  # it is to be made again
     output.with_name("provenance.json").write_text(json.dumps({"shards": []}))
-    assert planned(3)[address]["shards"] == []
+    assert planned(3)[address].shards == []
     output.with_name("provenance.json").unlink()
-    assert len(planned(3)[address]["shards"]) == 3
+    assert len(planned(3)[address].shards) == 3
 
 
 def test_a_training_with_online_teachers_needs_them_and_says_what_it_expects() -> None:
     made = build_graph(small_study(sharded(1, kind="online"))).artifacts
-    assert "results/models/base/code/manifest.json" in made["models/trained/kd-code"]["inputs"]
+    assert "results/models/base/code/manifest.json" in made["models/trained/kd-code"].inputs
     assert (
         "results/models/base/code/manifest.json"
-        not in build_graph(small_study()).artifacts["models/trained/kd-code"]["inputs"]
+        not in build_graph(small_study()).artifacts["models/trained/kd-code"].inputs
     )
-    told = json.loads(made["models/trained/kd-code"]["spec"])["captured"]
-    assert told["teachers"] == {"base/code": made["models/base/code"]["fingerprint"]}
+    told = json.loads(made["models/trained/kd-code"].spec)["captured"]
+    assert told["teachers"] == {"base/code": made["models/base/code"].fingerprint}
     assert told["capture"]["kind"] == "online"
     assert "shards" not in told["capture"]
-    assert "captured" not in json.loads(made["models/trained/sft"]["spec"])
+    assert "captured" not in json.loads(made["models/trained/sft"].spec)
 
 
 def test_the_paper_study_plans_all_rows_of_table_2() -> None:
     study = read_study(ROOT / "config/config.yaml")
     artifacts = build_graph(study).artifacts
     assert len(study.tables["table2"].rows) == 38
-    assert len(artifacts["tables/table2"]["inputs"]) == 38 * 4
+    assert len(artifacts["tables/table2"].inputs) == 38 * 4
 
 
 def test_every_file_of_a_models_folder_is_an_input_that_snakemake_watches(tmp_path: Path) -> None:
@@ -275,24 +203,6 @@ def test_every_file_of_a_models_folder_is_an_input_that_snakemake_watches(tmp_pa
             )
         )
     )
-    assert found.artifacts["models/base/own"]["inputs"] == [
+    assert found.artifacts["models/base/own"].inputs == [
         str(tmp_path / name) for name in ("config.json", "model-1.safetensors", "tokenizer.json")
     ]
-
-
-@pytest.mark.parametrize(
-    ("spec", "gpus"),
-    [
-        ({"step": "train", "run": {}}, 1),
-        ({"step": "train", "run": {"processes": 8}}, 8),
-        ({"step": "base", "base": {"kind": "hub"}}, 0),
-        ({"step": "base", "base": {"kind": "scratch", "processes": 2}}, 2),
-        ({"step": "capture"}, 1),
-        ({"step": "generate"}, 1),
-        ({"step": "answer"}, 1),
-        ({"step": "merge"}, 0),
-        ({"step": "score"}, 0),
-    ],
-)
-def test_a_spec_says_how_many_gpus_its_job_asks_for(spec: dict[str, Any], gpus: int) -> None:
-    assert gpus_of(spec) == gpus

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from llmfusion.study.load import _parse, _sound
-from llmfusion.study.references import Known, problems
+from llmfusion.study.load import _parse, _valid_entries
+from llmfusion.study.references import Declared, problems
 from llmfusion.study.schema.study import Study
 from tests.unit.mini_study import small
 
@@ -17,7 +17,7 @@ def found(change: Change) -> list[tuple[str, str]]:
     data = small()
     change(data)
     study, _ = _parse(data)
-    return sorted({(".".join(map(str, p.key)), p.text) for p in problems(Known(data, _sound(data, study)))})
+    return sorted({(".".join(map(str, p.key)), p.text) for p in problems(Declared(data, _valid_entries(data, study)))})
 
 
 def trained(name: str, **keys: Any) -> Change:

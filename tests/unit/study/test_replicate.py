@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from llmfusion import ROOT
-from llmfusion.cli.replicate import main, replicated
+from llmfusion.cli.main import main
 from llmfusion.study.load import read_study
+from llmfusion.study.replicate import replicated
 from llmfusion.study.snakemake import checked
 from tests.unit.mini_study import MINI, small
 
@@ -48,17 +49,37 @@ def test_the_table_has_a_row_of_replicates_for_every_student(made: dict[str, Any
 
 
 def test_the_command_writes_a_sound_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(MINI), str(tmp_path / "seeds.yaml"), "--seeds", "1", "2", "--sets", "1"]) == 0
-    study, plan = checked(tmp_path / "seeds.yaml")
+    assert main(["replicate", str(MINI), str(tmp_path / "seeds.yaml"), "--seeds", "1", "2", "--sets", "1"]) == 0
+    study, graph = checked(tmp_path / "seeds.yaml")
     assert study.directory == "runs/mini-seeds"
-    assert "tables/seeds" in plan.artifacts
-    assert main([str(MINI), str(tmp_path / "seeds.yaml"), "--seeds", "1", "--sets", "2"]) == 2
+    assert "tables/seeds" in graph.artifacts
+    assert main(["replicate", str(MINI), str(tmp_path / "seeds.yaml"), "--seeds", "1", "--sets", "2"]) == 2
     assert "give at least as many seeds as sets" in capsys.readouterr().err
 
 
-def test_the_shipped_study_is_the_one_the_command_writes(tmp_path: Path) -> None:
-    assert main([str(ROOT / "config/mini.yaml"), str(tmp_path / "mini-seeds.yaml"), "--sets", "2"]) == 0
-    assert (tmp_path / "mini-seeds.yaml").read_text() == (ROOT / "config/mini-seeds.yaml").read_text()
+def test_the_seeds_study_begins_with_its_command_and_is_the_same_every_time(tmp_path: Path) -> None:
+    texts = []
+    for name in ("mini-seeds.yaml", "again.yaml"):
+        assert main(["replicate", str(ROOT / "config/mini.yaml"), str(tmp_path / name), "--sets", "2"]) == 0
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("# Written by: llmfusion replicate mini.yaml --seeds 1 2 3 4 --sets 2\n")
+    study, graph = checked(tmp_path / "mini-seeds.yaml")
+    assert len(study.tables["seeds"].rows[0].models) == 4
+    assert len(graph.artifacts) == 1176
+
+
+def test_the_study_itself_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(MINI.read_text())
+    assert main(["replicate", str(file), str(file)]) == 2
+    assert "is the study itself; name another file to write" in capsys.readouterr().err
+    assert file.read_text() == MINI.read_text()
+
+
+def test_a_study_with_replicates_is_not_replicated_again() -> None:
+    with pytest.raises(ValueError, match="has replicates already"):
+        replicated(replicated(small(), [1, 2], 1), [1, 2], 1)
 
 
 def test_nothing_of_the_given_study_is_changed() -> None:

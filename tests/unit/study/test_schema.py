@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -13,14 +14,14 @@ from llmfusion import ROOT
 from llmfusion.study import strict_yaml
 from llmfusion.study.schema.merging import Merge
 from llmfusion.study.schema.study import Study
-from tests.unit.mini_study import small, small_study
+from tests.unit.mini_study import refusal, small, small_study
 
 SCHEMA: dict[str, Any] = json.loads((ROOT / "config/schema.json").read_text())
 STUDIES = sorted((ROOT / "config").glob("*.yaml"))
 
 
 def test_the_schema_file_is_what_the_models_say() -> None:
-    assert Study.model_json_schema() == SCHEMA, "run: llmfusion check --schema > config/schema.json"
+    assert Study.model_json_schema() == SCHEMA, "run: llmfusion schema > config/schema.json"
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.name)
@@ -140,3 +141,27 @@ def test_processes_share_the_batch_evenly(given: dict, told: str) -> None:
     with pytest.raises(ValidationError, match=told):
         small_study(lambda d: d["models"]["trained"]["sft"].update(given))
     small_study(lambda d: d["models"]["trained"]["sft"].update(processes=2, micro_batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("section", "name"), [("tasks", "results"), ("datasets", "results"), ("tables", "results"), ("batches", "results")]
+)
+def test_nothing_may_be_named_like_the_folder_of_all_results(section: str, name: str, tmp_path: Path) -> None:
+    data = small()
+    data[section][name] = next(iter(data[section].values()))
+    message = refusal(tmp_path, json.dumps(data))
+    assert f": {section}.results: 'results' is the name of the folder of all results; take another" in message
+
+
+def test_no_model_may_be_named_so_either(tmp_path: Path) -> None:
+    data = small()
+    data["models"]["trained"]["results"] = data["models"]["trained"]["sft"]
+    message = refusal(tmp_path, json.dumps(data))
+    assert ": models.trained.results: 'results' is the name of the folder of all results" in message
+    assert message.startswith(f"{tmp_path}/study.yaml: 1 mistake;")
+
+
+def test_a_name_that_is_too_long_says_so(tmp_path: Path) -> None:
+    data = small()
+    data["mixes"]["m" * 81] = data["mixes"]["raw"]
+    assert "a name has at most 80 characters" in refusal(tmp_path, json.dumps(data))

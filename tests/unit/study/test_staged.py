@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from llmfusion.study.addresses import output_of
 from llmfusion.study.errors import StudyError
-from llmfusion.study.graph import build_graph, output_of
+from llmfusion.study.graph import build_graph
 from llmfusion.study.schema.study import Study
 from llmfusion.study.staged import check_staged
 from tests.unit.mini_study import small
@@ -26,7 +27,7 @@ def study(folder: Path) -> Study:
 def stage(folder: Path, address: str, facts: dict, fingerprint: str | None = None) -> None:
     path = folder / output_of(address)
     path.parent.mkdir(parents=True)
-    right = build_graph(study(folder)).artifacts[address]["fingerprint"]
+    right = build_graph(study(folder)).artifacts[address].fingerprint
     path.write_text(json.dumps({"fingerprint": fingerprint or right, "facts": facts}))
 
 
@@ -101,5 +102,5 @@ def test_an_artifact_of_other_settings_that_snakemake_has_no_record_of_is_refuse
 
 def test_an_orphan_of_the_same_settings_is_kept(tmp_path: Path) -> None:
     address = "models/trained/sft"
-    orphan(tmp_path, address, build_graph(study(tmp_path)).artifacts[address]["spec"])
+    orphan(tmp_path, address, build_graph(study(tmp_path)).artifacts[address].spec)
     check(tmp_path)
