@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmfusion.io.files import format_bytes
 from llmfusion.artifacts.resume import ResumeFolder
 from llmfusion.errors import UserError
+from llmfusion.io.files import format_bytes
 from llmfusion.io.safetensors import layout_of
 from llmfusion.training.distributed import any_across_ranks, barrier, rank, world_size
 from llmfusion.training.sharding import is_sharded, local_shard
