@@ -1,7 +1,7 @@
 """The worked examples of docs/extending.md, taken from the text of the page and run in a tiny study from end to end.
 
-A fenced block says what it is behind its language: ``title=PATH`` is a new file, ``append=PATH`` is added to the end of a
-file, ``study`` is merged into the study, ``run`` holds commands that must succeed.
+A fenced block says what it is behind its language: ``title=PATH`` is a new file, ``append=PATH`` is added to the end of
+a file, ``study`` is merged into the study, ``run`` holds commands that must succeed.
 """
 
 import csv
