@@ -11,8 +11,9 @@ from llmfusion.io.digests import canonical
 from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.loading import save_model
 from llmfusion.models.scratch import make_model, make_tokenizer
-from llmfusion.study.graph import output_of
-from llmfusion.training import loop as run
+from llmfusion.study.addresses import output_of
+from llmfusion.study.schema.base_models import Architecture, Tokenizer
+from llmfusion.training import loop
 
 WORDS = [
     a + b
@@ -28,13 +29,8 @@ def samples(count: int, shortest: int, longest: int, seed: int = 0) -> list[dict
     for i in range(count):
         words = round(shortest * (longest / shortest) ** draw.random())
         turns = [("user", "What comes next?"), ("assistant", " ".join(draw.choices(WORDS, k=words)))]
-        out.append(
-            {
-                "id": f"q{i:05}",
-                "domain": "general",
-                "messages": [{"role": role, "content": text} for role, text in turns],
-            }
-        )
+        messages = [{"role": role, "content": text} for role, text in turns]
+        out.append({"id": f"q{i:05}", "domain": "general", "messages": messages})
     return out
 
 
@@ -42,14 +38,10 @@ def pieces(
     root: Path, texts: list[dict[str, Any]], shape: dict[str, Any], vocabulary: int, max_length: int
 ) -> tuple[Artifact, Any, Any]:
     """Publish the mix below ``root``. Returns it, a tokenizer made of it, and a model of this shape."""
-    mix = published(
-        root,
-        "data/mix/m",
-        {"max_length": max_length, "samples": len(texts)},
-        lambda folder: write_jsonl(folder / "samples.jsonl", texts),
-    )
-    tokenizer = make_tokenizer({"vocabulary_size": vocabulary}, mix.file("samples.jsonl"), None)
-    return mix, tokenizer, make_model(shape, tokenizer, 1)
+    facts = {"max_length": max_length, "samples": len(texts)}
+    mix = published(root, "data/mix/m", facts, lambda folder: write_jsonl(folder / "samples.jsonl", texts))
+    tokenizer = make_tokenizer(Tokenizer(vocabulary_size=vocabulary), mix.file("samples.jsonl"), None)
+    return mix, tokenizer, make_model(Architecture.model_validate(shape), tokenizer, 1)
 
 
 def checkpoint(root: Path, name: str, model: Any, tokenizer: Any) -> Artifact:
@@ -73,8 +65,9 @@ def published(root: Path, address: str, facts: dict[str, Any], fill: Any) -> Art
 @contextmanager
 def every_step_recorded() -> Iterator[None]:
     """Trainings write a record and a timing of each step, as long as this lasts."""
-    usual, run.RECORD_EVERY = run.RECORD_EVERY, 1
+    usual = loop.RECORD_EVERY
+    loop.RECORD_EVERY = 1
     try:
         yield
     finally:
-        run.RECORD_EVERY = usual
+        loop.RECORD_EVERY = usual

@@ -37,7 +37,7 @@ LINKS = {  # where config/README.md describes a section, by the name of its mode
     "Columns": "#columns",
     "Architecture": "#architecture",
     "Tokenizer": "#tokenizer",
-    "Row": "#tables",
+    "RowEntry": "#tables",
     "Table": "#tables",
     "Mix": "#mixes",
     "Task": "#tasks",

@@ -5,9 +5,11 @@ import random
 from typing import Any
 
 JUNK: list[Any] = [
-    None, True, 0, -1, 1.5, 10**400, 1e308, float("nan"), "", "x", "no", "1e-6", "base/pivot", "a/b/c", "\n", "é", "x" * 300,
-    [], {}, [[]], {"kind": "x"}, {"kind": []}, {"method": {}}, {"target": None}, {"1": 2}, ["base/code", "base/code"],
-]  # fmt: skip
+    *(None, True, 0, -1, 1.5, 10**400, 1e308, float("nan")),
+    *("", "x", "no", "1e-6", "base/pivot", "a/b/c", "\n", "é", "x" * 300),
+    *([], {}, [[]], {"kind": "x"}, {"kind": []}, {"method": {}}, {"target": None}, {"1": 2}),
+    ["base/code", "base/code"],
+]
 
 
 def _places(node: Any, path: tuple = ()) -> list[tuple]:
@@ -31,9 +33,8 @@ def mutate(data: dict, draw: random.Random) -> None:
     elif what == "drop":
         del holder[key]
     else:
-        holder[key] = (
-            draw.choice(JUNK) if what == "junk" else json.loads(json.dumps(_at(data, draw.choice(_places(data)))))
-        )
+        copy = draw.choice(JUNK) if what == "junk" else _at(data, draw.choice(_places(data)))
+        holder[key] = copy if what == "junk" else json.loads(json.dumps(copy))
 
 
 def as_yaml(data: dict) -> str:
@@ -63,7 +64,6 @@ def mutate_text(text: str, draw: random.Random) -> bytes:
     raw = bytearray(text.encode())
     if what == "cut":
         return bytes(raw[: draw.randrange(len(raw))])
-    raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(
-        7
-    )  # still ASCII: Snakemake, which reads the file before us, wants UTF-8
+    # still ASCII: Snakemake, which reads the file before us, wants UTF-8
+    raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(7)
     return bytes(raw)

@@ -103,9 +103,9 @@ def command_in(log: Path) -> str:
     return next(line for line in log.read_text().splitlines() if line.startswith(start)).removeprefix("# ")
 
 
-def is_step(words: Sequence[str], name: str = "") -> bool:
-    """Whether a process's command line is that of a step: of any one, or of the one of this name."""
-    return list(words[1:4]) == ["-m", "llmfusion", "step"] and name in ("", *words[4:5])
+def is_step(words: Sequence[str], name: str) -> bool:
+    """Whether a process's command line is that of the step of this name."""
+    return list(words[1:5]) == ["-m", "llmfusion", "step", name]
 
 
 def runs_llmfusion(words: Sequence[str]) -> bool:
@@ -121,6 +121,12 @@ def results(folder: Path, name: str = "tiny") -> dict[str, bytes]:
         for p in sorted(base.rglob("*"))
         if p.suffix in (".json", ".csv", ".md") and p.name != "cost.csv" and "provenance" not in p.name and p.is_file()
     }
+
+
+def left_over(directory: Path) -> list[str]:
+    """What a finished study must not hold: drafts, temporary files, resume state."""
+    work = (p for p in (directory / "work").rglob("*") if p.is_file() and not p.name.startswith("lease"))
+    return [str(p.relative_to(directory)) for p in [*(directory / "results").rglob(".*"), *work]]
 
 
 def text_of(log: Path) -> str:

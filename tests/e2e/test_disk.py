@@ -1,7 +1,7 @@
 """A full disk: jobs say what they need and what is free, nothing half-made is seen, and with room again all is made.
 
-The study's directory is a small tmpfs, which an ordinary user can have within bubblewrap; it lives as long as the program
-that runs in there, which is this module itself.
+The study's directory is a small tmpfs, which an ordinary user can have within bubblewrap; it lives as long as the
+program that runs in there, which is this module itself.
 """
 
 import os

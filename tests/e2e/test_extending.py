@@ -1,7 +1,7 @@
-"""The worked examples of docs/extending.md, taken from the page as it is written and run in a tiny study from end to end.
+"""The worked examples of docs/extending.md, taken from the text of the page and run in a tiny study from end to end.
 
-A fenced block says what it is behind its language: ``title=PATH`` is a new file, ``append=PATH`` goes behind a file, ``study`` is merged
-into the study, ``run`` holds commands that must succeed.
+A fenced block says what it is behind its language: ``title=PATH`` is a new file, ``append=PATH`` is added to the end of
+a file, ``study`` is merged into the study, ``run`` holds commands that must succeed.
 """
 
 import csv
@@ -115,7 +115,7 @@ def test_the_new_target_learned_its_parameters(extended: Path) -> None:
     folder = extended / "runs/extended/results/models/trained/trust-code"
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     weights = [record["weight"]["base/code"] for record in records]
-    assert 0 < min(weights)
+    assert min(weights) > 0
     assert len({round(weight, 6) for weight in weights}) > 1
     assert "Trusted distillation" in (folder / "README.md").read_text()
 

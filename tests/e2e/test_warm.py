@@ -1,4 +1,4 @@
-"""Steps that are forks of a process with everything imported: the same artifacts, and they live and die with who asked for them."""
+"""Steps as forks of a process with everything imported: the same artifacts, and they end with their command."""
 
 import json
 import shlex
@@ -31,8 +31,8 @@ def warm(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def asked(tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """Runs Python text under warm; ``steps`` there starts a step and returns its process."""
+def run_under_warm(tmp_path: Path) -> Callable[[str], subprocess.CompletedProcess[str]]:
+    """Runs Python text under warm; ``STEP`` there is the command of a long step."""
 
     def go(text: str) -> subprocess.CompletedProcess[str]:
         start = f"import subprocess, time\nfrom pathlib import Path\nSTEP = {step(400_000, 'long')!r}\n"
@@ -58,13 +58,8 @@ def test_a_users_mistake_and_the_commands_own_status_come_through(tmp_path: Path
     done = warm(tmp_path, *[word.replace("animals", "minerals") for word in step()])
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") or "Traceback" in done.stderr  # what the step says without warm, too
-    cold = subprocess.run(
-        [word.replace("animals", "minerals") for word in step()],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    words = [word.replace("animals", "minerals") for word in step()]
+    cold = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.stderr == cold.stderr
     assert warm(tmp_path, "bash", "-c", "exit 7").returncode == 7
     assert warm(tmp_path, "/no/such/command").stderr.startswith("error: /no/such/command: ")
@@ -81,9 +76,8 @@ def test_where_nobody_listens_the_step_says_so(tmp_path: Path) -> None:
         step(), cwd=tmp_path, env={**environment(), "LLMFUSION_WARM": "/no/socket"}, capture_output=True, text=True
     )
     assert done.returncode == 1
-    said = "error: LLMFUSION_WARM names /no/socket, where nobody listens (No such file or directory): unset it, or run under"
-    assert done.stderr.startswith(said)
-    assert len(done.stderr.splitlines()) == 1
+    problem = "LLMFUSION_WARM names /no/socket, where nobody listens (No such file or directory)"
+    assert done.stderr == f"error: {problem}: unset it, or run under llmfusion warm\n"
 
 
 WAIT = """
@@ -97,18 +91,18 @@ while not (Path("work/data/dataset/long").exists() and drafts()) and time.monoto
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_fork_and_its_end_is_the_steps(
-    asked: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path, number: int
+    run_under_warm: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path, number: int
 ) -> None:
-    done = asked(WAIT + f"process.send_signal({number})\nprint('ended', process.wait(), drafts())")
+    done = run_under_warm(WAIT + f"process.send_signal({number})\nprint('ended', process.wait(), drafts())")
     expected = 143 if number == signal.SIGTERM else -signal.SIGINT
     assert f"ended {expected} []" in done.stdout, done
 
 
 def test_a_step_that_is_killed_takes_its_fork_with_it(
-    asked: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path
+    run_under_warm: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     before = time.monotonic()
-    done = asked(WAIT + "process.kill()\nprint('ended', process.wait())")
+    done = run_under_warm(WAIT + "process.kill()\nprint('ended', process.wait())")
     assert "ended -9" in done.stdout
     assert not (tmp_path / "results/data/dataset/long/manifest.json").exists()
     assert time.monotonic() - before < 60

@@ -1,8 +1,8 @@
 """A real SLURM on one machine: a controller and several nodes with pretended cores, memory and GPUs, on loopback only.
 
-Everything lives in one folder and ends by process id; nothing outside of it is written, so several clusters can run at once and
-an ordinary user can start one. Needs Debian's or Ubuntu's packages slurmctld, slurmd, slurm-client and munge, no systemd,
-no cgroups and no accounting database. What it cannot show: enforcement of memory, real GPUs, several users.
+Everything lives in one folder and ends by process id; nothing outside of it is written, so several clusters can run at
+once and an ordinary user can start one. Needs Debian's or Ubuntu's packages slurmctld, slurmd, slurm-client and munge,
+no systemd, no cgroups and no accounting database. What it cannot show: enforcement of memory, real GPUs, several users.
 """
 
 import contextlib
@@ -64,7 +64,8 @@ SlurmctldLogFile={root}/slurmctld.log
 SlurmdPidFile={root}/slurmd.%n.pid
 SlurmdLogFile={root}/slurmd.%n.log
 SlurmdSpoolDir={root}/spool.%n
-NodeName=DEFAULT CPUs=32 Boards=1 SocketsPerBoard=1 CoresPerSocket=32 ThreadsPerCore=1 RealMemory=1000000 Gres=gpu:pretended:2
+NodeName=DEFAULT CPUs=32 Boards=1 SocketsPerBoard=1 CoresPerSocket=32 ThreadsPerCore=1 \\
+  RealMemory=1000000 Gres=gpu:pretended:2
 {nodes}
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=2880 DefaultTime=10 PriorityTier=10 State=UP
 PartitionName=urgent Nodes=ALL MaxTime=60 DefaultTime=5 PriorityTier=100 State=UP
@@ -87,7 +88,10 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What clients need: the configuration, and an ``srun`` that knows it, too (the plugin takes SLURM_CONF from the inner one)."""
+        """What clients need: the configuration, and an ``srun`` that knows it, too.
+
+        The plugin takes SLURM_CONF from the environment of the ``srun`` within a job.
+        """
         return {"SLURM_CONF": str(self.root / "slurm.conf"), "PATH": f"{self.root / 'bin'}:{sbin(os.environ['PATH'])}"}
 
     def ask(self, *words: str, check: bool = True) -> str:
@@ -151,25 +155,21 @@ def cluster(nodes: int = 3) -> Iterator[Cluster]:
     made = Cluster(root, [f"node{i}" for i in range(1, nodes + 1)])
     try:
         _configure(made)
-        key = (
-            "--key-file",
-            str(root / "munge.key"),
-            "--socket",
-            str(root / "munge.socket"),
-            "--pid-file",
-            str(root / "munged.pid"),
-        )
-        files = ("--log-file", str(root / "munged.log"), "--seed-file", str(root / "munged.seed"))
-        made._spawn("munged", [program("munged"), "--force", "--foreground", *key, *files])
+        files = {
+            "--key-file": "munge.key",
+            "--socket": "munge.socket",
+            "--pid-file": "munged.pid",
+            "--log-file": "munged.log",
+            "--seed-file": "munged.seed",
+        }
+        options = [word for option, name in files.items() for word in (option, str(root / name))]
+        made._spawn("munged", [program("munged"), "--force", "--foreground", *options])
         wait(lambda: (root / "munge.socket").exists())
         made._spawn("slurmctld", [program("slurmctld"), "-D"])
         for node in made.nodes:
             made.start_node(node)
-        wait(
-            lambda: (
-                made.ask("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%N", check=False).split() == made.nodes
-            )
-        )
+        idle = ("sinfo", "-h", "-N", "-p", "gpu", "-t", "idle", "-o", "%N")
+        wait(lambda: made.ask(*idle, check=False).split() == made.nodes)
         made.seconds = time.monotonic() - began
         yield made
     except AssertionError as error:
@@ -184,8 +184,8 @@ def cluster(nodes: int = 3) -> Iterator[Cluster]:
 def _require() -> None:
     missing = [name for name in PROGRAMS if shutil.which(name, path=sbin(os.environ["PATH"])) is None]
     if missing:
-        told = "sudo apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
-        raise NoSlurm(f"these tests run on a real SLURM, and {', '.join(missing)} cannot be found: {told}")
+        remedy = "sudo apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+        raise NoSlurm(f"these tests run on a real SLURM, and {', '.join(missing)} cannot be found: {remedy}")
 
 
 def sbin(path: str) -> str:
@@ -195,25 +195,28 @@ def sbin(path: str) -> str:
 
 def program(name: str) -> str:
     """The full path of a program that :func:`_require` has found."""
-    found = shutil.which(name, path=sbin(os.environ["PATH"]))
-    assert found is not None
-    return found
+    path = shutil.which(name, path=sbin(os.environ["PATH"]))
+    assert path is not None
+    return path
 
 
 def _configure(made: Cluster) -> None:
-    root, user = made.root, getpass.getuser()
+    root = made.root
     for name in ("state", "bin", *(f"spool.{node}" for node in made.nodes)):
         (root / name).mkdir()
     root.chmod(0o755)  # munged wants to be reached, and nobody else to write
     key = root / "munge.key"
     key.write_bytes(secrets.token_bytes(1024))
     key.chmod(0o400)
-    ports, host = _free_ports(1 + len(made.nodes)), socket.gethostname().split(".")[0]
+    ports = _free_ports(1 + len(made.nodes))
+    host = socket.gethostname().split(".")[0]
     nodes = "\n".join(
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
         for node, port in zip(made.nodes, ports[1:], strict=True)
     )
-    text = CONFIGURATION.format(host=host, ports=ports, user=user, root=root, nodes=nodes, plugins=_plugins())
+    text = CONFIGURATION.format(
+        host=host, ports=ports, user=getpass.getuser(), root=root, nodes=nodes, plugins=_plugins()
+    )
     (root / "slurm.conf").write_text(text)
     for device in range(2):  # a GPU must be a character device; this one can be opened by everybody
         (root / f"gpu{device}").symlink_to("/dev/null")
@@ -226,18 +229,18 @@ def _configure(made: Cluster) -> None:
 
 
 def _plugins() -> str:
-    found = sorted(Path("/usr/lib").glob("*/slurm*/cred_munge.so"))
-    if not found:
+    plugins = sorted(Path("/usr/lib").glob("*/slurm*/cred_munge.so"))
+    if not plugins:
         raise NoSlurm("SLURM's plugins cannot be found under /usr/lib: install the package slurm-wlm-basic-plugins")
-    return str(found[0].parent)
+    return str(plugins[0].parent)
 
 
 def _free_ports(number: int) -> list[int]:
     with contextlib.ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for port in found:
-            port.bind(("127.0.0.1", 0))
-        return [port.getsockname()[1] for port in found]
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
 def _die_with_parent() -> None:
@@ -246,21 +249,24 @@ def _die_with_parent() -> None:
 
 
 def _kill_steps(root: Path, node: str) -> None:
-    """Kill a node's slurmstepds, then what they ran: they outlive their slurmd, and would report the end of what is killed before them."""
+    """Kill a node's slurmstepds, then what they ran.
+
+    They outlive their slurmd, and would report the end of what is killed before them.
+    """
     import psutil
 
-    found = [
+    daemons = [
         p
         for p in psutil.process_iter(["cmdline"])
-        if (p.info["cmdline"] or [""])[0].startswith("slurmstepd") and _steps_of(p.pid, root, node)
+        if (p.info["cmdline"] or [""])[0].startswith("slurmstepd") and _is_of_node(p.pid, root, node)
     ]
-    run = [child for process in found for child in process.children(recursive=True)]
-    for process in [*found, *run]:
+    jobs = [child for process in daemons for child in process.children(recursive=True)]
+    for process in [*daemons, *jobs]:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
-def _steps_of(pid: int, root: Path, node: str) -> bool:
+def _is_of_node(pid: int, root: Path, node: str) -> bool:
     """Whether a slurmstepd holds this node's log or spool open."""
     with contextlib.suppress(OSError):
         return any(

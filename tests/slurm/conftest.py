@@ -1,4 +1,4 @@
-"""A cluster for the session, and a slice of the miniature study made without it: what every run on SLURM must give, byte for byte."""
+"""A cluster for the session, and a slice of the miniature study made without it, as a run on SLURM must give it."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from llmfusion.study.kinds import all_kinds
 from tests.e2e.conftest import tiny
-from tests.e2e.test_runs import results
-from tests.project import clone, environment, study
+from tests.project import BIN, clone, environment, left_over, results, study, text_of
 from tests.slurm.cluster import Cluster, cluster
 
 TARGET = "results/table2.csv"
@@ -22,27 +22,14 @@ STUDY = ("--configfile", "config/slice.yaml")
 PROFILE = ("--profile", "slurm")
 # the test cluster has no accounting and answers at once; a site needs none of this
 HERE = ("--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "4", "--latency-wait", "5")
-RULES = (
-    "stage_base",
-    "mix_samples",
-    "generate_answers",
-    "capture_shard",
-    "capture_teacher",
-    "train_model",
-    "merge_models",
-    "answer",
-    "score",
-)
-ONE_THREAD = (
-    "--set-threads",
-    *(f"{rule}=1" for rule in RULES),
-)  # two threads add in another order than the local run's one
+# two threads add in another order than the local run's one
+ONE_THREAD = ("--set-threads", *(f"{rule}=1" for rule, kind in all_kinds().items() if not kind.is_local))
 ROW = "merged/ta-homogeneous"
 MADE_ON_SLURM = ("models/trained", "models/merged", "answers", "scores", "table2.csv", "table2.md", "table2.json")
 
 
 def slice_of(content: dict[str, Any]) -> None:
-    """One row: a merge of SFT and of a fusion by two processes, on two tasks. Six jobs, with data, bases and cache made before."""
+    """One row: a merge of SFT and of a fusion by two processes, on two tasks. Six jobs; the rest is made before."""
     tiny(content)
     content["directory"] = "runs/slice"
     models, table = content["models"], content["tables"]["table2"]
@@ -77,50 +64,48 @@ class OnSlurm:
     """A copy of the project with the start of the slice in it, to be finished on the cluster."""
 
     def __init__(self, folder: Path, slurm: Cluster, undisturbed: Path, target: str = TARGET):
-        self.folder, self.slurm, self.undisturbed, self.target = folder, slurm, undisturbed, target
+        self.folder = folder
+        self.slurm = slurm
+        self.undisturbed = undisturbed
+        self.target = target
         self.before = {job["JobId"] for job in slurm.jobs()}
 
     def words(self, *more: str) -> list[str]:
         return ["snakemake", *PROFILE, self.target, *STUDY, *HERE, *ONE_THREAD, *more]
 
     def start(self, *more: str) -> subprocess.Popen:
-        """Snakemake as a user starts it on a login node; its words go to ``run.log``."""
-        environ = {**environment(), **self.slurm.environment}
-        environ["PATH"] = os.pathsep.join([environment()["PATH"].split(os.pathsep)[0], self.slurm.environment["PATH"]])
+        """Snakemake as a user starts it on a login node; what it prints goes to ``run.log``."""
+        path = os.pathsep.join([str(BIN), self.slurm.environment["PATH"]])
+        environ = {**environment(), **self.slurm.environment, "PATH": path}
         with open(self.folder / "run.log", "a") as log:
             return subprocess.Popen(
                 self.words(*more), cwd=self.folder, env=environ, stdout=log, stderr=log, preexec_fn=_as_from_a_terminal
             )
 
-    def said(self) -> str:
+    def output(self) -> str:
+        """What Snakemake has printed."""
         return (self.folder / "run.log").read_text()
 
     def finish(self, main: subprocess.Popen, seconds: float = 600) -> None:
-        assert main.wait(seconds) == 0, self.said()[-8000:]
+        assert main.wait(seconds) == 0, self.output()[-8000:]
 
     def jobs(self, of: str = "") -> list[dict[str, str]]:
         """This run's SLURM jobs whose comment names a rule, in the order they were submitted."""
-        found = [job for job in self.slurm.jobs() if job["JobId"] not in self.before and of in job.get("Comment", "")]
-        return sorted(found, key=lambda job: (int(job["JobId"]), int(job.get("ArrayTaskId", "0"))))
+        jobs = (job for job in self.slurm.jobs() if job["JobId"] not in self.before and of in job.get("Comment", ""))
+        return sorted(jobs, key=lambda job: (int(job["JobId"]), int(job.get("ArrayTaskId", "0"))))
 
     def provenance(self, artifact: str) -> dict[str, Any]:
         return json.loads((self.folder / f"runs/slice/results/{artifact}/provenance.json").read_bytes())
 
     def log(self, artifact: str) -> str:
-        path = self.folder / f"runs/slice/logs/{artifact}.log"
-        return path.read_text() if path.exists() else ""
+        return text_of(self.folder / f"runs/slice/logs/{artifact}.log")
 
     def same_as_undisturbed(self) -> None:
         """Every table, score and manifest has the bytes of the local run, and nothing else lies about."""
         mine, theirs = results(self.folder, "slice"), results(self.undisturbed, "slice")
         assert mine.keys() == theirs.keys()
         assert [name for name in mine if mine[name] != theirs[name]] == []
-        base = self.folder / "runs/slice"
-        left = [
-            *(base / "results").rglob(".*"),
-            *(p for p in (base / "work").rglob("*") if p.is_file() and not p.name.startswith("lease")),
-        ]
-        assert [str(path) for path in left] == []
+        assert left_over(self.folder / "runs/slice") == []
 
 
 @pytest.fixture
@@ -139,6 +124,5 @@ def on_slurm(slurm: Cluster, undisturbed: Path, tmp_path: Path) -> Callable[...,
 
 
 def _as_from_a_terminal() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # tests started in the background ignore it, and so would all they start
+    # tests started in the background ignore it, and so would all they start
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.project import environment
+from tests.project import environment, is_step
 from tests.slurm.cluster import wait
 from tests.slurm.conftest import STUDY, OnSlurm
 
@@ -25,7 +25,7 @@ def training(on_slurm: Callable[..., OnSlurm]) -> Callable[..., tuple[OnSlurm, s
         run = on_slurm(name, (f"models/trained/{name}",), f"results/models/trained/{name}/manifest.json")
         main = run.start(*more)
         wait(lambda: "step 1/" in run.log(f"models/trained/{name}") or main.poll() is not None, 300)
-        assert main.poll() is None, run.said()
+        assert main.poll() is None, run.output()
         return run, main
 
     return begin
@@ -33,12 +33,17 @@ def training(on_slurm: Callable[..., OnSlurm]) -> Callable[..., tuple[OnSlurm, s
 
 def trainers(run: OnSlurm) -> list[psutil.Process]:
     """The processes that train in this run's folder."""
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if str(run.folder) in process.cwd() and "llmfusion.steps.train_model" in process.cmdline():
-                found.append(process)
-    return found
+            if str(run.folder) in process.cwd() and is_step(process.cmdline(), "train_model"):
+                processes.append(process)
+    return processes
+
+
+def ends(run: OnSlurm) -> list[tuple[str, str]]:
+    """State and time limit of each job of this run."""
+    return [(job["JobState"], job["TimeLimit"]) for job in run.jobs()]
 
 
 @pytest.mark.parametrize("name", ["sft", "kd-code"], ids=["one process", "two processes"])
@@ -60,10 +65,7 @@ def test_a_training_saves_before_its_time_ends_and_goes_on_with_more(training: C
     trainer.resume()
     run.finish(main)
     assert "going on after step" in run.log("models/trained/sft")
-    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [
-        ("FAILED", "00:01:00"),
-        ("COMPLETED", "01:01:00"),
-    ]
+    assert ends(run) == [("FAILED", "00:01:00"), ("COMPLETED", "01:01:00")]
     run.same_as_undisturbed()
 
 
@@ -72,10 +74,7 @@ def test_a_training_that_slurm_ends_at_its_time_limit_is_made_with_more_time(tra
     [trainer] = trainers(run)
     trainer.suspend()  # a step that never ends: nothing can be saved
     run.finish(main)
-    assert [(job["JobState"], job["TimeLimit"]) for job in run.jobs()] == [
-        ("TIMEOUT", "00:01:00"),
-        ("COMPLETED", "01:01:00"),
-    ]
+    assert ends(run) == [("TIMEOUT", "00:01:00"), ("COMPLETED", "01:01:00")]
     run.same_as_undisturbed()
 
 
@@ -102,18 +101,9 @@ def test_a_preempted_job_is_queued_again_and_gives_the_same(training: Callable) 
     [job] = run.jobs()
     assert job["Partition"] == "scavenge"
     environ = {**environment(), **run.slurm.environment}
-    words = [
-        "sbatch",
-        "--partition",
-        "urgent",
-        "--nodes",
-        str(len(run.slurm.nodes)),
-        "--exclusive",
-        "--output",
-        "/dev/null",
-        "--wrap",
-        "sleep 5",
-    ]
+    nodes = str(len(run.slurm.nodes))
+    words = ["sbatch", "--partition", "urgent", "--nodes", nodes, "--exclusive", "--output", "/dev/null"]
+    words += ["--wrap", "sleep 5"]
     subprocess.run(words, env=environ, check=True, capture_output=True)
     wait(lambda: run.jobs("train_model")[0]["JobState"] == "PENDING", 60)
     run.slurm.ask("scontrol", "update", f"jobid={job['JobId']}", "StartTime=now")
@@ -126,7 +116,7 @@ def test_a_preempted_job_is_queued_again_and_gives_the_same(training: Callable) 
 def test_ctrl_c_cancels_the_jobs_and_the_same_command_goes_on(training: Callable) -> None:
     run, main = training("sft")
     main.send_signal(signal.SIGINT)
-    assert main.wait(120) == 1, run.said()
+    assert main.wait(120) == 1, run.output()
     wait(lambda: run.jobs()[0]["JobState"] == "CANCELLED", 30)
     wait(lambda: not trainers(run), 30)
     run.finish(run.start())
@@ -142,16 +132,12 @@ def test_snakemake_killed_and_started_again_while_its_job_lives_has_one_writer(t
     main.wait()
     locked = run.start()
     assert locked.wait(120) == 1
-    assert "cannot be locked" in run.said()
+    assert "cannot be locked" in run.output()
     unlock = ["snakemake", *STUDY, "--unlock"]
     subprocess.run(unlock, cwd=run.folder, env=environment(), check=True, capture_output=True)
     again = run.start()
-    wait(
-        lambda: (
-            "waiting for work/models/trained/sft/lease" in run.log("models/trained/sft") or again.poll() is not None
-        ),
-        300,
-    )
+    waiting = "waiting for work/models/trained/sft/lease"
+    wait(lambda: waiting in run.log("models/trained/sft") or again.poll() is not None, 300)
     os.kill(trainer.pid, signal.SIGCONT)
     run.finish(again)
     assert "was finished meanwhile; adopted" in run.log("models/trained/sft")

@@ -1,4 +1,4 @@
-"""The literal profile on a real SLURM: what jobs ask for and get, a second attempt, an array of cells, and the same table."""
+"""The literal profile on a real SLURM: what jobs ask for and get, a second attempt, an array, and the same table."""
 
 import time
 from collections.abc import Callable
@@ -24,14 +24,10 @@ def test_a_cluster_leaves_nothing_behind() -> None:
     assert not passing.root.exists()
 
 
-def test_without_slurm_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PROGRAMS", ("slurmctld", "not-installed"))
-    with (
-        pytest.raises(
-            NoSlurm, match=r"not-installed cannot be found: sudo apt-get install --no-install-recommends slurmctld"
-        ),
-        cluster(),
-    ):
+    remedy = "sudo apt-get install --no-install-recommends slurmctld"
+    with pytest.raises(NoSlurm, match=f"not-installed cannot be found: {remedy}"), cluster():
         pass
 
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tokenizer trained on the generated worlds and two-layer Llamas of width 16, made once a session."""
+"""Shared fixtures: a tokenizer trained on generated worlds and two-layer Llamas of width 16, made once a session."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""300 random mistakes in valid studies: a clean dry run or a refusal in words, never a traceback and never a started job."""
+"""300 random mistakes in valid studies: a clean dry run or an error message, never a traceback or a started job."""
 
 import random
 import subprocess
@@ -37,19 +37,17 @@ def outcome(fresh: Path, seed: int) -> str:
     file.write_bytes(content)
     words = ["snakemake", "-n", "tables", "--cores", "1", "--configfile", str(file)]
     done = subprocess.run(words, cwd=fresh, env=environment(), capture_output=True, text=True, timeout=120)
-    said = done.stdout + done.stderr
-    assert "Traceback" not in said, f"seed {seed}\n{said[:3000]}"
+    output = done.stdout + done.stderr
+    assert "Traceback" not in output, f"seed {seed}\n{output[:3000]}"
     if done.returncode == 0:
-        assert "This was a dry-run" in said or "Nothing to be done" in said, f"seed {seed}\n{said[-3000:]}"
+        assert "This was a dry-run" in output or "Nothing to be done" in output, f"seed {seed}\n{output[-3000:]}"
         return "accepted"
-    if (
-        "Config file is not valid JSON or YAML" in said
-    ):  # Snakemake's words, it reads the file first; ours name the line
+    if "Config file is not valid JSON or YAML" in output:  # Snakemake's message, it reads the file first
         with pytest.raises(StudyError, match=rf"{file.name}:\d+: "):
             read_study(file)
         return "refused"
-    assert file.name in said, f"seed {seed}\n{said[-3000:]}"
-    assert "nothing was started" in said, f"seed {seed}\n{said[-3000:]}"
+    assert file.name in output, f"seed {seed}\n{output[-3000:]}"
+    assert "nothing was started" in output, f"seed {seed}\n{output[-3000:]}"
     return "refused"
 
 
@@ -64,7 +62,7 @@ def test_mutated_studies_are_planned_or_refused(fresh: Path) -> None:
 
 @pytest.mark.long
 def test_300_mutated_studies_are_planned_or_refused(fresh: Path) -> None:
-    found = outcomes(fresh, range(DEFAULT, 300))
-    print(dict(found))
-    assert found["refused"] > 100
-    assert found["accepted"] > 10
+    counts = outcomes(fresh, range(DEFAULT, 300))
+    print(dict(counts))
+    assert counts["refused"] > 100
+    assert counts["accepted"] > 10

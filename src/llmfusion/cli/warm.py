@@ -99,8 +99,7 @@ def _receive(connection: socket.socket) -> dict[str, Any]:
     return message
 
 
-# ------------------------------------------------------------------------------------------------ the process that
-# forks
+# ---------------------------------------------------------------------------------------------- the process that forks
 class Server:
     """Forks a process for every request on its socket, reports its status, and ends it when its client has gone."""
 

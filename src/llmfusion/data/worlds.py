@@ -122,7 +122,7 @@ LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
-class Row:
+class GeneratedRow:
     """One draw: its content, a raw text, a question with its answer, a wrong answer, and the test item's fields."""
 
     content: str
@@ -146,7 +146,7 @@ def _facts() -> dict[tuple[str, str], str]:
 FACTS = _facts()
 
 
-def animals(rng: random.Random) -> Row:
+def animals(rng: random.Random) -> GeneratedRow:
     """Multiple choice over invented animals; content is the question, which pairs a fact with a template."""
     animal = rng.choice(ANIMALS)
     name = rng.choice(list(ATTRIBUTES))
@@ -156,7 +156,7 @@ def animals(rng: random.Random) -> Row:
     rng.shuffle(choices)
     question = rng.choice(questions).format(a=animal)
     right = choices.index(true)
-    return Row(
+    return GeneratedRow(
         content=question,
         text=sentence.format(a=animal, v=true),
         prompt="\n".join([question, *(f"{letter}. {v}" for letter, v in zip(LETTERS, choices, strict=True))]),
@@ -166,7 +166,7 @@ def animals(rng: random.Random) -> Row:
     )
 
 
-def sums(rng: random.Random) -> Row:
+def sums(rng: random.Random) -> GeneratedRow:
     """One-step word problems (sums up to 20, products of 2..6), answered by an equation and ``#### N``.
 
     The raw texts are the equations alone.
@@ -176,7 +176,7 @@ def sums(rng: random.Random) -> Row:
     question = rng.choice(WORD_PROBLEMS[operation])[0].format(**fields)
     bad = z + rng.choice([-2, -1, 1, 2])
     equation = f"{x} {operation} {y} = {z}"
-    return Row(
+    return GeneratedRow(
         content=question,
         text=equation,
         prompt=question,
@@ -186,12 +186,12 @@ def sums(rng: random.Random) -> Row:
     )
 
 
-def stories(rng: random.Random) -> Row:
+def stories(rng: random.Random) -> GeneratedRow:
     """The word problems told as stories, result included; content is the question they would answer."""
     x, y, z, operation = _numbers(rng)
     fields = {"n": rng.choice(NAMES), "t": rng.choice(THINGS), "x": x, "y": y, "z": z}
     question, story = (template.format(**fields) for template in rng.choice(WORD_PROBLEMS[operation]))
-    return Row(
+    return GeneratedRow(
         content=question,
         text=story,
         prompt=question,
@@ -212,7 +212,7 @@ def _numbers(rng: random.Random) -> tuple[int, int, int, str]:
     return x, y, x * y, "*"
 
 
-def steps(rng: random.Random) -> Row:
+def steps(rng: random.Random) -> GeneratedRow:
     """Two-step expressions (operands 1..6, factor 2..4) worked line by line, the result in ``\\boxed{}``."""
     expression_form, first_form, second_form = rng.choice(FORMS)
     values = {"f": rng.randint(2, 4), "a": rng.randint(1, 6), "b": rng.randint(1, 6)}
@@ -224,7 +224,7 @@ def steps(rng: random.Random) -> Row:
     question = rng.choice(ASKS).format(e=expression)
     bad = z + rng.choice([-2, -1, 1, 2])
     solution = f"{first} = {first_result}\n{second} = "
-    return Row(
+    return GeneratedRow(
         content=expression,
         text=f"{expression} = {second} = {z}",
         prompt=question,
@@ -240,7 +240,7 @@ def _value(expression: str) -> int:
     return int(left) + int(right) if operation == "+" else int(left) * int(right)
 
 
-def code(rng: random.Random) -> Row:
+def code(rng: random.Random) -> GeneratedRow:
     """One-line functions from a docstring, checked by running them on five inputs; content is the description."""
     function = rng.choice(FUNCTIONS)
     values = {"k": rng.randint(2, 9), "m": rng.randint(2, 9)}
@@ -249,7 +249,7 @@ def code(rng: random.Random) -> Row:
     head = f'def {name}(x):\n    """Return {description}."""'
     bad = _broken(body, rng)
     checks = "\n".join(f"    assert candidate({x}) == {_call(body, x)}" for x in INPUTS)
-    return Row(
+    return GeneratedRow(
         content=description,
         text=f"{head}\n    return {body}",
         prompt=head,
@@ -272,7 +272,7 @@ def _call(body: str, x: int) -> int:
     return eval(body, {"__builtins__": {}, "max": max, "min": min}, {"x": x})  # the body is ours, from FUNCTIONS
 
 
-WORLDS: dict[str, Callable[[random.Random], Row]] = {
+WORLDS: dict[str, Callable[[random.Random], GeneratedRow]] = {
     "animals": animals,
     "sums": sums,
     "steps": steps,
@@ -316,6 +316,6 @@ def _test_items(generator: str, rows: int, rng: random.Random) -> Iterator[dict[
             raise UserError(f"generator {generator}: {rows} test items asked, the world holds out only {len(seen)}")
 
 
-def _chat(row: Row, wrong: bool) -> dict[str, Any]:
+def _chat(row: GeneratedRow, wrong: bool) -> dict[str, Any]:
     answer = row.wrong if wrong else row.response
     return {"messages": [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": answer}]}

@@ -93,10 +93,3 @@ def json_object_or_empty(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except (OSError, DamagedError):
         return {}
-
-
-def format_bytes(size: float) -> str:
-    """A number of bytes for a message: ``3 KiB``, ``12 MiB``, ``40 GiB``."""
-    if size >= 10 * 2**30:
-        return f"{size / 2**30:,.0f} GiB"
-    return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"

@@ -1,1 +1,1 @@
-"""Models: staging from hub, folder or GGUF, training from scratch, and loading that trusts nothing it has not checked."""
+"""Models: staging from hub, folder or GGUF, models trained from scratch, loading that trusts nothing unchecked."""

@@ -124,7 +124,7 @@ ITEMS: dict[str, tuple[str, Bytes, str]] = {
 }
 
 
-def asked(task: str) -> Any:
+def lm_eval_task(task: str) -> Any:
     """A task as lm-eval is given it."""
     from llmfusion.evaluation.answers import config
 
@@ -138,16 +138,16 @@ def test_a_test_item_that_cannot_be_asked_or_graded_is_refused(message_of_step: 
     expected = rf"results/data/tasks/{task}/items\.jsonl, line 5: {message}"
     assert re.match(expected, message_of_step(f"scores/trained/sft/{task}"))
     with pytest.raises(DamagedError, match=expected):
-        asked(task)
+        lm_eval_task(task)
 
 
 def test_fewer_items_than_were_staged_are_neither_asked_nor_graded(message_of_step: Make) -> None:
-    assert asked("mmlu")["task"] == "mmlu"
+    assert lm_eval_task("mmlu")["task"] == "mmlu"
     remake("data/tasks/mmlu", rewrite("items.jsonl", line(24, lost)))
     expected = r"results/data/tasks/mmlu/items\.jsonl: expected 24 lines as the manifest tells, found 23"
     assert re.match(expected, message_of_step("scores/trained/sft/mmlu"))
     with pytest.raises(DamagedError, match=expected):
-        asked("mmlu")
+        lm_eval_task("mmlu")
 
 
 LINE, COUNT = ", line 5: ", ": expected an answer to each of 24 items, found "

@@ -114,10 +114,8 @@ def table(place: Path, text: str, kill_at: int = 0) -> Ended:
         for suffix in ("csv", "md"):
             (job.folder / f"table2.{suffix}").write_text(f"{suffix}: {json.loads(job.spec)['text']}")
 
-    request = Request(json.dumps({"text": text}), Path("results/table2.csv"), [])
-
-    def build(_: Watch) -> int:
-        run_job(request, fill)
+    def build(watch: Watch) -> int:
+        run_job(Request(json.dumps({"text": text}), Path("results/table2.csv"), []), fill)
         return 0
 
     return forked(place, build, kill_at)

@@ -12,7 +12,7 @@ from random import Random
 import psutil
 
 from tests.e2e.conftest import PROFILE, TARGET
-from tests.project import environment, llmfusion, results, runs_llmfusion, snakemake, text_of
+from tests.project import environment, left_over, llmfusion, results, runs_llmfusion, snakemake, text_of
 
 LIMIT_SECONDS = 3600
 
@@ -173,12 +173,6 @@ def same_as_undisturbed(folder: Path, made: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "all match" in done.stdout
     assert left_over(folder / "runs/tiny") == []
-
-
-def left_over(directory: Path) -> list[str]:
-    """What a finished study must not hold: drafts, temporary files, resume state."""
-    work = (p for p in (directory / "work").rglob("*") if p.is_file() and not p.name.startswith("lease"))
-    return [str(p.relative_to(directory)) for p in [*(directory / "results").rglob(".*"), *work]]
 
 
 def without(made: Path, folder: Path, *gone: str) -> Path:

@@ -46,7 +46,7 @@ def test_many_kills_at_random_moments_give_the_undisturbed_result(made: Path, pr
 
 
 @pytest.mark.long
-def test_a_second_snakemake_is_told_of_the_first(made: Path, project: Project) -> None:
+def test_a_second_snakemake_names_the_lock_of_the_first(made: Path, project: Project) -> None:
     folder = without(made, project("locked"), *LEAF)
     words = ["snakemake", *PROFILE, "--cores", "2", TARGET]
     first = subprocess.Popen(words, cwd=folder, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -26,7 +26,7 @@ def test_a_tokenizer_gives_back_every_text_and_groups_digits(mix, digits):
 def test_the_same_texts_give_the_same_tokenizer_and_others_another(mix, tokenizer, tmp_path):
     again = make_tokenizer(Tokenizer(vocabulary_size=300), mix.file("samples.jsonl"), None)
     assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
-    (tmp_path / "other.jsonl").write_text('{"text": "zebra zebra zebras zebu zebus"}\n')
+    (tmp_path / "other.jsonl").write_text('{"id": "1", "text": "zebra zebra zebras zebu zebus"}\n')
     other = make_tokenizer(Tokenizer(vocabulary_size=262), tmp_path / "other.jsonl", None)
     assert vocabulary_sha256(other) != vocabulary_sha256(tokenizer)
 

@@ -1,21 +1,33 @@
 import json
+import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from llmfusion.errors import UserError
 from llmfusion.io.jsonl import write_jsonl
 from llmfusion.models.loading import load_model, load_tokenizer
+from llmfusion.steps import train_model
 from llmfusion.steps.train_model import build
+from llmfusion.study.schema.settings import Capture
 from llmfusion.teachers.capture import capture
+from llmfusion.training import loop
 from tests.unit.stand_ins import artifact, job
 
 RUN = {"init": "base/pivot", "mix": "m", "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
 
 
+def plain(**changed):
+    """The spec of a training without teachers."""
+    return {"run": {**RUN, **changed}}
+
+
 def fused(target, *teachers, **changed):
-    """The spec of a training whose caches are what the stand-ins say."""
+    """The spec of a training whose caches are what the stand-ins hold."""
     captured = {"capture": {"dtype": "float32"}, "teachers": dict.fromkeys(teachers, "f" * 64)}
     return {"run": {**RUN, "teachers": list(teachers), "fusion": {"target": target}, **changed}, "captured": captured}
 
@@ -54,9 +66,8 @@ def test_tokenizer_template_and_generation_settings_are_the_pivots(tmp_path, inp
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     )
     staged = artifact(folder, **pivot.facts)
-    made = job(
-        tmp_path, {"run": {**RUN, "steps": 1}, "chat_template": "neutral"}, {**inputs, "models/base/pivot": staged}
-    )
+    spec = {**plain(steps=1), "chat_template": "neutral"}
+    made = job(tmp_path, spec, {**inputs, "models/base/pivot": staged})
     build(made)
     for name in ("generation_config.json", "chat_template.jinja"):
         assert (made.folder / name).read_bytes() == (folder / name).read_bytes()
@@ -77,7 +88,7 @@ def test_a_pivot_that_changes_logits_behind_its_head_is_refused_by_name(tmp_path
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, name: 30.0}))
     with pytest.raises(UserError, match=rf"{name} is 30.0: it changes logits behind the head"):
-        build(job(tmp_path, {"run": RUN}, {**inputs, "models/base/pivot": artifact(folder, **pivot.facts)}))
+        build(job(tmp_path, plain(steps=1), {**inputs, "models/base/pivot": artifact(folder, **pivot.facts)}))
 
 
 CARD = """---
@@ -127,18 +138,19 @@ def test_an_online_teacher_is_taken_from_the_inputs_and_a_cache_of_another_teach
     folder = tmp_path / "online"
     folder.mkdir()
     settings = {"kind": "online", "dtype": "float32"}
-    facts = capture(teacher, mix, folder, settings, None)
+    facts = capture(teacher, mix, folder, Capture.model_validate(settings), None)
     online = artifact(folder, **facts)
     online.manifest["spec"] = json.dumps({"capture": settings})
     spec = fused("kd", "base/one", steps=3)
-    told = job(tmp_path, spec, inputs, "cached")
-    build(told)
-    asked = {**spec, "captured": {**spec["captured"], "capture": settings}}
-    made = job(tmp_path, asked, {**inputs, "teachers/base/one/m": online, "models/base/one": teacher}, "online")
+    cached = job(tmp_path, spec, inputs, "cached")
+    build(cached)
+    online_spec = {**spec, "captured": {**spec["captured"], "capture": settings}}
+    with_teacher = {**inputs, "teachers/base/one/m": online, "models/base/one": teacher}
+    made = job(tmp_path, online_spec, with_teacher, "online")
     build(made)
-    assert made.facts["loss"] == pytest.approx(told.facts["loss"], rel=1e-4)
+    assert made.facts["loss"] == pytest.approx(cached.facts["loss"], rel=1e-4)
     with pytest.raises(UserError, match=r"the teacher is not among this training's inputs"):
-        build(job(tmp_path, asked, {**inputs, "teachers/base/one/m": online}, "alone"))
+        build(job(tmp_path, online_spec, {**inputs, "teachers/base/one/m": online}, "alone"))
     with pytest.raises(
         UserError, match=r"teacher base/one: .* kind: captured with online, this training asks for hidden"
     ):
@@ -150,21 +162,18 @@ def test_generated_answers_double_the_steps_of_the_same_epochs(tmp_path, inputs,
     folder.mkdir()
     write_jsonl(folder / "samples.jsonl", [{**s, "id": f"g{s['id']}"} for s in samples])
     inputs = {**inputs, "data/generated/base/one/m": artifact(folder, max_length=128)}
-    one, two = (
-        job(tmp_path, {"run": {**RUN, "epochs": 1}}, inputs, "sft"),
-        job(tmp_path, {"run": {**RUN, "epochs": 1, "generated": ["base/one"]}}, inputs, "seqkd"),
-    )
-    build(one)
-    build(two)
-    assert (one.facts["steps"], two.facts["steps"]) == (29 // 4, 58 // 4)
-    assert two.facts["label_tokens"] == 2 * one.facts["label_tokens"]
+    sft = job(tmp_path, plain(epochs=1), inputs, "sft")
+    seqkd = job(tmp_path, plain(epochs=1, generated=["base/one"]), inputs, "seqkd")
+    build(sft)
+    build(seqkd)
+    assert sft.facts["steps"] == 29 // 4
+    assert seqkd.facts["steps"] == 58 // 4
+    assert seqkd.facts["label_tokens"] == 2 * sft.facts["label_tokens"]
 
 
 def test_an_unknown_target_is_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(
-        UserError, match="there is no fusion target 'magic'; there are: kd, naive, mince, udf, minilogit"
-    ):
-        build(job(tmp_path, {"run": {**RUN, "steps": 2, "fusion": {"target": "magic"}}}))
+    with pytest.raises(ValidationError, match="magic"):
+        build(job(tmp_path, fused("magic", "base/one", steps=2)))
 
 
 def test_a_model_trained_from_a_trained_one_has_its_licences(tmp_path, inputs, pivot):
@@ -178,3 +187,63 @@ def test_a_model_trained_from_a_trained_one_has_its_licences(tmp_path, inputs, p
     build(second)
     assert second.facts["license"] == ["llama3.1"]
     assert second.facts["steps"] == 1
+
+
+def test_metrics_and_times_are_those_of_the_training(tmp_path, inputs):
+    made = job(tmp_path, fused("mince", "base/one", "base/two", steps=12), inputs)
+    build(made)
+    records = [json.loads(line) for line in (made.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 11, 12]
+    assert records[-1]["loss"] == made.facts["loss"]
+    assert [timing["step"] for timing in made.measured["training"]["timings"]] == [1, 11, 12]
+    assert made.start_seconds is not None
+
+
+def test_a_training_that_is_stopped_by_sigterm_and_goes_on_writes_the_bytes_of_an_undisturbed_one(
+    tmp_path, inputs, monkeypatch
+):
+    spec = fused("mince", "base/one", "base/two", steps=12)
+    step = loop._Loop._step
+
+    def interrupted(self, number, indices):
+        step(self, number, indices)
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = job(tmp_path, spec, inputs, "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "_step", interrupted)
+        with pytest.raises(SystemExit) as exit_:
+            build(stopped)
+    assert exit_.value.code == 143
+    assert not list(stopped.folder.iterdir())
+    build(stopped)
+    whole = job(tmp_path, spec, inputs, "whole")
+    build(whole)
+    names = sorted(path.name for path in whole.folder.iterdir())
+    assert names == sorted(path.name for path in stopped.folder.iterdir())
+    assert all((stopped.folder / name).read_bytes() == (whole.folder / name).read_bytes() for name in names)
+    assert stopped.facts == whole.facts
+
+
+def test_the_minutes_of_a_job_become_the_time_limit_of_its_training(tmp_path, inputs):
+    made = job(tmp_path, plain(steps=12), inputs, time_limit_minutes=0.0)
+    with pytest.raises(SystemExit) as exit_:
+        build(made)
+    assert exit_.value.code == 143
+    assert [path.name for path in (made.work / "state").glob("*.safetensors")] == ["step-00000001.safetensors"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_training_that_is_not_finite_leaves_nothing_in_the_folder(tmp_path, inputs, monkeypatch, value):
+    run_training = train_model.run_training
+
+    def spoilt(job, student, *more):
+        student.model.model.norm.weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+        run_training(job, student, *more)
+
+    monkeypatch.setattr(train_model, "run_training", spoilt)
+    made = job(tmp_path, plain(steps=2), inputs)
+    with pytest.raises(UserError, match=rf"step 1 of 2: loss or gradient is {value}"):
+        build(made)
+    assert not list(made.folder.iterdir())

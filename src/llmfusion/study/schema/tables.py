@@ -7,7 +7,7 @@ from pydantic import Field
 from llmfusion.study.schema.base import Address, Name, Section
 
 
-class Row(Section):
+class RowEntry(Section):
     model: Address | Annotated[list[Address], Field(min_length=2)] = Field(
         description="the model of this row, or its replicates (the same method with other seeds): "
         "the row is then their mean"
@@ -26,4 +26,4 @@ class Table(Section):
     reference: Address | None = Field(
         None, description="the row that averages are compared with, in per cent (the paper: SFT)"
     )
-    rows: list[Row] = Field(min_length=1, description="rows, in order")
+    rows: list[RowEntry] = Field(min_length=1, description="rows, in order")
