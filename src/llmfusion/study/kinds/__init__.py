@@ -154,11 +154,11 @@ def _address_mistakes(kind: Kind, others: dict[str, Kind]) -> list[str]:
     example = kind.address.format(**{name: "base/x" if name == "model" else "x" for name in kind.pattern.groupindex})
     output = output_of(example)
     try:
-        found = address_of(output)
+        own = address_of(output)
     except UserError:
         return [f"address {kind.address!r}: give at least two parts, e.g. {kind.address}/{{name}}"]
-    if found != example:
-        return [f"address {kind.address!r}: its file {output} has the address {found!r}"]
+    if own != example:
+        return [f"address {kind.address!r}: its file {output} has the address {own!r}"]
     same = [other for other, declared in others.items() if declared.pattern.fullmatch(example)]
     return [f"address {kind.address!r} is also an address of {other}" for other in same]
 
