@@ -1,4 +1,4 @@
-"""Declarations of kinds: what a faulty one lacks is said when it is loaded, and a new one needs no other file of a study."""
+"""Declarations of kinds: what a faulty one lacks is reported at loading, and a new one needs no other file."""
 
 import json
 import re
