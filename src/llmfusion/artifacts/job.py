@@ -57,10 +57,13 @@ class Job:
 
         Raises :class:`UserError` for a spec of another kind.
         """
+        from pydantic import ValidationError
+
         try:
             return model.model_validate_json(self.spec)
-        except ValueError as error:
-            raise UserError(f"--spec is not a spec of this step: {error}") from None
+        except ValidationError as error:
+            mistakes = (f"{'.'.join(map(str, one['loc'])) or 'JSON'}: {one['msg']}" for one in error.errors())
+            raise UserError(f"--spec is not a spec of this step: {'; '.join(mistakes)}") from None
 
     def input(self, address: str) -> Artifact:
         """One input by address; a job that asks for an artifact its rule did not declare is a defect of the graph."""

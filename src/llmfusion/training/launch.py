@@ -22,6 +22,7 @@ from typing import Any
 
 from llmfusion.errors import UserError
 from llmfusion.io.files import write_file
+from llmfusion.io.logs import log_to_stdout
 
 logger = logging.getLogger(__name__)
 LIBC = ctypes.CDLL(None)  # loaded before a fork, not after
@@ -141,7 +142,7 @@ def main(exchange: Path) -> int:
     os.dup2(1, 2)  # torchrun's stderr is read only by the process that started it
     rank = int(os.environ["RANK"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    log_to_stdout()
     write_file(exchange / f"{rank}.pid", str(os.getpid()).encode())
     status = 1
     try:

@@ -6,7 +6,6 @@ import signal
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from llmfusion.errors import UserError
 from llmfusion.io.jsonl import write_jsonl
@@ -172,7 +171,7 @@ def test_generated_answers_double_the_steps_of_the_same_epochs(tmp_path, inputs,
 
 
 def test_an_unknown_target_is_refused_before_anything_is_loaded(tmp_path):
-    with pytest.raises(ValidationError, match="magic"):
+    with pytest.raises(UserError, match="magic"):
         build(job(tmp_path, fused("magic", "base/one", steps=2)))
 
 
