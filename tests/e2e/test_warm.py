@@ -77,7 +77,7 @@ def test_where_nobody_listens_the_step_says_so(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     problem = "LLMFUSION_WARM names /no/socket, where nobody listens (No such file or directory)"
-    assert done.stderr == f"error: {problem}: unset it, or run under llmfusion warm\n"
+    assert done.stderr == f"error: {problem}: unset it, or run under `llmfusion warm`\n"
 
 
 WAIT = """

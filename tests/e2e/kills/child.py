@@ -27,7 +27,7 @@ from tests.unit.stand_ins import ARCHITECTURE
 MIX, MODEL, CACHE = "data/mix/m", "models/base/p", "teachers/base/p/m"
 STATE = f"work/{MODEL}/state"  # of a training
 STATE_FILE = "step-00000003"  # of the state after three steps, with one of the two suffixes
-STATE_SUFFIXES = ("safetensors", "sha256")  # the state, and the note without which it does not count
+STATE_SUFFIXES = ("safetensors", "json")  # the state, and the note without which it does not count
 STATE_DAMAGED = "is damaged or was not finished; taking the one before"
 FILE_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod")
 TRAINING: dict[str, Any] = {

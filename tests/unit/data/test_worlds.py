@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from llmfusion.data.worlds import WORLDS, Row, draw, is_test
+from llmfusion.data.worlds import WORLDS, GeneratedRow, draw, is_test
 from llmfusion.errors import UserError
 
 CHATS = ("animals", "sums", "steps", "code")
@@ -208,7 +208,9 @@ def test_the_test_program_of_a_function_passes_what_was_said_and_fails_another()
 def test_more_items_than_a_world_holds_out_are_refused_with_their_number(monkeypatch):
     contents = [str(i) for i in range(40)]
     monkeypatch.setitem(
-        WORLDS, "code", lambda rng: Row(content := rng.choice(contents), "", content, "", "", {"prompt": content})
+        WORLDS,
+        "code",
+        lambda rng: GeneratedRow(content := rng.choice(contents), "", content, "", "", {"prompt": content}),
     )
     held_out = sum(map(is_test, contents))
     assert len(list(draw("code", "test", held_out, 1))) == held_out
