@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if out.resolve() == arguments.study.resolve():
             raise ValueError(f"{out} is the study itself; name another file to write")
-        out.write_text(_text(arguments))
+        text = _text(arguments)
+        out.write_text(text)
         _, graph = checked(out)
     except (StudyError, ValueError, OSError) as error:
         print(error, file=sys.stderr)

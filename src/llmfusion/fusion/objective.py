@@ -32,11 +32,11 @@ class StepTokenCounts:
     teachers: list[int]
 
 
-def build_target(options: FusionOptions, teachers: int) -> FusionTarget:
+def build_target(options: FusionOptions, teachers: int, hidden_size: int) -> FusionTarget:
     """The target that ``options`` name, over this many teachers, as an ``nn.Module``."""
     cls = load_target(options.target).Target
     module = type(cls.__name__, (cls, nn.Module), {"__module__": cls.__module__, "__doc__": cls.__doc__})
-    target: FusionTarget = module(options, teachers)
+    target: FusionTarget = module(options, teachers, hidden_size)
     return target
 
 
@@ -54,7 +54,7 @@ class Objective(nn.Module):
         self.fusion = fusion
         self.projectors_of = [teacher.projectors(student_width) for teacher in self.teachers]  # None: needs none
         self.projectors = nn.ModuleList([module for module in self.projectors_of if module is not None])
-        self.target = None if fusion is None else build_target(fusion, len(self.teachers))
+        self.target = None if fusion is None else build_target(fusion, len(self.teachers), student_width)
 
     def parameter_groups(self, run: Training) -> list[dict[str, Any]]:
         """Groups for the optimizer, none of them empty: ``params``, and ``rate``, a multiple of ``run.lr``."""

@@ -68,16 +68,21 @@ class FusionTarget(Module):
     options: FusionOptions
     learning_rate: float | None = None  # peak rate of the target's own parameters; None: the student's
 
-    def __init__(self, options: FusionOptions, teachers: int):
-        """``teachers``: their number K. A target with parameters creates them here, after this call."""
+    def __init__(self, options: FusionOptions, teachers: int, hidden_size: int):
+        """``teachers``: their number K; ``hidden_size``: d of the student's final states, which ``combine`` sees.
+
+        A target with parameters creates them here, after this call.
+        """
         super().__init__()
         self.options = options
 
     def forward(self, stats: TeacherStats) -> tuple[Tensor, Tensor | None]:
         """Weights (N, K), never negative and 0 where ``stats.mask`` is 0, and a penalty or None.
 
-        The penalty is a differentiable scalar, a mean over the N tokens. It is added inside the fusion term, which
-        lambda multiplies; its own weight is the target's affair. Gradients reach the target's parameters through both.
+        The penalty is a differentiable scalar, a mean over the N tokens of a micro-batch. It is added inside the fusion
+        term, which lambda multiplies; its own weight is the target's affair. One that is not linear in the tokens (a
+        load balance, say) is then that of micro-batches, and depends on their size. Gradients reach the target's
+        parameters through both.
         """
         raise NotImplementedError(f"{type(self).__name__} defines neither forward nor combine")
 

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 
 from llmfusion.errors import UserError, require
 from llmfusion.io.digests import canonical, digest
-from llmfusion.io.files import read_json_object, sync
+from llmfusion.io.files import read_json_object, sha256_file, sync
 from llmfusion.io.safetensors import FLOATS, OVERFLOW, TensorInfo, tensor_bytes, tensor_values
 from llmfusion.merging import kernels
 from llmfusion.merging.blocks import BLOCK, Array, Block, PivotDeltas, Rounding
 from llmfusion.merging.journal import FinishedTensor, Journal
 from llmfusion.merging.matching import TensorMatch
 from llmfusion.merging.plan import MergePlan, default_threads
-from llmfusion.merging.report import Row, report_row, totals, write_report
+from llmfusion.merging.report import Row, report_row, require_own_notes, require_same_notes, totals, write_report
 from llmfusion.study.merge_methods import load_method
 from llmfusion.study.schema.base import dump
 
@@ -62,14 +62,20 @@ def run(
     input or in the merge.
     """
     options = plan.options
-    settings = [options.method, dump(options, "method", "pivot", "parents"), options.recipe]
+    # of the method also its text: no merge goes on with tensors of another version of it
+    source = sha256_file(Path(str(load_method(options.method).__file__)))
+    settings = [options.method, dump(options, "method", "pivot", "parents"), options.recipe, source]
     journal = Journal(out / JOURNAL, digest(key, canonical(settings)))
     finished = _lay_out_files(plan, out, journal)
     missing = [tensor for tensor in plan.tensors if tensor.name not in finished]
     missing.sort(key=lambda tensor: -math.prod(tensor.pivot.shape))  # the longest first
     report_progress = _progress_in_bytes(plan, missing, progress)
+    first = next((entry["row"] for entry in finished.values() if entry["row"]), None)
     with closing(_merge_in_threads(plan, out, missing, threads or default_threads())) as results:
         for tensor, result in results:
+            if result["row"]:
+                first = first or result["row"]
+                require_same_notes(options.method, result["row"], first)
             finished[tensor.name] = result
             journal.add(tensor.name, result)
             report_progress(tensor)
@@ -132,6 +138,7 @@ def _write_merge(plan: MergePlan, tensor: TensorMatch, write: "_Writer", stop: t
     labels = [f"{info.file}: tensor {tensor.name}" for info in tensor.sources]
     deltas = PivotDeltas(theta, models, labels, name=tensor.name, shape=tensor.merged_shape, layers=plan.layers)
     merge = load_method(plan.options.method).merge(deltas, plan.options)
+    require_own_notes(plan.options.method, merge.notes)
     rounding = _CheckedRounding(tensor, plan.target(tensor))
     for block in deltas.blocks():
         if stop.is_set():

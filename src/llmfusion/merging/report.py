@@ -2,12 +2,13 @@
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llmfusion.errors import require
 from llmfusion.merging.blocks import PivotDeltas, TensorMerge
 from llmfusion.study.schema.base import dump
 from llmfusion.study.schema.options import MergeOptions
@@ -23,7 +24,7 @@ def report_row(name: str, tensor: PivotDeltas, merge: TensorMerge, changed: int,
     minus pivot.
     """
     size = max(tensor.size, 1)
-    return {
+    figures = {
         "tensor": name,
         "values": tensor.size,
         "changed": changed / size,
@@ -33,8 +34,36 @@ def report_row(name: str, tensor: PivotDeltas, merge: TensorMerge, changed: int,
         "merged_norm": f"{squares**0.5:.6g}",
         "kept": float(merge.kept),
         "energy": float(tensor.energies.sum()),
-        **{key: float(value) for key, value in merge.notes.items()},
     }
+    return figures | {key: float(value) for key, value in merge.notes.items()}
+
+
+COLUMNS = (
+    "tensor",
+    "values",
+    "changed",
+    "nonzero",
+    "sign_conflicts",
+    "delta_norms",
+    "merged_norm",
+    "kept",
+    "energy",
+)  # of every report; a method's notes follow
+
+
+def require_own_notes(method: str, notes: Mapping[str, float]) -> None:
+    """Raise :class:`UserError` for a note with the name of a column of every report."""
+    reserved = sorted(set(notes) & set(COLUMNS))
+    require(not reserved, f"merge method {method}: a note cannot be called {', '.join(reserved)}: the report has it")
+
+
+def require_same_notes(method: str, row: Row, first: Row) -> None:
+    """Raise :class:`UserError` where a tensor's row has other notes than the first one's: the table has one header."""
+    notes, expected = (", ".join(sorted(set(each) - set(COLUMNS))) or "none" for each in (row, first))
+    message = (
+        f"merge method {method}: tensor {row['tensor']} has the notes {notes}, tensor {first['tensor']} {expected}"
+    )
+    require(notes == expected, f"{message}; a method gives the same for every tensor")
 
 
 def totals(rows: Sequence[Row], method: str, floor: float) -> dict[str, Any]:

@@ -65,6 +65,6 @@ def _class_faults(target: Any, base: Any) -> Iterator[str]:
     elif target.min_teachers < 1 or (most is not None and most < target.min_teachers):
         yield f"1 <= Target.min_teachers <= max_teachers, which are {target.min_teachers} and {most}"
     try:
-        inspect.signature(target.__init__).bind(None, None, 2)
+        inspect.signature(target.__init__).bind(None, None, 2, 8)
     except TypeError:
-        yield "Target.__init__(self, options, teachers)"
+        yield "Target.__init__(self, options, teachers, hidden_size)"

@@ -9,13 +9,15 @@ reference.
 import copy
 from typing import Any
 
+from llmfusion.study.schema.study import BuiltinSections
+
 Data = dict[str, Any]
 
 
 def replicated(study: Data, seeds: list[int], sets: int) -> Data:
     """The study as plain data with ``trained`` and ``merged`` models once a seed and ``base`` models once a set.
 
-    Raises :class:`ValueError` if there are fewer seeds than sets.
+    Raises :class:`ValueError` if there are fewer seeds than sets, or a section that cannot be replicated.
     """
     if not 0 < sets <= min(len(seeds), 8):
         limits = "give at least as many seeds as sets, and at most 8 sets"
@@ -23,6 +25,9 @@ def replicated(study: Data, seeds: list[int], sets: int) -> Data:
     table = next(iter(study["tables"].values()))
     if any(isinstance(row["model"], list) for row in table["rows"]):
         raise ValueError("this study has replicates already: its first table has rows of several models")
+    added = sorted(key for key in study if key not in BuiltinSections.model_fields)
+    if added:
+        raise ValueError(f"sections that kinds of artifacts add cannot be replicated: {', '.join(added)}; remove them")
     out = {
         **study,
         "datasets": dict(study["datasets"]),

@@ -19,7 +19,7 @@ def fusion_options(target: str = "kd", **keys: Any) -> FusionOptions:
 
 def target_weights(target: str, stats: TeacherStats, **keys: Any) -> Tensor:
     """Weights (N, K) that a target gives the teachers."""
-    return build_target(fusion_options(target, **keys), stats.mask.shape[1])(stats)[0]
+    return build_target(fusion_options(target, **keys), stats.mask.shape[1], 8)(stats)[0]
 
 
 # A target with learned parameters, as a plug-in's file.
@@ -49,8 +49,8 @@ class Target(FusionTarget):
     title = "Gated fusion"
     options: Options
 
-    def __init__(self, options: Options, teachers: int):
-        super().__init__(options, teachers)
+    def __init__(self, options: Options, teachers: int, hidden_size: int):
+        super().__init__(options, teachers, hidden_size)
         self.learning_rate = options.target_lr
         self.gate = torch.nn.Linear(2 * teachers, teachers)
 

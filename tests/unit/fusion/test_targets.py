@@ -180,7 +180,7 @@ def test_no_target_gives_negative_weights_or_weight_to_a_masked_teacher(name):
     entropy, cross_entropy, mask = (
         torch.stack([getattr(d, key) for d in distributions], 1) for key in ("entropy", "cross_entropy", "mask")
     )
-    target = build_target(fusion_options(name), len(distributions))
+    target = build_target(fusion_options(name), len(distributions), 8)
     result = target.combine(distributions, student, TeacherStats(entropy, cross_entropy, mask, torch.arange(N) // 7))
     assert result.weights.shape == (N, len(result.distributions))
     assert result.shares.shape == mask.shape
@@ -194,7 +194,7 @@ def test_no_target_gives_negative_weights_or_weight_to_a_masked_teacher(name):
 
 @pytest.mark.parametrize("name", target_names())
 def test_every_target_is_a_module_with_the_options_of_its_file(name):
-    target = build_target(fusion_options(name), 2)
+    target = build_target(fusion_options(name), 2, 8)
     assert isinstance(target, torch.nn.Module)
     assert isinstance(target, load_target(name).Target)
     assert isinstance(target.options, load_target(name).Options)
@@ -212,7 +212,7 @@ TITLES = {
 
 def test_titles_on_model_cards_and_parameters_are_what_they_were():
     assert {name: target_class(name).title for name in target_names()} == TITLES
-    assert not any(list(build_target(fusion_options(name), 2).parameters()) for name in TITLES)
+    assert not any(list(build_target(fusion_options(name), 2, 8).parameters()) for name in TITLES)
 
 
 def test_checking_a_study_imports_all_targets_and_no_torch():

@@ -226,6 +226,26 @@ def test_a_method_sees_name_layer_shape_and_a_seed_whatever_the_number_of_thread
     assert seen["lm_head.weight"][3] == int(hashlib.sha256(b"lm_head.weight").hexdigest()[:16], 16)
 
 
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        ('{"kept": 1.0}', "a note cannot be called kept: the report has it"),
+        ("{tensor.name[-1]: 1.0}", "a method gives the same for every tensor"),
+    ],
+)
+def test_notes_that_the_report_cannot_hold_stop_the_merge(
+    write_method: Any, tmp_path: Path, notes: str, message: str
+) -> None:
+    write_method(METHOD.replace('{"share": float(share)}', notes))
+    folders = [tmp_path / name for name in ("pivot", "m1")]
+    for j, folder in enumerate(folders):
+        folder.mkdir()
+        save_file({name: torch.ones(4) + j for name in ("a", "b")}, folder / "model.safetensors")
+    plan = plan_merge(folders[0], folders[1:], options_of("written", {}, 1))
+    with pytest.raises(UserError, match=message):
+        engine.run(plan, tmp_path / "out", "key", 1)
+
+
 # ------------------------------------------------------------------------------------------------ options
 def test_arrays_are_merged_with_an_instance_of_options_or_their_names() -> None:
     theta, deltas = arrays()

@@ -1,5 +1,6 @@
 """One mistake at a time put into the miniature study: refused with key, value, what is allowed and the nearest name."""
 
+import json
 import random
 from pathlib import Path
 
@@ -454,3 +455,11 @@ def test_no_mutation_of_a_study_ends_in_anything_but_acceptance_or_a_refusal(tmp
             outcomes["refused"] += 1
     assert outcomes["refused"] > 100
     assert outcomes["accepted"] > 3
+
+
+def test_a_format_needs_fields_that_the_layout_gives(tmp_path: Path) -> None:
+    items = {"kind": "path", "path": "mine.jsonl", "layout": "gsm8k", "license": "mine"}
+    data = small()
+    data["tasks"]["mmlu"]["items"] = items
+    message = refusal(tmp_path, json.dumps(data))
+    assert "tasks.mmlu.format: letter needs the fields choices; items of layout gsm8k have: question, answer" in message

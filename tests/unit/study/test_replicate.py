@@ -86,3 +86,9 @@ def test_nothing_of_the_given_study_is_changed() -> None:
     before = small()
     replicated(before, [1, 2], 2)
     assert before == small()
+
+
+def test_a_section_that_a_kind_adds_is_refused() -> None:
+    study = {**small(), "reports": {"one": {"models": ["trained/sft"]}}}
+    with pytest.raises(ValueError, match=r"sections that kinds of artifacts add cannot be replicated: reports; remove"):
+        replicated(study, [1, 2], 1)

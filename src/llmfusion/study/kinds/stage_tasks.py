@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llmfusion.study.errors import Problem
+from llmfusion.study.data_plugins import layouts, task_formats
+from llmfusion.study.errors import Key, Problem
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.schema.base import dump
-from llmfusion.study.schema.data import Source, outside_files
+from llmfusion.study.schema.data import Source, Task, outside_files
 
 if TYPE_CHECKING:
     from llmfusion.study.graph import ArtifactGraph
@@ -53,7 +54,20 @@ def problems(declared: Declared) -> Iterator[Problem]:
                 (*key, "shots_from", "form"), f"got {task.shots_from.form!r}; examples of a task need form: test"
             )
         yield from declared.layout((*key, "items"), task.items, "item")
+        yield from _format_problems(key, task)
         yield from declared.layout((*key, "shots_from"), task.shots_from, "item")
+
+
+def _format_problems(key: Key, task: Task) -> Iterator[Problem]:
+    """The layout must give the fields that the format asks for: else the model is asked in vain, after its training."""
+    layout = layouts("item").get(getattr(task.items, "layout", ""))
+    if layout is None:  # generated items have the fields of their world, another layout is a mistake of its own
+        return
+    missing = sorted(set(task_formats()[task.format].item_fields) - set(layout.fields))
+    if missing:
+        name = getattr(task.items, "layout", "")
+        fields = f"items of layout {name} have: {', '.join(layout.fields)}"
+        yield Problem((*key, "format"), f"{task.format} needs the fields {', '.join(missing)}; {fields}")
 
 
 KIND = Kind(
