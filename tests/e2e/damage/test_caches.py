@@ -152,7 +152,7 @@ def use_cache() -> None:
     teacher = CachedTeacher("base/code", store.read(manifest_path(CACHE)), tokenizer, 400, "cpu")
     teacher.cache.embedding()
     for sample in read_samples(RESULTS / MIX / "samples.jsonl"):
-        teacher.batch([sample], [encode(sample, tokenizer, 128).label_ids])  # type: ignore[union-attr]
+        teacher.distribution([sample], [encode(sample, tokenizer, 128).label_ids])  # type: ignore[union-attr]
 
 
 def test_a_sound_teacher_cache_is_used(study: Path) -> None:
