@@ -10,7 +10,7 @@ from llmfusion.study.schema.base import Address, Section, Share
 class FusionOptions(Section):
     """Options of every fusion target; a target adds ``target: Literal[NAME]`` and its own."""
 
-    target: str
+    target: str = Field(description="how teachers count: one of the targets above")
 
     weight: Share = Field(
         0.5, alias="lambda", description="weight of the fusion term: L = (1 - lambda) SFT + lambda fusion (eq. 7)"
@@ -58,4 +58,4 @@ class MergeOptions(Section):
         le=1,
         description="warn where a merge keeps less of the deltas' squares, or changes a smaller share of the values",
     )
-    method: str
+    method: str = Field(description="how deltas are combined: one of the methods below")
