@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "walk from a result to every hash behind it, and list all licences",
     "cost": "what the rows of finished tables took",
     "replicate": "write the same study over several seeds",
+    "report": "write finished tables of a study to one HTML page",
     "sandbox": "run untrusted programs to verdicts",
     "grade": "grade stored answers to verdicts",
     "schema": "print the JSON schema of a study",
