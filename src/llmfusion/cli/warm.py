@@ -72,10 +72,15 @@ def ask(arguments: list[str]) -> int:
             signal.signal(number, lambda n, _: _signal(pid, n))
         status = _receive(connection)["status"]
     if os.WIFSIGNALED(status):
-        for number in FORWARDED:
-            signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), os.WTERMSIG(status))
+        _end_by(os.WTERMSIG(status))
     return os.waitstatus_to_exitcode(status)
+
+
+def _end_by(number: int) -> None:
+    """End this process by a signal, as the fork was."""
+    for forwarded in FORWARDED:
+        signal.signal(forwarded, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _signal(pid: int, number: int) -> None:

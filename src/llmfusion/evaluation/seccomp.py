@@ -60,14 +60,8 @@ def filter_program(machine: str | None = None) -> bytes:
             f"score on one of: {', '.join(ARCHITECTURES)}"
         )
     column, architecture = ARCHITECTURES[machine]
-    code = [
-        (LOAD, 0, 0, 4),
-        (EQUAL, 1, 0, architecture),
-        (RETURN, 0, 0, KILL),
-        (LOAD, 0, 0, 0),
-        (AT_LEAST, 0, 1, X32),
-        (RETURN, 0, 0, KILL),
-    ]
+    only_architecture = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
+    code = [*only_architecture, (LOAD, 0, 0, 0), (AT_LEAST, 0, 1, X32), (RETURN, 0, 0, KILL)]
     for numbers in REFUSED.values():
         if (number := numbers[column]) is not None:
             code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE)]

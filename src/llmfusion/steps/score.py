@@ -38,8 +38,7 @@ def build(job: Job) -> None:
         scale=spec.scale,
         asked=asked,
     )
-    counts = f"{sum(right)} of {len(right)}"
-    logger.info("%s on %s: %.2f +-%.2f (%s) %s", spec.model, spec.task, score, error, counts, reasons)
+    logger.info("%s on %s: %.2f +-%.2f (n = %d) %s", spec.model, spec.task, score, error, len(right), reasons)
 
 
 def _answers(stored: Artifact, task: str, count: int) -> list[str]:

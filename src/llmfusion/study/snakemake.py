@@ -90,9 +90,8 @@ def load_study(*files: str | Path, overrides: dict[str, Any] | None = None, dire
     ``--config`` and ``--directory``; a study is complete in itself, so both, and several studies at once, are
     refused.
     """
-    os.environ["PYTHONPATH"] = str(
-        ROOT / "src"
-    )  # jobs run this clone's code, in the environment that started Snakemake
+    # jobs run this clone's code, in the environment that started Snakemake
+    os.environ["PYTHONPATH"] = str(ROOT / "src")
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     if overrides:
         keys = " ".join(overrides)
