@@ -28,8 +28,8 @@ def build(job: Job) -> None:
     rng = random.Random(f"mix {mix.seed}")
     overlap = Overlap({task: read_items(job.input(f"data/tasks/{task}").file("items.jsonl")) for task in mix.against})
     reason = _filters(job, spec, overlap)
-    drawn = (_draw(job, name, count, rng, reason) for name, count in sorted(mix.datasets.items()))
-    taken: list[Sample] = [sample for samples in drawn for sample in samples]
+    by_dataset = (_draw(job, name, count, rng, reason) for name, count in sorted(mix.datasets.items()))
+    taken: list[Sample] = [sample for samples in by_dataset for sample in samples]
     _refuse_repeated(taken)
     rng.shuffle(taken)
     job.facts.update(

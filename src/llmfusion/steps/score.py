@@ -38,7 +38,8 @@ def build(job: Job) -> None:
         scale=spec.scale,
         asked=asked,
     )
-    logger.info("%s on %s: %.2f +-%.2f (n = %d) %s", spec.model, spec.task, score, error, len(right), reasons)
+    cell = f"{spec.model} on {spec.task}"
+    logger.info("%s: %.2f +-%.2f (%d of %d) %s", cell, score, error, sum(right), len(right), reasons)
 
 
 def _answers(stored: Artifact, task: str, count: int) -> list[str]:
