@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import Any
 
 from llmfusion.artifacts.job import Job
 from llmfusion.artifacts.store import Artifact
@@ -38,8 +39,12 @@ def build(job: Job) -> None:
         scale=spec.scale,
         asked=asked,
     )
-    cell = f"{spec.model} on {spec.task}"
-    logger.info("%s: %.2f +-%.2f (%d of %d) %s", cell, score, error, sum(right), len(right), reasons)
+    _log_cell(spec, job.facts)
+
+
+def _log_cell(spec: Spec, facts: dict[str, Any]) -> None:
+    figures = (facts[key] for key in ("score", "stderr", "k", "n", "reasons"))
+    logger.info("%s on %s: %.2f +-%.2f (%d of %d) %s", spec.model, spec.task, *figures)
 
 
 def _answers(stored: Artifact, task: str, count: int) -> list[str]:
