@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ from llmfusion.errors import DamagedError
 # errors of os.link that mean "copy instead": another file system, one without hard links, too many links, a file of
 # another user
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+FILE_TYPES = (
+    (stat.S_ISLNK, "symbolic link"),
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISREG, "file"),
+    (stat.S_ISFIFO, "FIFO"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISBLK, "block device"),
+    (stat.S_ISCHR, "character device"),
+)
 
 
 def sha256_file(path: Path) -> str:
@@ -63,6 +73,48 @@ def link_or_copy(source: Path, target: Path) -> None:
         if error.errno not in NO_LINK:
             raise
         shutil.copyfile(source, target)
+
+
+def plain_file(folder: Path, name: str) -> Path:
+    """The path of a file of ``folder``, whose content nobody outside the folder decides.
+
+    Raises :class:`DamagedError` where ``name`` leads out of the folder or passes a symbolic link, and where it is no
+    regular file (a FIFO, a device, a socket, a folder, nothing at all) or a hard link to a file of another owner than
+    the folder's: such a file was never the folder's own to share.
+    """
+    path = folder / name
+    parts = Path(name).parts
+    if not parts or Path(name).is_absolute() or ".." in parts:
+        raise DamagedError(f"{path}: leads out of {folder}; only files inside the folder are read")
+    for depth in range(1, len(parts)):
+        _require_mode(folder.joinpath(*parts[:depth]), stat.S_ISDIR, "folder", folder)
+    found = _require_mode(path, stat.S_ISREG, "plain file", folder)
+    if found.st_nlink > 1 and found.st_uid != folder.stat().st_uid:
+        raise DamagedError(f"{path}: is a hard link to a file of another owner than {folder}; copy the file instead")
+    return path
+
+
+def plain_files(folder: Path) -> list[str]:
+    """Names of all files under ``folder``, relative and sorted; each one as :func:`plain_file` accepts it."""
+    names: list[str] = []
+    for parent, folders, files in os.walk(folder):
+        relative = Path(parent).relative_to(folder)
+        for name in folders:
+            _require_mode(Path(parent) / name, stat.S_ISDIR, "folder", folder)
+        names += [str(relative / name) for name in files]
+    return sorted(str(plain_file(folder, name).relative_to(folder)) for name in names)
+
+
+def _require_mode(path: Path, is_wanted: Callable[[int], bool], wanted: str, folder: Path) -> os.stat_result:
+    """The state of ``path`` itself, not of what it links to. Raises :class:`DamagedError` for another type of file."""
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedError(f"{path}: is missing: expected a {wanted} inside {folder}") from None
+    if not is_wanted(found.st_mode):
+        kind = next((name for test, name in FILE_TYPES if test(found.st_mode)), "something else")
+        raise DamagedError(f"{path}: is a {kind}, expected a {wanted}: only plain files inside {folder} are read")
+    return found
 
 
 def format_bytes(size: float) -> str:
