@@ -173,7 +173,7 @@ def load_manifest(path: Path) -> tuple[dict[str, Any], str]:
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: is not JSON ({error}); {_remedy(path)}") from None
     _require_manifest(path, content)
-    if raw != (written := _text(content).encode()):
+    if raw != (written := text_of(content).encode()):
         reason = f"expected {len(written)} bytes as they were written, found {len(raw)} others"
         raise DamagedError(f"{path}: edited or damaged: {reason}; {_remedy(path)}")
     _require_address(path, content["address"])
@@ -237,7 +237,7 @@ def _own_sha256(content: dict[str, Any]) -> str:
         return "none: it holds a number that is not finite, or is nested too deeply"
 
 
-def _text(content: dict[str, Any]) -> str:
+def text_of(content: dict[str, Any]) -> str:
     """A manifest or a provenance record as it is written."""
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
@@ -374,9 +374,9 @@ def publish(draft: Draft, output: Path, provenance: dict[str, Any]) -> None:
     _set_rights(draft.folder, draft.rights)
     infinite = [name for name, value in draft.facts.items() if not _finite(value)]
     require(not infinite, f"{draft.address}: {', '.join(infinite)}: a number that is not finite; nothing was published")
-    manifest = _text(draft.manifest()).encode()
+    manifest = text_of(draft.manifest()).encode()
     body = {**provenance, "manifest": hashlib.sha256(manifest).hexdigest()}
-    record = _text({**body, "sha256": digest(canonical(body))}).encode()
+    record = text_of({**body, "sha256": digest(canonical(body))}).encode()
     if output.name == "manifest.json":
         _publish_folder(draft, output.parent, manifest, record)
         return

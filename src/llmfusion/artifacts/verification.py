@@ -69,14 +69,14 @@ class Verification:
     def _verify_provenance(self, path: Path, manifest: str) -> None:
         """Compare a record of provenance with its own hash and with its manifest's; records without both are older."""
         try:
-            record = _provenance(path)
+            record, raw = _provenance(path)
         except DamagedError as error:
             self.mismatches.append(str(error))
             return
-        own = record.pop("sha256", None)
-        if own is None and "manifest" not in record:
+        if not {"sha256", "manifest"} & set(record):
             return
-        if own != digest(canonical(record)):
+        is_as_written = raw == store.text_of(record).encode()
+        if record.pop("sha256", None) != digest(canonical(record)) or not is_as_written:
             self.mismatches.append(f"{path}: edited or damaged: its content does not match the sha256 it carries")
         elif record.get("manifest") != manifest:
             found = f"is the provenance of manifest {str(record.get('manifest'))[:16]}, expected {manifest[:16]}"
@@ -118,10 +118,11 @@ class Verification:
         return claimed
 
 
-def _provenance(path: Path) -> dict[str, Any]:
-    """A record of provenance. Raises :class:`DamagedError` where there is none that can be read."""
+def _provenance(path: Path) -> tuple[dict[str, Any], bytes]:
+    """A record of provenance and its bytes. Raises :class:`DamagedError` where there is none that can be read."""
     try:
-        record = json.loads(read_regular(plain_file(path.parent, path.name)))
+        raw = read_regular(plain_file(path.parent, path.name))
+        record = json.loads(raw)
         canonical(record)
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read: {error.strerror}") from None
@@ -129,7 +130,7 @@ def _provenance(path: Path) -> dict[str, Any]:
         raise DamagedError(f"{path}: is not JSON ({error})") from None
     if not isinstance(record, dict):
         raise DamagedError(f"{path}: expected a JSON object, found {type(record).__name__}")
-    return record
+    return record, raw
 
 
 def _strangers_in_artifact(manifest: Path) -> Iterator[Path]:

@@ -8,8 +8,9 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from llmfusion.errors import DamagedError
 
@@ -34,7 +35,7 @@ def sha256_file(path: Path, follow_links: bool = True) -> str:
 
 
 @contextmanager
-def open_regular(path: Path, follow_links: bool = True) -> Iterator[BinaryIO]:
+def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedReader]:
     """A regular file, open for reading; never waits, as opening a FIFO would.
 
     Raises :class:`DamagedError` for anything else (and for a symbolic link unless ``follow_links``), ``OSError`` where

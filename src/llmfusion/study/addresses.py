@@ -60,6 +60,19 @@ def provenance_of(output: Path) -> Path:
     return output.with_name("provenance.json") if in_folder else output.with_suffix(".provenance.json")
 
 
+def files_beside_others(address: str) -> list[str]:
+    """All files that an artifact without a folder of its own writes: a score, or a table (CSV and Markdown, too).
+
+    Relative to the study's directory; none for an artifact in a folder.
+    """
+    output = Path(output_of(address))
+    if address.startswith(SINGLE_FILES):
+        return [str(output), str(provenance_of(output))]
+    if address.startswith(TABLES):
+        return [str(path) for path in (output, output.with_suffix(".md"), manifest_of(output), provenance_of(output))]
+    return []
+
+
 def is_shard(address: str) -> bool:
     """Whether this is a job that does a part of another artifact's work (:func:`whole_of`)."""
     return SHARD.fullmatch(address) is not None
