@@ -91,7 +91,7 @@ def test_a_kill_while_a_dead_writers_lease_is_taken_over_leaves_one_writer_and_n
     assert number > 31
 
 
-@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
 def test_a_merge_that_is_killed_goes_on_to_the_same_bytes_and_repeats_at_most_one_tensor(
     start: Callable[[str], Path], every: int
 ) -> None:
