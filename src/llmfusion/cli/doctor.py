@@ -21,6 +21,7 @@ from llmfusion.evaluation.sandbox import bubblewrap, require_isolation
 from llmfusion.evaluation.task_format import load_format
 from llmfusion.study.addresses import output_of
 from llmfusion.study.errors import StudyError
+from llmfusion.study.hints import hints
 from llmfusion.study.schema.study import Study
 from llmfusion.study.snakemake import checked
 
@@ -191,6 +192,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"{'ok':8} {'study':8} {study.title}: {len(graph.artifacts)} artifacts")
+    for hint in hints(study):
+        print(f"{'note':8} {'study':8} {hint}")
     missing = 0
     for name, finding in findings(study):
         print(f"{finding.verdict:8} {name:8} {finding.text}", flush=True)

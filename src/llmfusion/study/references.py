@@ -10,6 +10,7 @@ from typing import Any
 from llmfusion.study.data_plugins import layouts
 from llmfusion.study.errors import Key, Problem, nearest
 from llmfusion.study.kinds import all_kinds
+from llmfusion.study.schema.base import started_from
 
 MODEL_KINDS = ("base", "trained", "merged")
 
@@ -78,11 +79,6 @@ class Declared:
             yield Problem((*key, "columns"), f"is needed with layout {name}")
         elif source.columns is not None and not allowed[name].needs_columns:
             yield Problem((*key, "columns"), f"has no meaning with layout {name!r}")
-
-
-def started_from(entry: Any) -> str | None:
-    """Address of the model that a model of a study was trained from, or merged over; None where there is none."""
-    return getattr(entry, "init", None) or getattr(entry, "pivot", None)
 
 
 def problems(declared: Declared) -> list[Problem]:

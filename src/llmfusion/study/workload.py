@@ -18,7 +18,7 @@ from llmfusion.study.errors import nearest
 from llmfusion.study.graph import ArtifactGraph, PlannedArtifact
 from llmfusion.study.kinds import Cost, Kind, all_kinds, kind_of, parse_spec, wildcards_of
 from llmfusion.study.plugins import PluginError
-from llmfusion.study.references import started_from
+from llmfusion.study.schema.base import started_from
 from llmfusion.study.schema.study import Study
 
 TEST_ITEMS = {"mmlu": 14042, "gsm8k": 1319, "math": 5000, "humaneval": 164}  # by layout, of the tests the papers use
@@ -164,8 +164,7 @@ class Workload:
 
     def vocabulary(self, model: str) -> str:
         """A word that is the same for models with one vocabulary."""
-        root = self.base_of(model)
-        return str(getattr(self.study.models.base[root.split("/")[1]], "vocabulary", root))
+        return self.study.vocabulary(model)
 
     def vocabulary_size(self, model: str) -> float:
         """Tokens in a model's vocabulary."""

@@ -31,7 +31,14 @@ def dump(section: BaseModel, *leave_out: str) -> dict[str, Any]:
     return section.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(leave_out))
 
 
+def started_from(entry: Any) -> str | None:
+    """Address of the model that a model of a study was trained from, or merged over; None where there is none."""
+    return getattr(entry, "init", None) or getattr(entry, "pivot", None)
+
+
 class Licensed(Section):
+    """An input from outside, whose licence the study states."""
+
     license: str = Field(
         min_length=1, description="licence of this input as its owner states it; listed for every result"
     )

@@ -10,7 +10,7 @@ from pydantic import Field, create_model, field_validator
 
 from llmfusion.study.kinds import all_kinds
 from llmfusion.study.plugins import PluginError
-from llmfusion.study.schema.base import Name, Section, template_fields
+from llmfusion.study.schema.base import Name, Section, started_from, template_fields
 from llmfusion.study.schema.base_models import BaseModelEntry
 from llmfusion.study.schema.data import Dataset, Mix, Task
 from llmfusion.study.schema.merging import Merge
@@ -60,6 +60,19 @@ class BuiltinSections(Section):
         """The entry of a model by its address."""
         kind, name = address.split("/")
         return getattr(self.models, kind)[name]
+
+    def vocabulary(self, address: str) -> str:
+        """A word that is the same for models with one vocabulary: what the base model says, or its own address."""
+        entry = self.model_entry(address)
+        while before := started_from(entry):
+            address = before
+            entry = self.model_entry(address)
+        return str(getattr(entry, "vocabulary", address))
+
+    def other_vocabularies(self, run: TrainedModel) -> list[str]:
+        """Teachers of a training whose vocabulary is not the student's: they are projected into its space (DSKD)."""
+        own = self.vocabulary(run.init)
+        return [teacher for teacher in run.teachers if self.vocabulary(teacher) != own]
 
     @field_validator("chat_template")
     @classmethod
