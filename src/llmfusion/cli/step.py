@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llmfusion.cli import warm
-from llmfusion.errors import UserError, redacted
+from llmfusion.errors import UserError
 from llmfusion.study.plugins import plugin_names
 
 STEPS = plugin_names("llmfusion.steps")
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Make the artifact, in this process or in a fork of ``llmfusion warm``. Returns the exit status: 0, or 1.
 
-    What the user can mend is reported in one line, anything else with its traceback; neither shows secrets.
+    What the user can mend is reported in one line, anything else with its traceback.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -41,10 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
             return warm.ask(sys.argv[1:])
         _make(arguments)
     except UserError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception:
-        print(redacted(traceback.format_exc()), file=sys.stderr)
+        traceback.print_exc()
         return 1
     return 0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion import ROOT
+from llmfusion.io.logs import redact_output
 from llmfusion.study.addresses import TABLES, output_of
 from llmfusion.study.errors import StudyError
 from llmfusion.study.graph import ArtifactGraph, PlannedArtifact, build_graph
@@ -75,6 +76,7 @@ class WorkflowStudy:
 
 def study_of(workflow: Any) -> WorkflowStudy:
     """The study that a Snakemake workflow was started with: its ``configfile``, or the paper's."""
+    redact_output()
     return load_study(
         *(workflow.overwrite_configfiles or [ROOT / "config/config.yaml"]),
         overrides=workflow.config_settings.config,

@@ -22,7 +22,8 @@ from typing import Any
 
 from llmfusion.errors import UserError
 from llmfusion.io.files import write_file
-from llmfusion.io.logs import log_to_stdout
+from llmfusion.io.logs import log_to_stdout, redact_output
+from llmfusion.io.redaction import redacted
 
 logger = logging.getLogger(__name__)
 LIBC = ctypes.CDLL(None)  # loaded before a fork, not after
@@ -142,6 +143,7 @@ def main(exchange: Path) -> int:
     os.dup2(1, 2)  # torchrun's stderr is read only by the process that started it
     rank = int(os.environ["RANK"])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    redact_output()
     log_to_stdout()
     write_file(exchange / f"{rank}.pid", str(os.getpid()).encode())
     status = 1
@@ -159,7 +161,7 @@ def main(exchange: Path) -> int:
         end = {"traceback": f"process {rank}:\n{traceback.format_exc()}"}
         if isinstance(error, OSError) and error.errno:
             end = {"errno": error.errno, "message": str(error)}
-    _end_path(exchange, rank).write_text(json.dumps(end))
+    _end_path(exchange, rank).write_text(redacted(json.dumps(end)))
     return status
 
 
