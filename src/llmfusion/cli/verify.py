@@ -8,8 +8,12 @@ at the end.
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmfusion.errors import UserError, require
+
+if TYPE_CHECKING:
+    from llmfusion.artifacts.store import Artifact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +46,18 @@ def _verify(target: Path) -> int:
         print(f"mismatch: {line}", file=sys.stderr)
     sources = {address: artifact for address, artifact in walk.artifacts.items() if is_source(address)}
     for address, artifact in sorted(sources.items()):
-        print(f"{address}  {artifact.sha256[:16]}  licence: {artifact.facts.get('license', 'NOT DECLARED')}")
+        print(f"{address}  {artifact.sha256[:16]}  licence: {_licence(address, artifact)}")
     counts = f"{len(walk.artifacts)} artifacts, {walk.bytes_hashed / 1e6:,.1f} MB hashed"
     verdict = f"{len(mismatches)} MISMATCHES" if mismatches else "all match"
     print(f"{target}: {counts}, {len(sources)} datasets, task sets and base models: {verdict}")
     return int(bool(mismatches))
+
+
+def _licence(address: str, artifact: "Artifact") -> str:
+    """The licence that a source states, or the licences behind a base model that was trained here."""
+    from llmfusion.artifacts.licences import licences_of
+
+    try:
+        return ", ".join(sorted(set(licences_of(address, artifact).values())))
+    except UserError:
+        return "NOT DECLARED"

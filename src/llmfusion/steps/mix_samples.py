@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from llmfusion.artifacts.job import Job
+from llmfusion.artifacts.licences import inherited
 from llmfusion.data.overlap import Overlap
 from llmfusion.data.rejections import Rejected
 from llmfusion.data.samples import Sample, check_dataset_sample, read_items, text_of
@@ -37,6 +38,7 @@ def build(job: Job) -> None:
         max_length=mix.max_length,
         domains=dict(sorted(Counter(s["domain"] for s in taken).items())),
         overlap=overlap.counts,
+        license=inherited({f"data/dataset/{name}": job.input(f"data/dataset/{name}") for name in mix.datasets}),
     )
     counts = overlap.counts or "not asked"
     logger.info("%d samples; domains %s; overlap with tests %s", len(taken), job.facts["domains"], counts)

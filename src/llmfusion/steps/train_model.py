@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from llmfusion.artifacts.job import Job
+from llmfusion.artifacts.licences import inherited, licence_lines
 from llmfusion.artifacts.store import Artifact
 from llmfusion.study.kinds.train_model import Spec
 from llmfusion.study.schema.options import FusionOptions
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def build(job: Job) -> None:
     """Refuse what can be refused, then :func:`train` in as many processes as the model asks for."""
     run = job.parse(Spec).run
+    job.facts["license"] = inherited(job.inputs)
     require_disk_of_training(job, job.input(f"models/{run.init}").facts["parameters"], run)
     call_in_processes(job, run, "llmfusion.steps.train_model", train)
 
@@ -80,7 +82,6 @@ def train(job: Job) -> None:
     student = Student(sharding.load(pivot, run), tokenizer)  # last: everything that can be refused is refused before
     require_linear_head(student.model.config, pivot.folder)
     run_training(job, student, run, run.fusion, mixes, teachers)
-    job.facts["license"] = sorted(set(pivot.licences))
     if distributed.rank() == 0:
         _finish(job, run, pivot, mixes[0])
 
@@ -114,7 +115,8 @@ def _finish(job: Job, run: TrainedModel, pivot: Artifact, mix: Artifact) -> None
     settings = "generation_config.json"
     if settings in pivot.manifest["files"]:
         shutil.copyfile(pivot.file(settings), job.folder / settings)
-    write_training_card(job.folder, run, job.facts, list(mix.facts.get("datasets", {})), job.facts["license"])
+    datasets = list(mix.facts.get("datasets", {}))
+    write_training_card(job.folder, run, job.facts, datasets, licence_lines(job.facts["license"]))
 
 
 def _load_teacher(job: Job, spec: Spec, name: str, tokenizer: Any, vocabulary_size: int) -> Teacher:

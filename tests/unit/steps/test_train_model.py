@@ -3,6 +3,7 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from llmfusion.steps.train_model import build
 from llmfusion.study.schema.settings import Capture
 from llmfusion.teachers.capture import capture
 from llmfusion.training import loop
-from tests.unit.stand_ins import artifact, job
+from tests.unit.stand_ins import STAND_IN, artifact, job
 
 RUN = {"init": "base/pivot", "mix": "m", "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
 
@@ -103,7 +104,10 @@ Unified fusion, UDF, trained with llm-fusion-workflow after InfiFusion, arXiv 25
 - teacher: base/two
 - data: 29 samples of the mix m
 - 2 steps of 4 samples at a peak learning rate of 0.001; last loss {loss:.4f} nats a token
-- licence of the pivot: llama3.1; teachers and data have their own
+
+Licences stated for what it was made from:
+- apache-2.0: dataset/chat
+- llama3.1: base/one, base/pivot
 
 Options that are not the default:
 - batch_size: 4
@@ -117,7 +121,16 @@ Options that are not the default:
 
 def test_the_card_tells_what_was_trained_from_what(tmp_path, inputs, pivot):
     spec = fused("udf", "base/one", "base/two", steps=2, fusion={"target": "udf", "lambda": 0.3})
-    staged = {**inputs, "models/base/pivot": artifact(pivot.folder, **{**pivot.facts, "license": "llama3.1"})}
+    licensed = {
+        "models/base/pivot": "llama3.1",
+        "teachers/base/one/m": {"models/base/one": "llama3.1", "data/dataset/chat": "apache-2.0"},
+        "teachers/base/two/m": {"data/dataset/chat": "apache-2.0"},
+        "data/mix/m": {"data/dataset/chat": "apache-2.0"},
+    }
+    staged = {
+        name: replace(one, manifest={**one.manifest, "facts": {**one.facts, "license": licensed[name]}})
+        for name, one in inputs.items()
+    }
     cards = []
     for name in ("first", "second"):
         made = job(tmp_path, spec, staged, name)
@@ -180,11 +193,11 @@ def test_a_model_trained_from_a_trained_one_has_its_licences(tmp_path, inputs, p
     staged = artifact(pivot.folder, **{**pivot.facts, "license": "llama3.1"})
     first = job(tmp_path, fused("kd", "base/one", steps=1), {**inputs, "models/base/pivot": staged}, "first")
     build(first)
-    assert first.facts["license"] == ["llama3.1"]
+    assert first.facts["license"] == {"models/base/pivot": "llama3.1", **STAND_IN}
     chain = fused("kd", "base/two", init="trained/first", steps=1)
     second = job(tmp_path, chain, {**inputs, "models/trained/first": artifact(first.folder, **first.facts)}, "second")
     build(second)
-    assert second.facts["license"] == ["llama3.1"]
+    assert second.facts["license"] == first.facts["license"]
     assert second.facts["steps"] == 1
 
 

@@ -40,7 +40,7 @@ class Licensed(Section):
     """An input from outside, whose licence the study states."""
 
     license: str = Field(
-        min_length=1, description="licence of this input as its owner states it; listed for every result"
+        min_length=1, description="licence of this input as its owner states it; every model made from it inherits it"
     )
 
 
