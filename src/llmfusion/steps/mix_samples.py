@@ -12,6 +12,7 @@ from llmfusion.data.rejections import Rejected
 from llmfusion.data.samples import Sample, check_dataset_sample, read_items, text_of
 from llmfusion.errors import UserError
 from llmfusion.io.jsonl import LineIndex, write_jsonl
+from llmfusion.models.vocabularies import require_declared_vocabularies
 from llmfusion.study.kinds.mix_samples import Spec
 
 RejectionReason = Callable[[Sample], str | None]  # why a sample is rejected, or None
@@ -26,6 +27,7 @@ def build(job: Job) -> None:
     """
     spec = job.parse(Spec)
     mix = spec.mix
+    require_declared_vocabularies({name: one for name, one in job.inputs.items() if name.startswith("models/base/")})
     rng = random.Random(f"mix {mix.seed}")
     overlap = Overlap({task: read_items(job.input(f"data/tasks/{task}").file("items.jsonl")) for task in mix.against})
     reason = _filters(job, spec, overlap)

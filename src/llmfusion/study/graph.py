@@ -50,7 +50,7 @@ class ArtifactGraph:
                 self.add_artifact(shard)
             outside = [str(ROOT / file) for file in declared.files]
             files = [*map(output_of, inputs), *outside, *map(output_of, declared.shards)]
-            spec = self._spec(kind.step, declared.recipe or kind.recipe, declared.body)
+            spec = self._spec(kind.step, kind.recipe, declared.body)
             fingerprint = self._fingerprint(spec, fingerprints)
             self.artifacts[address] = PlannedArtifact(files, spec, fingerprint, declared.shards)
         return self.artifacts[address]

@@ -10,13 +10,15 @@ import torch
 
 from llmfusion.errors import UserError
 from llmfusion.io.jsonl import write_jsonl
-from llmfusion.models.loading import load_model, load_tokenizer
+from llmfusion.models.loading import load_model, load_tokenizer, save_model
+from llmfusion.models.scratch import make_model, make_tokenizer
 from llmfusion.steps import train_model
 from llmfusion.steps.train_model import build
+from llmfusion.study.schema.base_models import Architecture, Tokenizer
 from llmfusion.study.schema.settings import Capture
 from llmfusion.teachers.capture import capture
 from llmfusion.training import loop
-from tests.unit.stand_ins import STAND_IN, artifact, job
+from tests.unit.stand_ins import ARCHITECTURE, STAND_IN, artifact, job
 
 RUN = {"init": "base/pivot", "mix": "m", "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
 
@@ -167,6 +169,24 @@ def test_an_online_teacher_is_taken_from_the_inputs_and_a_cache_of_another_teach
         UserError, match=r"teacher base/one: .* kind: captured with online, this training asks for hidden"
     ):
         build(job(tmp_path, spec, {**inputs, "teachers/base/one/m": online}, "other"))
+
+
+def test_a_teacher_that_is_projected_although_the_study_says_otherwise_is_refused(tmp_path, inputs, mix):
+    """The study gave it the student's word under vocabulary, and its tokenizer is another one."""
+    tokenizer = make_tokenizer(Tokenizer(vocabulary_size=280), mix.file("samples.jsonl"), None)
+    folder = tmp_path / "foreign"
+    facts = save_model(make_model(Architecture(**ARCHITECTURE), tokenizer, 5), tokenizer, folder, "float32")
+    (tmp_path / "foreign-cache").mkdir()
+    settings = Capture(dtype="float32")
+    facts = capture(artifact(folder, **facts), mix, tmp_path / "foreign-cache", settings, None)
+    inputs = {**inputs, "teachers/base/one/m": artifact(tmp_path / "foreign-cache", **facts)}
+    with pytest.raises(
+        UserError, match=r"teacher base/one: its tokenizer differs from that of base/pivot, but the study"
+    ):
+        build(job(tmp_path, fused("kd", "base/one", steps=1), inputs, "same"))
+    declared = job(tmp_path, {**fused("kd", "base/one", steps=1), "projected": ["base/one"]}, inputs, "other")
+    build(declared)
+    assert declared.facts["steps"] == 1
 
 
 def test_generated_answers_double_the_steps_of_the_same_epochs(tmp_path, inputs, samples):

@@ -110,20 +110,19 @@ def test_specs_are_canonical_and_name_step_and_recipe() -> None:
         assert isinstance(spec["recipe"], int)
 
 
-def test_only_trainings_with_projectors_have_the_recipe_of_those() -> None:
-    """Their learning rate ends elsewhere than before; all others are what they were, and are not made again."""
+def test_only_trainings_with_projectors_name_them_in_their_spec() -> None:
+    """Those are made again, for their learning rate ends elsewhere than before; all others are what they were."""
 
     def other_vocabulary(data: dict) -> None:
         data["models"]["base"]["code"] = {"kind": "path", "path": "x", "vocabulary": "x", "license": "mit"}
 
     study = small_study(other_vocabulary)
-    recipes = {a: json.loads(entry.spec)["recipe"] for a, entry in build_graph(study).artifacts.items()}
+    specs = {a: json.loads(entry.spec) for a, entry in build_graph(study).artifacts.items()}
     with_code = {f"models/trained/{name}" for name, run in study.models.trained.items() if "base/code" in run.teachers}
     assert with_code
-    assert {a for a, recipe in recipes.items() if a.startswith("models/trained/") and recipe == 2} == with_code
-    assert {recipes[a] for a in recipes if a.startswith("models/trained/")} == {1, 2}
-    before = {a: json.loads(entry.spec)["recipe"] for a, entry in build_graph(small_study()).artifacts.items()}
-    assert {recipe for a, recipe in before.items() if a.startswith("models/trained/")} == {1}
+    named = {a: spec["projected"] for a, spec in specs.items() if "projected" in spec}
+    assert named == {address: ["base/code"] for address in with_code}
+    assert not any("projected" in entry.spec for entry in build_graph(small_study()).artifacts.values())
 
 
 def test_outside_files_are_inputs() -> None:

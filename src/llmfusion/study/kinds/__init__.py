@@ -49,7 +49,6 @@ class Declaration:
     inputs: list[str] = field(default_factory=list)  # addresses
     files: list[str] = field(default_factory=list)  # outside the study, relative to the clone
     shards: list[str] = field(default_factory=list)  # addresses of jobs that do its work beforehand
-    recipe: int | None = None  # of this artifact, where a step's meaning has changed for some; None: its kind's
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from llmfusion.study.workload import Assumptions, Workload
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 6  # 2 forward, 4 backward (Kaplan et al. 2020)
-PROJECTED_RECIPE = 2  # of trainings with projectors, whose learning rate ends at lr_min since then
 
 
 class Captured(Section):
@@ -37,6 +36,7 @@ class Spec(StepSpec):
 
     run: TrainedModel
     captured: Captured | None = Field(None, description="of a training with teachers")
+    projected: list[str] = Field([], description="teachers that have another vocabulary, as the study says")
 
 
 def declare(graph: ArtifactGraph, trained: str) -> Declaration:
@@ -50,8 +50,9 @@ def declare(graph: ArtifactGraph, trained: str) -> Declaration:
     if run.teachers:
         fingerprints = {model: graph.fingerprint(f"models/{model}") for model in run.teachers}
         captured = {"captured": {"capture": dump(graph.study.capture, "shards"), "teachers": fingerprints}}
-    recipe = PROJECTED_RECIPE if graph.study.other_vocabularies(run) else None
-    return Declaration({"run": dump(run), **captured, **graph.chat_template}, inputs, recipe=recipe)
+    if others := graph.study.other_vocabularies(run):
+        captured["projected"] = others
+    return Declaration({"run": dump(run), **captured, **graph.chat_template}, inputs)
 
 
 def cost(workload: Workload, spec: Spec, shards: int, trained: str) -> Cost:
