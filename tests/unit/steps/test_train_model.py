@@ -180,9 +180,7 @@ def test_a_teacher_that_is_projected_although_the_study_says_otherwise_is_refuse
     settings = Capture(dtype="float32")
     facts = capture(artifact(folder, **facts), mix, tmp_path / "foreign-cache", settings, None)
     inputs = {**inputs, "teachers/base/one/m": artifact(tmp_path / "foreign-cache", **facts)}
-    with pytest.raises(
-        UserError, match=r"teacher base/one: its tokenizer differs from that of base/pivot, but the study"
-    ):
+    with pytest.raises(UserError, match=r"base/one: its tokenizer differs from that of base/pivot, but the study"):
         build(job(tmp_path, fused("kd", "base/one", steps=1), inputs, "same"))
     declared = job(tmp_path, {**fused("kd", "base/one", steps=1), "projected": ["base/one"]}, inputs, "other")
     build(declared)
