@@ -25,7 +25,6 @@ import types
 from llmfusion.evaluation import peer, values
 
 NAME = "__candidate__"  # of the module that the program is
-ENTRY_POINT = 0  # the number of the handle under which the entry point is given
 PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2  # linux/seccomp.h
@@ -188,8 +187,10 @@ def run(reading, writing):
     known = {}
     side = ProgramSide(requests.readline, write, known)
     try:
-        names = load(first["program"])
-        side.give(names[first["entry_point"]], "function")
+        module = load(first["program"])
+        names = module.__dict__
+        side.give(names[first["entry_point"]], "function")  # number 0
+        side.give(module, "object")  # number 1
         known.update((name, names[name]) for name in first["classes"] if isinstance(names.get(name), type))
         write(values.dumps({"ready": True}))
     except BaseException as error:
@@ -203,10 +204,10 @@ def run(reading, writing):
 
 
 def load(program):
-    """Execute a program as a module. Returns its names."""
+    """Execute a program as a module."""
     module = sys.modules[NAME] = types.ModuleType(NAME)
     exec(compile(program, "<candidate>", "exec"), module.__dict__)
-    return module.__dict__
+    return module
 
 
 if __name__ == "__main__":

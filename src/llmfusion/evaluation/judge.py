@@ -5,8 +5,11 @@ the sandbox, and calls the candidate through a pipe, so the candidate can neithe
 trusted, yet a value it is handed may keep it busy for ever or fill its memory: hence the alarm and the memory limit.
 """
 
+import ast
+import builtins
 import contextlib
 import enum
+import importlib
 import json
 import os
 import resource
@@ -29,7 +32,7 @@ START_SECONDS = 60.0  # for the sandbox to come up on a busy machine; no untrust
 GRACE_SECONDS = 0.5  # between the candidate's time limit and the end of a test that is busy with itself
 TEST_MEMORY = 4 << 30
 MAX_DETAIL = 200  # characters
-ENTRY_POINT = 0  # the number of the handle under which the program gives its entry point
+ENTRY_POINT, PROGRAM = 0, 1  # the numbers of the handles under which the program gives its entry point and itself
 # Exceptions by which Python itself ends a loop or takes a default: such an end must not be taken for a test's success.
 PYTHONS_OWN = (StopIteration, StopAsyncIteration, LookupError, AttributeError, GeneratorExit)
 PASSED = "passed"
@@ -171,6 +174,8 @@ class Conversation(TestSide):
         except (Failed, NotSupported) as why:
             self._lose(why)
         if error is not None:
+            with contextlib.suppress(BaseException):
+                raise error  # so that it has a traceback, which shows how far it came, see swallowed.py
             self.raised.append((error, operation))
         return value, error
 
@@ -229,7 +234,7 @@ def verdict(task: dict[str, Any], request: dict[str, Any], sandbox: Sandbox, pip
     try:
         _start(conversation, task, request, sandbox)
         try:
-            test.run(EntryPoint(conversation, task["entry_point"]))
+            test.run(EntryPoint(conversation, task["entry_point"]), conversation)
             signal.setitimer(signal.ITIMER_REAL, 0)
             if conversation.lost:
                 raise conversation.lost
@@ -309,20 +314,53 @@ class Test:
         self.names = module.__dict__
         self.entry_point = task["entry_point"]
         self.shared: dict[str, type] = {}  # classes that the program has as well
+        self.is_ready = True
         try:
             exec(_helpers(task["prompt"]), self.names)
             self.shared = {name: value for name, value in self.names.items() if _is_shared(value)}
-            exec(compile(task["test"], "<test>", "exec"), self.names)
+            self.code = compile(task["test"], "<test>", "exec")
+            self.missing = self._missing_names(task["test"])
+            exec(self.code, self.names)
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            raise NotSupported(f"its prompt or its test is no proper program ({why[:MAX_DETAIL]})") from None
-        if not callable(self.names.get("check")):
-            raise NotSupported("it defines no function check(candidate)")
+            if not isinstance(error, NameError) or error.name not in {*self.missing, self.entry_point}:
+                why = f"{type(error).__name__}: {error}"
+                raise NotSupported(f"its prompt or its test is no proper program ({why[:MAX_DETAIL]})") from None
+            self.is_ready = False  # it uses the program's names before it is called
+        if self.is_ready:
+            self._check_function()
 
-    def run(self, tested: EntryPoint) -> None:
-        """Raise whatever the test raises."""
+    def _missing_names(self, source: str) -> list[str]:
+        """Names that the test uses and nobody defines: of the library's modules, or else the program's."""
+        tree = ast.parse(source)
+        named = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        used = {node.id for node in named if not isinstance(node.ctx, ast.Store)}
+        stored = {node.id for node in named if isinstance(node.ctx, ast.Store)}
+        stored |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        stored |= {(alias.asname or alias.name).partition(".")[0] for alias in ast.walk(tree) if isinstance(alias, ast.alias)}
+        stored |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        missing = sorted(used - stored - {*self.names, *vars(builtins), self.entry_point})
+        for name in (name for name in missing if name in sys.stdlib_module_names):
+            self.names[name] = importlib.import_module(name)
+        return [name for name in missing if name not in self.names and not name.startswith("__")]
+
+    def _check_function(self) -> Callable[[EntryPoint], object]:
+        check = self.names.get("check")
+        if not callable(check):
+            raise NotSupported("it defines no function check(candidate)")
+        return check
+
+    def run(self, tested: EntryPoint, conversation: Conversation) -> None:
+        """Raise whatever the test raises. Names that it uses and does not define are the program's: its classes, say."""
+        if not self.is_ready:
+            self.names[self.entry_point] = tested
+        for name in self.missing:
+            with contextlib.suppress(AttributeError):
+                self.names[name] = conversation.attribute(PROGRAM, name)
+        if not self.is_ready:
+            exec(self.code, self.names)
+        check = self._check_function()
         self.names[self.entry_point] = tested
-        self.names["check"](tested)
+        check(tested)
 
     def is_caught(self, error: BaseException) -> bool:
         """Whether the test caught this itself."""

@@ -13,7 +13,8 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 def is_caught(error: BaseException, sources: Mapping[str, str]) -> bool:
     """Whether the outermost frame that the exception reached was in a ``try`` or ``with`` of one of these sources.
 
-    An exception that Python swallows reaches only the frame that it was raised from.
+    The exception has a traceback from the start. One that Python swallows has no other frames in it, or only some that
+    catch nothing.
     """
     reached = error.__traceback__
     if reached is None:  # taken away by who caught it, as unittest does

@@ -63,6 +63,14 @@ members_of = type.__dict__["__dict__"].__get__
 plain_name_of = type.__dict__["__name__"].__get__
 
 
+def _refuse_constant(name):
+    raise ValueError(name)
+
+
+ENCODER = json.JSONEncoder(allow_nan=False, separators=(",", ":"))
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 class NoPlainValue(ValueError):
     """A value that is neither plain nor can be named by a handle; the text tells its class."""
 
@@ -89,7 +97,7 @@ class Table:
 
 def dumps(message):
     """One line of JSON."""
-    line = json.dumps(message, allow_nan=False, separators=(",", ":"))
+    line = ENCODER.encode(message)
     if len(line) >= MAX_MESSAGE:
         raise OverflowError("a value too long to be told")
     return line.encode("ascii") + b"\n"
@@ -98,14 +106,10 @@ def dumps(message):
 def loads(line):
     """The object of one line. Raises :class:`Malformed` for anything else, NaN and Infinity included."""
     try:
-        message = json.loads(line, parse_constant=_refuse_constant)
+        message = DECODER.decode(line.decode("utf-8"))
     except (ValueError, RecursionError):
         raise Malformed("no proper JSON") from None
     return _checked(message, dict)
-
-
-def _refuse_constant(name):
-    raise ValueError(name)
 
 
 def class_name(kind):
