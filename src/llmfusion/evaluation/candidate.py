@@ -183,7 +183,9 @@ def run(reading, writing):
     confine(first["limits"], bytes.fromhex(first["filter"]))
     sys.setrecursionlimit(10_000)
     sys.set_int_max_str_digits(0)  # quadratic time is the program's own
-    write(values.dumps({"confined": True}))  # what fails before is the sandbox's failure, what fails after the program's
+    write(
+        values.dumps({"confined": True})
+    )  # what fails before is the sandbox's failure, what fails after the program's
     known = {}
     side = ProgramSide(requests.readline, write, known)
     try:

@@ -336,7 +336,9 @@ class Test:
         used = {node.id for node in named if not isinstance(node.ctx, ast.Store)}
         stored = {node.id for node in named if isinstance(node.ctx, ast.Store)}
         stored |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        stored |= {(alias.asname or alias.name).partition(".")[0] for alias in ast.walk(tree) if isinstance(alias, ast.alias)}
+        stored |= {
+            (alias.asname or alias.name).partition(".")[0] for alias in ast.walk(tree) if isinstance(alias, ast.alias)
+        }
         stored |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
         missing = sorted(used - stored - {*self.names, *vars(builtins), self.entry_point})
         for name in (name for name in missing if name in sys.stdlib_module_names):

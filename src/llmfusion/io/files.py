@@ -8,6 +8,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,44 @@ FILE_TYPES = (
 )
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    with open(path, "rb") as file:
+def sha256_file(path: Path, follow_links: bool = True) -> str:
+    """sha256 of a file's bytes, hex. Errors as in :func:`open_regular`."""
+    with open_regular(path, follow_links) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedReader]:
+    """A regular file, open for reading; never waits, as opening a FIFO would.
+
+    Raises :class:`DamagedError` for anything else (and for a symbolic link unless ``follow_links``), ``OSError`` where
+    it cannot be opened.
+    """
+    handle = -1
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW))
+        mode = os.fstat(handle).st_mode
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
+            raise
+        mode = path.lstat().st_mode
+    if handle < 0 or not stat.S_ISREG(mode):
+        if handle >= 0:
+            os.close(handle)
+        raise DamagedError(f"{path}: is a {file_type(mode)}, expected a plain file")
+    with open(handle, "rb") as file:
+        yield file
+
+
+def read_regular(path: Path, follow_links: bool = False) -> bytes:
+    """The content of a regular file; errors as in :func:`open_regular`."""
+    with open_regular(path, follow_links) as file:
+        return file.read()
+
+
+def file_type(mode: int) -> str:
+    """What a file is, for a message, from its ``st_mode``: ``FIFO``, ``folder``, ..."""
+    return next((name for test, name in FILE_TYPES if test(mode)), "something else")
 
 
 def sync(path: Path) -> None:
@@ -59,20 +94,37 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+def write_file(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write a file so that it is there whole or not at all, with the permission bits ``mode`` from the beginning."""
     with replacing(path) as temporary:
+        if mode is not None:
+            temporary.touch(mode & 0o600)
+            temporary.chmod(mode)
         temporary.write_bytes(content)
 
 
+def default_rights() -> int:
+    """Permission bits that a new folder gets here, by the process's umask."""
+    mask = os.umask(0o077)  # tighter for the moment, so that another thread's new file is never too open
+    os.umask(mask)
+    return 0o777 & ~mask
+
+
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name (a hard link), or copy it: between file systems, or on one without hard links."""
+    """Give a file a second name (a hard link), or copy it with its rights.
+
+    Copied is between file systems, on one without hard links, and what another user owns: a link to it would be no
+    plain file of the folder (:func:`plain_file`).
+    """
+    if source.stat().st_uid != target.parent.stat().st_uid:
+        shutil.copy(source, target)
+        return
     try:
         os.link(source, target)
     except OSError as error:
         if error.errno not in NO_LINK:
             raise
-        shutil.copyfile(source, target)
+        shutil.copy(source, target)
 
 
 def plain_file(folder: Path, name: str) -> Path:
@@ -112,7 +164,7 @@ def _require_mode(path: Path, is_wanted: Callable[[int], bool], wanted: str, fol
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{path}: is missing: expected a {wanted} inside {folder}") from None
     if not is_wanted(found.st_mode):
-        kind = next((name for test, name in FILE_TYPES if test(found.st_mode)), "something else")
+        kind = file_type(found.st_mode)
         raise DamagedError(f"{path}: is a {kind}, expected a {wanted}: only plain files inside {folder} are read")
     return found
 
@@ -131,8 +183,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
     read.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(read_regular(path, follow_links=True))
+    except (ValueError, RecursionError) as error:
         raise DamagedError(f"{path}: expected JSON: {error}") from None
     if not isinstance(content, dict):
         raise DamagedError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -32,12 +32,16 @@ def _stage(job: Job, base: HubModel | PathModel | GgufModel, chat_template: str 
     """Stage a model that is not trained here. Returns its facts."""
     if isinstance(base, HubModel):
         return staging.stage_hub(base, job.folder, chat_template)
+    job.restrict_to_readers_of(ROOT / base.path)
     if isinstance(base, GgufModel):
         return staging.stage_gguf(base, job.folder, chat_template)
     weights = [path.stat() for path in (ROOT / base.path).glob("*.safetensors")]
     copied = sum(file.st_size for file in weights if file.st_dev != job.folder.stat().st_dev)  # links take no room
     job.require_disk(f"a copy of {base.path}", copied)
-    return staging.stage_folder(base, job.folder, chat_template)
+    facts = staging.stage_folder(base, job.folder, chat_template)
+    for path in job.folder.rglob("*"):
+        job.restrict_to_readers_of(ROOT / base.path / path.relative_to(job.folder))
+    return facts
 
 
 def _train(job: Job, run: ScratchModel) -> None:

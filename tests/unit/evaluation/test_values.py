@@ -204,7 +204,9 @@ def test_an_object_of_a_derived_class_is_told_as_its_plain_base_without_calling_
     assert type(back) is type(plain)
 
 
-@pytest.mark.parametrize("value", [object(), len, {"a": object()}, (i for i in ()), Exception("x"), {1}.__iter__(), Liar])
+@pytest.mark.parametrize(
+    "value", [object(), len, {"a": object()}, (i for i in ()), Exception("x"), {1}.__iter__(), Liar]
+)
 def test_what_is_no_plain_value_is_refused(value: Any) -> None:
     with pytest.raises(NoPlainValue):
         through(value)
@@ -289,7 +291,11 @@ def test_a_forged_value_raises_and_nothing_else(ref: Any, nodes: Any) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.sampled_from([*values.SHELLS, *values.BUILDERS, ""]),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | st.sampled_from([*values.SHELLS, *values.BUILDERS, ""]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
     max_leaves=12,
 )
@@ -334,7 +340,16 @@ def test_changes_are_made_to_the_very_argument_and_to_nothing_of_another_class()
     decoder.change(number, ["list", [1], 2])
     assert argument == [{5}, 2]
     table.add((1,))
-    for bad in ((0, ["dict"]), (0, ["tuple"]), (0, 3), (0, []), (2, ["tuple"]), (9, ["list"]), (-1, ["list"]), ("0", [])):
+    for bad in (
+        (0, ["dict"]),
+        (0, ["tuple"]),
+        (0, 3),
+        (0, []),
+        (2, ["tuple"]),
+        (9, ["list"]),
+        (-1, ["list"]),
+        ("0", []),
+    ):
         with pytest.raises(Malformed):
             decoder.change(*bad)
     assert argument == [{5}, 2]
