@@ -93,7 +93,8 @@ def _indexed_files(folder: Path) -> list[str]:
         raise DamagedError(f"{index}: expected a weight_map of tensors and files")
     names = set()
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+        is_name = isinstance(name, str) and len(name) < 256 and Path(name).name == name and name.isprintable()
+        if not is_name or not name.endswith(".safetensors"):
             found = f"weight_map gives tensor {tensor[:80]!r} the file {str(name)[:80]!r}"
             raise DamagedError(f"{index}: {found}, expected the name of a .safetensors file beside the index")
         names.add(name)

@@ -248,7 +248,9 @@ def tokenizer_files(model: ModelFolder) -> dict[str, Path | dict[str, Any] | Non
     if settings is not None:
         _check_tokenizer_settings(settings, model.folder / "tokenizer_config.json")
         # what is empty leads nowhere
-        settings = {key: value for key, value in settings.items() if not (value and NOT_OF_THE_TOKENIZER.fullmatch(key))}
+        settings = {
+            key: value for key, value in settings.items() if not (value and NOT_OF_THE_TOKENIZER.fullmatch(key))
+        }
     config = None
     if files["tokenizer.json"] is None and model.find("config.json") is not None:
         config = clean_config(model.config, lambda key: False)  # names the tokenizer's class

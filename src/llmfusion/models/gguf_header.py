@@ -20,6 +20,12 @@ STRING = 8
 ARRAY = 9
 UINT32 = 4
 INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
+TOKENIZER_ARRAYS = {  # with the types of their items
+    "tokenizer.ggml.tokens": (STRING,),
+    "tokenizer.ggml.merges": (STRING,),
+    "tokenizer.ggml.scores": (6, 12),
+    "tokenizer.ggml.token_type": INTEGERS,
+}
 MOST_TENSORS = 1_000_000
 MOST_KEYS = 100_000
 MOST_ITEMS = 4_000_000  # of an array: tokens and merges of the largest tokenizers are a tenth of it
@@ -156,7 +162,9 @@ class _Reader:
             if tensor.start < end:
                 raise self.wrong(f"tensor {tensor.name!r} overlaps another one")
             if tensor.end > self.size:
-                raise self.wrong(f"tensor {tensor.name!r} ends at byte {tensor.end}, the file at {self.size}: truncated")
+                raise self.wrong(
+                    f"tensor {tensor.name!r} ends at byte {tensor.end}, the file at {self.size}: truncated"
+                )
             end = tensor.end
         names = [tensor.name for tensor in tensors]
         if len(set(names)) < len(names):
@@ -182,14 +190,18 @@ class _Reader:
         architecture = metadata.get("general.architecture")
         if not isinstance(architecture, str) or not architecture.isprintable() or not architecture:
             raise self.wrong(f"general.architecture is {architecture!r:.80}, expected a name such as 'llama'")
-        blocks = metadata.get(f"{architecture}.block_count")
+        key = f"{architecture}.block_count"
+        blocks = None if key in self.array_types else metadata.get(key)
         if type(blocks) is not int or not 0 < blocks <= len(tensors):
             layers = f"{architecture}.block_count is {blocks!r:.80}"
             raise self.wrong(f"{layers}, expected a number of layers up to that of its tensors, {len(tensors)}")
         if not isinstance(metadata.get("tokenizer.ggml.model"), str):
             raise self.wrong("says no tokenizer.ggml.model: it has no tokenizer")
-        if self.array_types.get("tokenizer.ggml.tokens") != STRING or not metadata["tokenizer.ggml.tokens"]:
+        if not metadata.get("tokenizer.ggml.tokens"):
             raise self.wrong("has no tokens (tokenizer.ggml.tokens): it has no tokenizer")
+        for key, items in TOKENIZER_ARRAYS.items():
+            if key in metadata and self.array_types.get(key) not in items:
+                raise self.wrong(f"{key} is no list of {'texts' if STRING in items else 'numbers'}")
         for key in ("bos", "eos", "padding", "unknown"):
             self._require_token(metadata, f"tokenizer.ggml.{key}_token_id")
 

@@ -231,7 +231,9 @@ def count_values(model_class: Any, config: Any, limit: SizeLimit) -> int:
     empty.tie_weights()
     buffers = sum(buffer.numel() for buffer in empty.buffers())
     if buffers > 2 * limit.stored + MOST_BUFFERS:
-        raise DamagedError(f"{limit.path}: describes a model with {buffers:,} values that are no weights; fetch it again")
+        raise DamagedError(
+            f"{limit.path}: describes a model with {buffers:,} values that are no weights; fetch it again"
+        )
     return sum(parameter.numel() for parameter in empty.parameters())
 
 

@@ -7,7 +7,8 @@ from llmfusion import ROOT
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io import progress_bars
 from llmfusion.io.files import common_rights, link_or_copy, model_file
-from llmfusion.models.folder import ModelFolder, explain_failure, private_folder
+from llmfusion.io.safetensors import FLOATS
+from llmfusion.models.folder import ModelFolder, explain_failure, generation_settings, private_folder
 from llmfusion.models.gguf_header import read_gguf_header
 from llmfusion.models.loading import (
     SizeLimit,
@@ -74,16 +75,18 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
         config = transformers.AutoConfig.from_pretrained(private, **given)
         model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined]
         count_values(model_class, config, SizeLimit(header.values, len(header.tensors), file))
-        loaded, info = model_class.from_pretrained(private, dtype=torch.float32, output_loading_info=True, **given)
+        given |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded, info = model_class.from_pretrained(private, **given)
         tied = set(getattr(loaded, "all_tied_weights_keys", None) or [])
         wrong = sorted(set(info["missing_keys"]) - tied) + [name for name, *_ in sorted(info["mismatched_keys"])]
         if wrong:
-            raise DamagedError(f"{file}: tensors that the model needs are missing or of another shape: {wrong[:5]}")
+            needed = f"tensors that the model needs are missing or of another shape: {', '.join(wrong[:5])}"
+            raise DamagedError(f"{file}: {needed}; fetch the file again, or convert the model again with llama.cpp")
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         plain = type(loaded)(config)  # a fresh model of the same shape: the loaded one is marked as quantised
         plain.load_state_dict(loaded.state_dict())
-        tokenizer = transformers.AutoTokenizer.from_pretrained(private, **given)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(private, gguf_file="model.gguf", local_files_only=True)
     return plain, tokenizer
 
 
@@ -119,6 +122,8 @@ def _link_files(source: Path, base: HubModel | PathModel, folder: Path, chat_tem
 def _facts(base: HubModel | PathModel | GgufModel, folder: Path, chat_template: str | None) -> dict[str, Any]:
     model = ModelFolder.of(folder)
     with explain_failure(folder, "model"):
+        _require_known_dtypes(model)
+        generation_settings(model)
         needed = require_possible_size(model, model_class_of(model))
         tokenizer = load_tokenizer(folder, chat_template)
         facts = model_facts(folder, tokenizer)
@@ -133,3 +138,11 @@ def _facts(base: HubModel | PathModel | GgufModel, folder: Path, chat_template: 
     rows = facts["vocabulary_size"]
     require(tokens <= (rows or 0), f"the tokenizer has {tokens} tokens, the model only {rows} rows for them")
     return {**facts, "license": base.license}
+
+
+def _require_known_dtypes(model: ModelFolder) -> None:
+    """Raise :class:`UserError` for weights in numbers that no training and no merge computes with."""
+    for name, tensor in model.weights.items():
+        is_weight = tensor.dtype in FLOATS or tensor.dtype[0] in "IUB"  # integers and flags: buffers
+        expected = f"expected {' or '.join(FLOATS)}; take the weights in one of these"
+        require(is_weight, f"{tensor.file}: tensor {name} is {tensor.dtype[:80]}, {expected}")

@@ -6,8 +6,9 @@ from typing import Any
 
 from llmfusion import ROOT
 from llmfusion.io.files import json_object_or_empty
+from llmfusion.study import strict_yaml
 from llmfusion.study.addresses import manifest_of, output_of
-from llmfusion.study.errors import Problem, StudyError, report
+from llmfusion.study.errors import Key, Problem, StudyError, report
 from llmfusion.study.graph import ArtifactGraph
 from llmfusion.study.schema.study import Study
 
@@ -17,7 +18,15 @@ def check_staged(file: str | Path, study: Study, graph: ArtifactGraph) -> None:
     facts = _Facts(study, graph)
     problems = [*_too_few_rows(study, facts), *_tokenizers(study, facts), *_orphans(facts)]
     if problems:
-        raise StudyError(report(str(file), problems, {}))
+        raise StudyError(report(str(file), problems, _lines(file)))
+
+
+def _lines(file: str | Path) -> dict[Key, int]:
+    """The lines of the study's keys; none where the study was not read from this file."""
+    try:
+        return strict_yaml.load(file)[1]
+    except (OSError, strict_yaml.YamlError):
+        return {}
 
 
 class _Facts:
@@ -55,9 +64,20 @@ def _tokenizers(study: Study, facts: _Facts) -> list[Problem]:
         other, expected = first.setdefault(vocabulary, (name, sha256))
         if sha256 != expected:
             models = f"base/{name} and base/{other} both say vocabulary {vocabulary!r}"
-            text = f"{models}, but their tokenizers differ; give them different words"
+            sizes = " and ".join(_described(facts, one) for one in (name, other))
+            text = f"{models}, but their tokenizers differ: {sizes}; give them different words"
             out.append(Problem(("models", "base", name, "vocabulary"), text))
     return out
+
+
+def _described(facts: "_Facts", base: str) -> str:
+    """A base model with the size that its manifest says: ``base/pivot (135M parameters, 49,152 tokens)``."""
+    known = facts(f"models/base/{base}")
+    parameters = known.get("parameters")
+    tokens = known.get("tokenizer_size")
+    sizes = [f"{parameters / 1e6:,.0f}M parameters"] if isinstance(parameters, int) else []
+    sizes += [f"{tokens:,} tokens"] if isinstance(tokens, int) else []
+    return f"base/{base}" + (f" ({', '.join(sizes)})" if sizes else "")
 
 
 def _orphans(facts: _Facts) -> list[Problem]:
