@@ -119,7 +119,7 @@ def _report(target: Path, walk: Verification, made_again: str) -> int:
     return int(bool(mismatches))
 
 
-def _licence(address: str, artifact: "Artifact") -> str:
+def _licence(address: str, artifact: Artifact) -> str:
     """The licence that a source states, or the licences behind a base model that was trained here."""
     from llmfusion.artifacts.licences import licences_of
 

@@ -35,8 +35,10 @@ def _stage(job: Job, base: HubModel | PathModel | GgufModel, chat_template: str 
     job.restrict_to_readers_of(ROOT / base.path)
     if isinstance(base, GgufModel):
         return staging.stage_gguf(base, job.folder, chat_template)
-    weights = [path.stat() for path in (ROOT / base.path).glob("*.safetensors")]
-    copied = sum(file.st_size for file in weights if file.st_dev != job.folder.stat().st_dev)  # links take no room
+    draft = job.folder.stat()
+    files = [path.stat() for path in staging.taken_files(ROOT / base.path)]
+    # links take no room
+    copied = sum(file.st_size for file in files if (file.st_dev, file.st_uid) != (draft.st_dev, draft.st_uid))
     job.require_disk(f"a copy of {base.path}", copied)
     facts = staging.stage_folder(base, job.folder, chat_template)
     for path in job.folder.rglob("*"):

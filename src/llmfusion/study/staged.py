@@ -56,9 +56,20 @@ def _tokenizers(study: Study, facts: _Facts) -> list[Problem]:
         other, expected = first.setdefault(vocabulary, (name, sha256))
         if sha256 != expected:
             models = f"base/{name} and base/{other} both say vocabulary {vocabulary!r}"
-            text = f"{models}, but their tokenizers differ; give them different words"
+            sizes = " and ".join(_described(facts, one) for one in (name, other))
+            text = f"{models}, but their tokenizers differ: {sizes}; give them different words"
             out.append(Problem(("models", "base", name, "vocabulary"), text))
     return out
+
+
+def _described(facts: "_Facts", base: str) -> str:
+    """A base model with the size that its manifest says: ``base/pivot (135M parameters, 49,152 tokens)``."""
+    known = facts(f"models/base/{base}")
+    parameters = known.get("parameters")
+    tokens = known.get("tokenizer_size")
+    sizes = [f"{parameters / 1e6:,.0f}M parameters"] if isinstance(parameters, int) else []
+    sizes += [f"{tokens:,} tokens"] if isinstance(tokens, int) else []
+    return f"base/{base}" + (f" ({', '.join(sizes)})" if sizes else "")
 
 
 def _orphans(facts: _Facts) -> list[Problem]:

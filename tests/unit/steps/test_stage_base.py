@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ def test_a_copy_of_a_model_from_another_disk_needs_its_room_and_a_link_none(tmp_
         status = stat(path, **options)
         if path.suffix != ".safetensors":
             return status
-        return SimpleNamespace(st_dev=-1, st_size=status.st_size, st_mode=status.st_mode)
+        return os.stat_result((status.st_mode, status.st_ino, -1, *tuple(status)[3:]))
 
     monkeypatch.setattr(Path, "stat", on_another_disk)
     with pytest.raises(UserError, match=r"a copy of .*elsewhere needs \d+ KiB, 0 KiB are free"):
