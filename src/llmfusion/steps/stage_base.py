@@ -10,6 +10,7 @@ from llmfusion.artifacts.job import Job
 from llmfusion.models import staging
 from llmfusion.study.kinds.stage_base import Spec
 from llmfusion.study.schema.base_models import GgufModel, HubModel, PathModel, ScratchModel
+from llmfusion.study.sizes import size_of_gguf
 
 if TYPE_CHECKING:
     from llmfusion.training.loop import Student
@@ -32,6 +33,7 @@ def _stage(job: Job, base: HubModel | PathModel | GgufModel, chat_template: str 
     if isinstance(base, HubModel):
         return staging.stage_hub(base, job.folder, chat_template)
     if isinstance(base, GgufModel):
+        job.require_disk(f"{base.path} in float32", int(size_of_gguf(ROOT / base.path).bytes or 0))
         return staging.stage_gguf(base, job.folder, chat_template)
     weights = [path.stat() for path in (ROOT / base.path).glob("*.safetensors")]
     copied = sum(file.st_size for file in weights if file.st_dev != job.folder.stat().st_dev)  # links take no room
