@@ -28,6 +28,22 @@ def test_the_paper_study_is_planned_completely(fresh: Path) -> None:
     assert "results/table2.csv" in outputs(plan)
 
 
+def test_costs_of_a_table_ask_for_no_other_table(fresh: Path) -> None:
+    def two_tables(content: dict[str, Any]) -> None:
+        table = content["tables"]["table2"]
+        of_bases = [row for row in table["rows"] if row["model"].startswith("base/")]
+        content["tables"]["bases"] = {**table, "rows": of_bases, "reference": of_bases[0]["model"]}
+
+    study(fresh / "config/two.yaml", two_tables)
+
+    def planned_for(target: str) -> dict[str, int]:
+        return jobs(snakemake(fresh, "-n", target, "--configfile", "config/two.yaml"))
+
+    assert planned_for("results/bases.cost.csv") == planned_for("results/bases.csv") | {"cost": 1}
+    assert "train_model" not in planned_for("results/bases.cost.csv")
+    assert planned_for("results/cost.csv")["table"] == 2
+
+
 def test_planning_the_paper_study_takes_at_most_6_cpu_seconds(fresh: Path) -> None:
     assert cpu_seconds_of(lambda: snakemake(fresh, "-n", "results/table2.csv")) <= 6
 
