@@ -201,3 +201,19 @@ def test_a_faulty_study_is_refused_by_a_dry_run_with_all_mistakes(fresh: Path) -
     assert "did you mean 'trained/kd-code'?" in output
     assert "Traceback" not in output
     assert set((fresh / "runs").rglob("*.log")) == logs
+
+
+@pytest.mark.parametrize("resources", [[], ["--resources", "gpu=1"]])
+def test_what_cannot_fit_the_disk_is_refused_before_the_first_job(fresh: Path, resources: list[str]) -> None:
+    def too_large(content: dict[str, Any]) -> None:
+        content["directory"] = "runs/too-large"
+        huge = {"kind": "hub", "repo": "nobody/huge-900000b", "revision": "0" * 40, "vocabulary": "v", "license": "mit"}
+        content["models"]["base"]["pivot"] = huge
+
+    study(fresh / "config/too-large.yaml", too_large)
+    start = ["--configfile", "config/too-large.yaml", "--cores", "1", *resources]
+    output = snakemake(fresh, "results/models/base/pivot/manifest.json", *start, fails=True)
+    assert "disk: 1,676,381 GiB are needed" in output
+    assert "nothing was started" in output
+    assert "Traceback" not in output
+    snakemake(fresh, "results/data/dataset/text-facts/manifest.json", *start)  # what fits is made

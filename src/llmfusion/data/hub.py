@@ -4,6 +4,7 @@ Two disks can fill: that of the hub client's cache, which downloads go to, and t
 name from the cache to the study where both are one file system, else a copy.
 """
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -99,11 +100,23 @@ def _model_files(names: Mapping[str, int]) -> list[str]:
 
 
 def _data_files(names: Mapping[str, int], source: HubSource, card: Mapping[str, Any]) -> list[str]:
-    """Files that ``datasets`` reads: those of the key ``files``, else of the subsets in the repository's card (all
-    their splits), else everything that holds rows."""
-    patterns = _as_list(source.files) or list(_patterns_of_card(source, card)) or list(DATA_FILES)
-    found = (name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
-    return sorted(name for name in found if Path(name).name not in DESCRIPTIONS)
+    """Files that ``datasets`` reads: those of the key ``files``, else those of the subsets and the split in the
+    repository's card, else those whose path names the split, else everything that holds rows."""
+    patterns = _as_list(source.files) or list(_patterns_of_card(source, card))
+    if patterns:
+        return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
+    rows = [name for name in names if any(fnmatch(name, pattern) for pattern in DATA_FILES)]
+    rows = sorted(name for name in rows if Path(name).name not in DESCRIPTIONS)
+    return [name for name in rows if _names_split(name, source)] or rows
+
+
+def _splits(source: HubSource) -> set[str]:
+    """The splits that ``train[:10%]+test`` names."""
+    return {part.partition("[")[0] for part in source.split.split("+")}
+
+
+def _names_split(path: str, source: HubSource) -> bool:
+    return bool(_splits(source) & set(re.split(r"[/.\-]", path)))
 
 
 def _as_list(value: object) -> list[str]:
@@ -113,13 +126,17 @@ def _as_list(value: object) -> list[str]:
 def _patterns_of_card(source: HubSource, card: Mapping[str, Any]) -> Iterator[str]:
     """Patterns of the files of the subsets that are read, as ``configs`` in a dataset's card gives them."""
     configs = card.get("configs")
-    wanted = _as_list(source.subset)
-    for config in configs if isinstance(configs, list) else []:
-        if not isinstance(config, dict) or (wanted and config.get("config_name") not in wanted):
-            continue
-        files = config.get("data_files")
-        for entry in files if isinstance(files, list) else [files]:
-            yield from _as_list(entry.get("path") if isinstance(entry, dict) else entry)
+    configs = [one for one in configs if isinstance(one, dict)] if isinstance(configs, list) else []
+    names = {one.get("config_name") for one in configs}
+    wanted = _as_list(source.subset) or (["default"] if "default" in names else list(names))
+    for config in configs:
+        if config.get("config_name") in wanted:
+            files = config.get("data_files")
+            for entry in files if isinstance(files, list) else [files]:
+                if not isinstance(entry, dict):
+                    yield from _as_list(entry)
+                elif entry.get("split") in _splits(source):
+                    yield from _as_list(entry.get("path"))
 
 
 def places(repository: Repository, folder: Path) -> dict[Path, float]:

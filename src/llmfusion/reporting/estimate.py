@@ -233,7 +233,8 @@ def _jobs_at_once(workflow: Any) -> int:
     """Jobs that run a model at once here; one where a cluster decides: each job looks at the disk again."""
     if not workflow.local_exec:
         return 1
-    return max(1, min(int(workflow.cores), int(workflow.global_resources.get("gpu", workflow.cores))))
+    gpus = getattr(workflow.global_resources.get("gpu"), "value", None)  # given with --resources gpu=N
+    return max(1, workflow.cores if gpus is None else min(gpus, workflow.cores))
 
 
 def check_disk(place: Path, need: DiskNeed) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llmfusion import ROOT
 from llmfusion.data import hub
 from llmfusion.data.hub import Repository
 from llmfusion.errors import UserError
@@ -46,7 +47,7 @@ class StagingPlan:
 def plan_staging(study: Study, addresses: Iterable[str]) -> StagingPlan:
     """Ask the hub about everything that the artifacts at ``addresses`` are staged from."""
     plan = StagingPlan()
-    folder = Path(study.directory)
+    folder = ROOT / study.directory
     seen: set[str] = set()
     for name, source in _sources(study, addresses):
         key = source.model_dump_json()

@@ -113,16 +113,17 @@ class Workload:
         self.assumed = assumed
         self.directory = ROOT / study.directory
         self.hub = hub or {}
-        self._sizes: dict[str, ModelSize] = {}
+        self._sizes: dict[tuple[str, bool], ModelSize] = {}  # of base models, before and after they are staged
         self._guessed: set[str] = set()  # base models that the cost being computed had to guess the size of
         self.outputs = {output_of(address): address for address in graph.artifacts}
-        self.jobs = {address: self._job(address, artifact) for address, artifact in graph.artifacts.items()}
+        self.jobs = {address: self.job(address, artifact) for address, artifact in graph.artifacts.items()}
 
     def is_made(self, address: str) -> bool:
         """Whether this artifact is there already; a shard also where the cache is that it became a part of."""
         return (self.directory / output_of(address)).exists() or (is_shard(address) and self.is_made(whole_of(address)))
 
-    def _job(self, address: str, artifact: PlannedArtifact) -> JobWork:
+    def job(self, address: str, artifact: PlannedArtifact) -> JobWork:
+        """The work of one artifact's job, by what is staged now."""
         kind = kind_of(address)
         spec = parse_spec(address, artifact.spec)
         self._guessed = set()
@@ -160,15 +161,16 @@ class Workload:
     def size(self, model: str) -> ModelSize:
         """What is known of a model's size: its own if it is made, else that of the base model it begins with."""
         base = self.base_of(model)
-        if base not in self._sizes:
+        key = (base, self.is_made(f"models/{base}"))
+        if key not in self._sizes:
             name = base.split("/")[1]
             folder = (self.directory / output_of(f"models/{base}")).parent
             told = self.hub.get(name, ModelSize())
             own = size_of_base(self.study.models.base[name], folder, self.facts(f"models/{base}"), told)
             start = started_from(self.study.models.base[name])
-            self._sizes[base] = own.or_else(self.size(start)) if start else own
+            self._sizes[key] = own.or_else(self.size(start)) if start else own
         made = self.facts(f"models/{model}")
-        return replace(self._sizes[base], **{"parameters": made["parameters"]} if made.get("parameters") else {})
+        return replace(self._sizes[key], **{"parameters": made["parameters"]} if made.get("parameters") else {})
 
     def parameters(self, model: str) -> float:
         """All parameters of a model, all experts included; assumed where nothing tells."""
@@ -233,14 +235,19 @@ class Workload:
 
     def samples(self, mix: str) -> float:
         """Samples of a mix."""
-        return float(self.facts(f"data/mix/{mix}").get("samples") or sum(self.study.mixes[mix].datasets.values()))
+        return float(self.facts(f"data/mix/{mix}").get("samples") or sum(self.draws(mix).values()))
+
+    def draws(self, mix: str) -> dict[str, float]:
+        """How many samples a mix draws from each dataset, at most."""
+        counts: dict[str, Any] = dict(self.study.mixes[mix].datasets)
+        return {name: float(getattr(count, "up_to", count)) for name, count in counts.items()}
 
     def tokens(self, mix: str) -> float:
         """Tokens of a sample of this mix, the mean over its datasets."""
         entry = self.study.mixes[mix]
-        datasets = entry.datasets.items()
-        total = sum(count * min(self.tokens_of_dataset(name), entry.max_length) for name, count in datasets)
-        return total / sum(count for _, count in datasets)
+        draws = self.draws(mix)
+        total = sum(count * min(self.tokens_of_dataset(name), entry.max_length) for name, count in draws.items())
+        return total / sum(draws.values())
 
     def tokens_of_dataset(self, dataset: str) -> float:
         """Tokens of a sample: by the bytes of its rows where its file is here, else assumed."""
@@ -252,12 +259,16 @@ class Workload:
         return rows_of(ROOT / source.path) if isinstance(source, PathSource) else None
 
     def items(self, task: str) -> float:
-        """Items of a test that are asked."""
+        """Items of a test."""
         source: Any = self.study.tasks[task].items
         known = self.facts(f"data/tasks/{task}").get("items") or getattr(source, "rows", None)
         if known is None and (rows := self.rows(source)):
             known = rows.count
         return float(known or TEST_ITEMS.get(getattr(source, "layout", ""), 1000))
+
+    def items_asked(self, task: str) -> float:
+        """Items of a test that models are asked: all, or as many as its limit allows."""
+        return min(self.items(task), getattr(self.study.tasks[task], "limit", None) or float("inf"))
 
     def prompt_tokens(self, task: str) -> float:
         """Tokens of a prompt with its examples."""

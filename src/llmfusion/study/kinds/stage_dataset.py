@@ -30,7 +30,7 @@ def declare(graph: ArtifactGraph, dataset: str) -> Declaration:
 
 def cost(workload: Workload, spec: Spec, shards: int, dataset: str) -> Cost:
     """Bytes to read: those of its own file, else five a token."""
-    largest_draw = max((mix.datasets.get(dataset, 0) for mix in workload.study.mixes.values()), default=0)
+    largest_draw = max((workload.draws(mix).get(dataset, 0) for mix in workload.study.mixes), default=0)
     if rows := workload.rows(spec.dataset):
         size = rows.count * rows.bytes_each
     else:
