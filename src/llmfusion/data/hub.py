@@ -151,8 +151,9 @@ def places(repository: Repository, folder: Path) -> dict[Path, float]:
     from datasets import config
 
     rows = sum(file.bytes * PREPARED.get(Path(file.name).suffix, 1.0) for file in repository.files)
-    prepared = Path(config.HF_DATASETS_CACHE)
-    wanted[prepared] = wanted.get(prepared, 0) + rows  # what `datasets` makes of the files that were downloaded
+    prepared = Path(config.HF_DATASETS_CACHE)  # what `datasets` makes of the files that were downloaded
+    for place in (prepared, folder):
+        wanted[place] = wanted.get(place, 0) + rows
     return wanted
 
 

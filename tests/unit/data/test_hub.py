@@ -129,7 +129,9 @@ def test_a_disk_that_is_too_small_is_told_before_the_first_byte(
         stage_hub(MODEL, tmp_path, None)
     assert hub.downloads() == []
     hub.files["datasets/owner/rows"] = {"a.parquet": 2 * GIB}
-    with pytest.raises(UserError, match="owner/rows: 7,168 MiB are needed"):  # and what `datasets` makes of it
+    with pytest.raises(
+        UserError, match="owner/rows: 12 GiB are needed"
+    ):  # 2 packed, and twice the rows: cache and study
         client.require_room(dataset(), tmp_path)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llmfusion.study.graph import build_graph
 from llmfusion.study.schema.base_models import HubModel, PathModel
 from llmfusion.study.sizes import (
     ModelSize,
@@ -17,6 +18,8 @@ from llmfusion.study.sizes import (
     size_of_gguf,
     size_of_name,
 )
+from tests.unit.finished_jobs import study_file, workload
+from tests.unit.mini_study import small_study
 
 LICENSED: dict[str, Any] = {"vocabulary": "v", "license": "mit"}
 
@@ -202,3 +205,33 @@ def test_rows_of_a_file_are_counted_from_its_beginning(tmp_path: Path) -> None:
     file.write_text('{"a": 1}')
     assert rows_of(file) is not None
     assert rows_of(tmp_path / "none.jsonl") is None
+
+
+def test_a_size_that_the_study_states_changes_no_artifact_and_is_checked(tmp_path: Path) -> None:
+    def fingerprints(**size: float) -> dict[str, str]:
+        def change(data: dict[str, Any]) -> None:
+            pivot = {"kind": "hub", "repo": "a/model", "revision": "0" * 40, **LICENSED, **size}
+            data["models"]["base"]["pivot"] = pivot
+
+        graph = build_graph(small_study(change))
+        return {address: artifact.fingerprint for address, artifact in graph.artifacts.items()}
+
+    assert fingerprints() == fingerprints(parameters=7e9, active_parameters=1e9)
+    for wrong in ({"active_parameters": 1e9}, {"parameters": 1e9, "active_parameters": 2e9}):
+        with pytest.raises(ValueError, match="active_parameters are a part of parameters"):
+            fingerprints(**wrong)
+
+
+def test_a_task_and_a_dataset_of_ones_own_are_as_long_as_their_files(tmp_path: Path) -> None:
+    rows, items = tmp_path / "rows.jsonl", tmp_path / "items.jsonl"
+    rows.write_text("".join('{"messages": "%s"}\n' % ("x" * 181) for _ in range(50)))
+    items.write_text('{"question": "short"}\n' * 37)
+
+    def change(data: dict[str, Any]) -> None:
+        own: dict[str, Any] = {"kind": "path", "layout": "messages", "license": "mit", "path": str(rows)}
+        data["datasets"]["noisy-code"] = own | {"domain": "code"}
+        data["tasks"]["mmlu"]["items"] = own | {"layout": "mmlu", "path": str(items)}
+
+    work = workload(study_file(tmp_path, change=change))
+    assert (work.items("mmlu"), work.tokens("student")) == (37, 50)
+    assert work.jobs["data/dataset/noisy-code"].disk == 50 * 200
