@@ -224,7 +224,7 @@ def test_a_size_that_the_study_states_changes_no_artifact_and_is_checked(tmp_pat
 
 def test_a_task_and_a_dataset_of_ones_own_are_as_long_as_their_files(tmp_path: Path) -> None:
     rows, items = tmp_path / "rows.jsonl", tmp_path / "items.jsonl"
-    rows.write_text("".join('{"messages": "%s"}\n' % ("x" * 181) for _ in range(50)))
+    rows.write_text("".join('{"messages": "%s"}\n' % ("x" * 183) for _ in range(50)))
     items.write_text('{"question": "short"}\n' * 37)
 
     def change(data: dict[str, Any]) -> None:
