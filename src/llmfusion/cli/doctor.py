@@ -86,7 +86,7 @@ def disk(study: Study) -> Finding:
             "set the study's 'directory' to another place",
         )
     estimate, _ = estimate_of(study, build_graph(study), assumptions_for(study.scale))
-    need = estimate.disk_need(estimate.trainings_at_once(SCALES[study.scale].devices))
+    need = estimate.disk_need(estimate.trainings_at_once(estimate.devices))
     fits, message = check_disk(place, need)
     return Finding("note" if fits and need.unknown else "ok" if fits else "MISSING", message)
 

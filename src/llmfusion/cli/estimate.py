@@ -75,7 +75,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _estimate(arguments: argparse.Namespace) -> int:
     from llmfusion.reporting.estimate import check_disk, constant_lines, estimate_of, table_lines, unknown_lines
     from llmfusion.reporting.machine import assumptions_for
-    from llmfusion.study.scales import SCALES
     from llmfusion.study.snakemake import addresses_of, checked
     from llmfusion.study.workload import Workload
 
@@ -88,7 +87,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
     if arguments.staging:
         status, sizes = _print_staging(study, estimate.left)
         estimate, counts = estimate_of(study, graph, assumed, targets, measured_by, sizes)
-    gpus = SCALES[study.scale].devices if arguments.gpus is None else arguments.gpus
+    gpus = estimate.devices if arguments.gpus is None else arguments.gpus
     lines = table_lines(estimate, estimate.wall_hours(gpus), gpus)
     done = len(estimate.jobs) - len(estimate.left)
     print(f"{study.title}: {len(estimate.jobs)} jobs, {done} of them done\n")

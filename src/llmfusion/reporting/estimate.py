@@ -15,6 +15,7 @@ from llmfusion.reporting.measured import Coefficients, fit_coefficients, read_me
 from llmfusion.reporting.schedule import wall_seconds
 from llmfusion.study.addresses import TABLES
 from llmfusion.study.graph import ArtifactGraph
+from llmfusion.study.scales import SCALES
 from llmfusion.study.schema.study import Study
 from llmfusion.study.sizes import ModelSize
 from llmfusion.study.snakemake import WorkflowStudy
@@ -36,8 +37,6 @@ HEADS = {  # whether jobs that run a model have GPUs
     False: ("model-h", "job-hours", "disk GB", "memory GB"),
 }
 LINE = "{:18} {:>5} {:>5} {:>10} {:>10} {:>10} {:>12}"
-
-
 SAVE_SECONDS = 900  # a training saves its state so often, and keeps two beside the one that is being written
 STATES = 3
 
@@ -90,6 +89,12 @@ class Estimate:
             jobs = {address: replace(job, gpus=max(1, job.gpus)) for address, job in jobs.items()}
         seconds = {address: self.seconds[address] + assumed.scheduling for address in jobs}
         return wall_seconds(jobs, seconds, gpus) / 3600
+
+    @property
+    def devices(self) -> int:
+        """GPUs, or without them cores, that are counted with unless a number is given; enough for every job."""
+        most = max((job.gpus for job in self.left.values()), default=0)
+        return max(SCALES[self.workload.study.scale].devices, most)
 
     def trainings_at_once(self, gpus: int) -> int:
         """How many trainings run at once with so many devices."""

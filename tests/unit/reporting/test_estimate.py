@@ -210,6 +210,13 @@ def test_a_long_training_keeps_more_resume_states_than_a_short_one(tmp_path: Pat
     assert long.disk_need(1).resume == 3 * short.disk_need(1).resume
 
 
+def test_a_training_of_several_processes_is_counted_without_a_number_of_gpus(tmp_path: Path) -> None:
+    study = load_study(study_file(tmp_path, change=lambda data: data["models"]["trained"]["sft"].update(processes=4)))
+    estimate, _ = estimate_of(study.study, study.graph, on_a_core(1e9))
+    assert estimate.devices == 4
+    assert estimate.wall_hours(estimate.devices) > 0
+
+
 def test_without_a_gpu_the_speed_is_that_of_this_machine_and_cores_are_shared(tmp_path: Path) -> None:
     assert core_speed() > 1e8
     study = load_study(study_file(tmp_path))
