@@ -1,6 +1,7 @@
 localrules:
     table,
     cost,
+    cost_of_all,
 
 
 rule table:
@@ -23,6 +24,21 @@ rule table:
 
 
 rule cost:
+    input:
+        "results/{table}.csv",
+    output:
+        csv="results/{table}.cost.csv",
+    log:
+        "logs/costs/{table}.log",
+    benchmark:
+        "logs/benchmarks/costs/{table}.tsv"
+    conda:
+        "../envs/llmfusion.yaml"
+    shell:
+        "python -m llmfusion cost {input:q} --out {output.csv} > {log} 2>&1"
+
+
+rule cost_of_all:
     input:
         study.stages["tables"],
     output:

@@ -11,6 +11,7 @@ from llmfusion.artifacts.licences import inherited
 from llmfusion.models import staging
 from llmfusion.study.kinds.stage_base import Spec
 from llmfusion.study.schema.base_models import GgufModel, HubModel, PathModel, ScratchModel
+from llmfusion.study.sizes import size_of_gguf
 
 if TYPE_CHECKING:
     from llmfusion.training.loop import Student
@@ -34,6 +35,7 @@ def _stage(job: Job, base: HubModel | PathModel | GgufModel, chat_template: str 
         return staging.stage_hub(base, job.folder, chat_template)
     job.restrict_to_readers_of(ROOT / base.path)
     if isinstance(base, GgufModel):
+        job.require_disk(f"{base.path} in float32", int(size_of_gguf(ROOT / base.path).bytes or 0))
         return staging.stage_gguf(base, job.folder, chat_template)
     draft = job.folder.stat()
     files = [path.stat() for path in staging.taken_files(ROOT / base.path)]

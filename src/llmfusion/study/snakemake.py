@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from llmfusion.io.digests import canonical
 from llmfusion.io.files import write_file
 from llmfusion.io.logs import redact_output
 from llmfusion.study.addresses import FINGERPRINTS, TABLES, output_of
-from llmfusion.study.errors import StudyError
+from llmfusion.study.errors import StudyError, nearest
 from llmfusion.study.graph import ArtifactGraph, PlannedArtifact, build_graph
 from llmfusion.study.kinds import all_kinds, gpus_of, kind_of, wildcards_of
 from llmfusion.study.load import read_study
@@ -33,20 +33,11 @@ class WorkflowStudy:
         self.graph = graph
         self._artifacts = graph.artifacts
         self.directory = str(ROOT / study.directory)
-        self.stages = self._stages()  # files by the target that asks for them
+        self.stages = stages_of(graph)  # files by the target that asks for them
         # regular expressions by wildcard; (?!) matches nothing
         self.names = {
             name: "|".join(map(re.escape, sorted(values))) or "(?!)" for name, values in self._wildcard_values().items()
         }
-
-    def _stages(self) -> dict[str, list[str]]:
-        out: dict[str, list[str]] = {}
-        for address in self._artifacts:
-            if (stage := kind_of(address).stage) is not None:
-                out.setdefault(stage, []).append(output_of(address))
-        tables = (table for address, table in self._artifacts.items() if address.startswith(TABLES))
-        out["scores"] = sorted({cell for table in tables for cell in table.inputs})  # only cells that a table needs
-        return out
 
     def _wildcard_values(self) -> dict[str, set[str]]:
         """Every value that each wildcard of the rules takes; one that no artifact has matches nothing."""
@@ -90,6 +81,17 @@ class WorkflowStudy:
         return self._artifacts[pattern.format(**wildcards)]
 
 
+def stages_of(graph: ArtifactGraph) -> dict[str, list[str]]:
+    """Files of a study by the stage, a target of Snakemake, that asks for them."""
+    out: dict[str, list[str]] = {}
+    for address in graph.artifacts:
+        if (stage := kind_of(address).stage) is not None:
+            out.setdefault(stage, []).append(output_of(address))
+    tables = (table for address, table in graph.artifacts.items() if address.startswith(TABLES))
+    out["scores"] = sorted({cell for table in tables for cell in table.inputs})  # only cells that a table needs
+    return out
+
+
 def study_of(workflow: Any) -> WorkflowStudy:
     """The study that a Snakemake workflow was started with: its ``configfile``, or the paper's."""
     redact_output()
@@ -131,3 +133,21 @@ def checked(file: str | Path) -> tuple[Study, ArtifactGraph]:
     graph = build_graph(study)
     check_staged(file, study, graph)
     return study, graph
+
+
+def addresses_of(graph: ArtifactGraph, targets: Iterable[str]) -> list[str]:
+    """Addresses of what Snakemake makes for these targets: stages, files of artifacts, or addresses themselves.
+
+    Costs are made from tables. Raises :class:`ValueError` for a target that the study does not make.
+    """
+    outputs = {output_of(address): address for address in graph.artifacts}
+    stages = stages_of(graph)
+    out: list[str] = []
+    for target in targets:
+        file = target.removesuffix(".cost.csv") + ".csv" if target.endswith(".cost.csv") else target
+        files = stages["tables"] if target == "results/cost.csv" else stages.get(target, [file])
+        for name in files:
+            if name not in outputs and name not in graph.artifacts:
+                raise ValueError(f"{target}: the study makes no such file; {nearest(target, {*outputs, *stages})}")
+            out.append(outputs.get(name, name))
+    return out

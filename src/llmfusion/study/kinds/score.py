@@ -37,7 +37,7 @@ def declare(graph: ArtifactGraph, model: str, task: str) -> Declaration:
 
 def cost(workload: Workload, spec: Spec, shards: int, model: str, task: str) -> Cost:
     """Items, and items whose programs are run."""
-    items = workload.items(task)
+    items = workload.items_asked(task)
     return Cost("score", (items, items if task_formats()[spec.format].runs_programs else 0.0), items * 200)
 
 

@@ -4,12 +4,13 @@ Every key has a description; a default, once released, never changes, because ar
 spec.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, create_model, field_validator
 
 from llmfusion.study.kinds import all_kinds
 from llmfusion.study.plugins import PluginError
+from llmfusion.study.scales import SCALES
 from llmfusion.study.schema.base import Name, Section, started_from, template_fields
 from llmfusion.study.schema.base_models import BaseModelEntry
 from llmfusion.study.schema.data import Dataset, Mix, Task
@@ -17,6 +18,11 @@ from llmfusion.study.schema.merging import Merge
 from llmfusion.study.schema.settings import Answering, Capture, Generation
 from llmfusion.study.schema.tables import Table
 from llmfusion.study.schema.training import TrainedModel
+
+if TYPE_CHECKING:
+    ScaleName: TypeAlias = str
+else:
+    ScaleName = Literal[tuple(SCALES)]
 
 
 class Models(Section):
@@ -33,7 +39,10 @@ class BuiltinSections(Section):
     """One study: everything the workflow needs to know, in one file."""
 
     title: str = Field(min_length=1, description="one line that says what is studied")
-    scale: Literal["paper", "miniature"] = Field(description="miniature numbers are labelled as such everywhere")
+    scale: ScaleName = Field(
+        description="small: real models that need no GPU; miniature: made-up models; "
+        "the numbers of both are labelled as such everywhere"
+    )
     directory: str = Field(
         min_length=1, description="where results/, work/ and logs/ go, relative to the repository root, or absolute"
     )
