@@ -31,11 +31,13 @@ class Lease:
     def __init__(self, path: Path):
         self.path = path
         self.token = uuid.uuid4().hex
+        self.waited_seconds = 0.0  # until the lease was taken
         self._stop = threading.Event()
 
     def __enter__(self) -> "Lease":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         reported = False
+        began = time.monotonic()
         while not self._take():
             holder = _read(self.path)
             if holder is not None and _is_stale(self.path, holder):
@@ -46,6 +48,7 @@ class Lease:
                 logger.warning("waiting for %s: held by process %s on %s", self.path, pid, holder.get("host"))
                 reported = True
             time.sleep(POLL_SECONDS)
+        self.waited_seconds = time.monotonic() - began
         threading.Thread(target=self._touch, daemon=True).start()
         return self
 
@@ -92,6 +95,12 @@ class Lease:
                 return  # somebody else's now: keeping it fresh would hold up everybody
             with contextlib.suppress(OSError):
                 os.utime(self.path)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living writer holds a lease."""
+    holder = _read(path)
+    return holder is not None and not _is_stale(path, holder)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import traceback
+from typing import TextIO
 
 from llmfusion.errors import redacted
 
@@ -20,11 +21,19 @@ class RedactedRecord(logging.LogRecord):
         return redacted(super().getMessage())
 
 
+class StrictHandler(logging.StreamHandler[TextIO]):
+    """Writes to standard output; a line that cannot be written, on a full disk perhaps, fails the job."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what kept a record from being written, instead of going on without it."""
+        raise
+
+
 def log_to_stdout() -> None:
     """Print INFO of this package and warnings of others to standard output, where a rule's log file receives them.
 
     Secrets are removed from the records themselves, so that handlers which libraries install show none either.
     """
     logging.setLogRecordFactory(RedactedRecord)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[StrictHandler(sys.stdout)], force=True)
     logging.getLogger("llmfusion").setLevel(logging.INFO)

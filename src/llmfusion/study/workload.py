@@ -96,13 +96,14 @@ class Workload:
         self.assumed = assumed
         self.directory = ROOT / study.directory
         self.outputs = {output_of(address): address for address in graph.artifacts}
-        self.jobs = {address: self._job(address, artifact) for address, artifact in graph.artifacts.items()}
+        self.jobs = {address: self.job(address, artifact) for address, artifact in graph.artifacts.items()}
 
     def is_made(self, address: str) -> bool:
         """Whether this artifact is there already; a shard also where the cache is that it became a part of."""
         return (self.directory / output_of(address)).exists() or (is_shard(address) and self.is_made(whole_of(address)))
 
-    def _job(self, address: str, artifact: PlannedArtifact) -> JobWork:
+    def job(self, address: str, artifact: PlannedArtifact) -> JobWork:
+        """The work of one artifact's job, by what is staged now."""
         kind = kind_of(address)
         spec = parse_spec(address, artifact.spec)
         cost = kind.cost(self, spec, len(artifact.shards), **wildcards_of(address))

@@ -17,6 +17,7 @@ from llmfusion.study.schema.merging import Merge
 from llmfusion.study.schema.settings import Answering, Capture, Generation
 from llmfusion.study.schema.tables import Table
 from llmfusion.study.schema.training import TrainedModel
+from llmfusion.study.shell_names import problem_of
 
 
 class Models(Section):
@@ -60,6 +61,13 @@ class BuiltinSections(Section):
         """The entry of a model by its address."""
         kind, name = address.split("/")
         return getattr(self.models, kind)[name]
+
+    @field_validator("directory")
+    @classmethod
+    def _directory(cls, path: str) -> str:
+        if (problem := problem_of(path)) is not None:
+            raise ValueError(f"got {path!r}, which {problem}")
+        return path
 
     @field_validator("chat_template")
     @classmethod
