@@ -13,14 +13,12 @@ rule table:
         manifest="results/{table}.json",
     log:
         "logs/tables/{table}.log",
-    benchmark:
-        "logs/benchmarks/tables/{table}.tsv"
     conda:
         "../envs/llmfusion.yaml"
     params:
         spec=study.spec("tables/{table}"),
     shell:
-        "python -m llmfusion step table --spec {params.spec:q} --out {output.csv} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step table --spec - --out {output.csv:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"
 
 
 rule cost:
@@ -45,9 +43,7 @@ rule cost_of_all:
         csv="results/cost.csv",
     log:
         "logs/cost.log",
-    benchmark:
-        "logs/benchmarks/cost.tsv"
     conda:
         "../envs/llmfusion.yaml"
     shell:
-        "python -m llmfusion cost {input:q} --out {output.csv} > {log} 2>&1"
+        "python -m llmfusion cost {input:q} --out {output.csv:q} > {log:q} 2>&1"

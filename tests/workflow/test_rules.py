@@ -47,7 +47,7 @@ def test_a_rule_uses_its_kinds_own_address(name: str) -> None:
     assert section(name, "output")[0] == output
     assert str(manifest_of(Path(output))) in section(name, "output")
     assert section(name, "log") == [f"logs/{kind.address}.log"]
-    assert section(name, "benchmark") == [f"logs/benchmarks/{kind.address}.tsv"]
+    assert "benchmark" not in RULES[name]  # Snakemake writes one for a job that only waited, too
 
 
 @pytest.mark.parametrize("name", NAMES)

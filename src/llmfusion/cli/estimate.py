@@ -1,6 +1,6 @@
 """Jobs, GPU-hours, wall time, disk and GPU memory of a study, before anything is paid for.
 
-Constants come from named assumptions (``--assume mfu=0.3``), and from the benchmark files of jobs that have finished:
+Constants come from named assumptions (``--assume mfu=0.3``), and from what jobs that have finished took:
 the study's own, or with ``--measured-by`` those of another study on the same machine. Sizes of models come from their
 files; ``--staging`` asks the hub for those that are not here, and lists what will be downloaded. Exit status 1 if the
 disk will not hold it.

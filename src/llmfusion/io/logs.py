@@ -4,7 +4,7 @@ import logging
 import sys
 import threading
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 from llmfusion.io.redaction import redacted
 
@@ -20,6 +20,14 @@ class RedactedRecord(logging.LogRecord):
     def getMessage(self) -> str:
         """The message with its arguments, redacted."""
         return redacted(super().getMessage())
+
+
+class StrictHandler(logging.StreamHandler[TextIO]):
+    """Writes to standard output; a line that cannot be written, on a full disk perhaps, fails the job."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what kept a record from being written, instead of going on without it."""
+        raise
 
 
 class RedactedStream:
@@ -92,5 +100,6 @@ def redact_output() -> None:
 
 def log_to_stdout() -> None:
     """Print INFO of this package and warnings of others to standard output, where a rule's log file receives them."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout, force=True)
+    handler: Any = StrictHandler(sys.stdout)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
     logging.getLogger("llmfusion").setLevel(logging.INFO)

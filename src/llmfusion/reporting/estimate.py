@@ -1,6 +1,6 @@
 """Jobs, GPU-hours, wall time, disk and GPU memory of a study, before anything is paid for.
 
-Constants come from named assumptions, and from the benchmark files of jobs that have finished.
+Constants come from named assumptions, and from what jobs that have finished took.
 """
 
 import shutil

@@ -1,5 +1,6 @@
 """What all sections of a study share: strict models, names, addresses."""
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -13,6 +14,13 @@ def _not_reserved(name: str) -> str:
     return name
 
 
+def _no_wildcard(path: str) -> str:
+    if re.search(r"[{}\x00-\x1f\x7f]", path):
+        raise ValueError(f"got {path!r}; braces and control characters are wildcards and separators to Snakemake")
+    return path
+
+
+OutsidePath = Annotated[str, Field(min_length=1), AfterValidator(_no_wildcard)]  # of a file of the user's own
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80), AfterValidator(_not_reserved)]
 Address = Annotated[str, Field(pattern=r"^(base|trained|merged)/[a-z0-9][a-z0-9._-]*$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]

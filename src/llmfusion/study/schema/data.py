@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 from pydantic import Field, field_validator
 
 from llmfusion.study.data_plugins import format_sentences, layouts, task_formats
-from llmfusion.study.schema.base import Address, Commit, Licensed, Name, Positive, Section, Share, template_fields
+from llmfusion.study.schema.base import (
+    Address,
+    Commit,
+    Licensed,
+    Name,
+    OutsidePath,
+    Positive,
+    Section,
+    Share,
+    template_fields,
+)
 
 # Names of plug-ins: one file each in llmfusion/data/layouts and llmfusion/evaluation/tasks.
 if TYPE_CHECKING:
@@ -46,7 +56,7 @@ class HubSource(Licensed):
 
 class PathSource(Licensed):
     kind: Literal["path"] = Field(description="a .jsonl or .parquet file of your own")
-    path: str = Field(min_length=1, description="the file, relative to the repository root, or absolute")
+    path: OutsidePath = Field(description="the file, relative to the repository root, or absolute")
     layout: Layout = Field(description="how its columns become samples or items (docs/extending.md)")
     columns: Columns | None = Field(None, description=_COLUMNS)
 

@@ -18,6 +18,7 @@ from llmfusion.study.schema.merging import Merge
 from llmfusion.study.schema.settings import Answering, Capture, Generation
 from llmfusion.study.schema.tables import Table
 from llmfusion.study.schema.training import TrainedModel
+from llmfusion.study.shell_names import problem_of
 
 if TYPE_CHECKING:
     ScaleName: TypeAlias = str
@@ -82,6 +83,13 @@ class BuiltinSections(Section):
         """Teachers of a training whose vocabulary is not the student's: they are projected into its space (DSKD)."""
         own = self.vocabulary(run.init)
         return [teacher for teacher in run.teachers if self.vocabulary(teacher) != own]
+
+    @field_validator("directory")
+    @classmethod
+    def _directory(cls, path: str) -> str:
+        if (problem := problem_of(path)) is not None:
+            raise ValueError(f"got {path!r}, which {problem}")
+        return path
 
     @field_validator("chat_template")
     @classmethod
