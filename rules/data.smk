@@ -14,6 +14,7 @@ rule stage_dataset:
         "logs/benchmarks/data/dataset/{dataset}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
     params:
         spec=study.spec("data/dataset/{dataset}"),
     shell:
@@ -31,6 +32,7 @@ rule stage_tasks:
         "logs/benchmarks/data/tasks/{task}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
     params:
         spec=study.spec("data/tasks/{task}"),
     shell:
@@ -48,6 +50,7 @@ rule mix_samples:
         "logs/benchmarks/data/mix/{mix}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
     params:
         spec=study.spec("data/mix/{mix}"),
     shell:

@@ -14,6 +14,7 @@ rule stage_base:
         "logs/benchmarks/models/base/{base}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
     resources:
         gpu=study.gpus("models/base/{base}"),
         runtime=10080,  # minutes; a profile can set it

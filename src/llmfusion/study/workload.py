@@ -19,6 +19,7 @@ from llmfusion.study.graph import ArtifactGraph, PlannedArtifact
 from llmfusion.study.kinds import Cost, Kind, all_kinds, kind_of, parse_spec, wildcards_of
 from llmfusion.study.plugins import PluginError
 from llmfusion.study.references import started_from
+from llmfusion.study.schema.data import most_samples
 from llmfusion.study.schema.study import Study
 
 TEST_ITEMS = {"mmlu": 14042, "gsm8k": 1319, "math": 5000, "humaneval": 164}  # by layout, of the tests the papers use
@@ -175,7 +176,8 @@ class Workload:
 
     def samples(self, mix: str) -> float:
         """Samples of a mix."""
-        return float(self.facts(f"data/mix/{mix}").get("samples") or sum(self.study.mixes[mix].datasets.values()))
+        counts = self.study.mixes[mix].datasets.values()
+        return float(self.facts(f"data/mix/{mix}").get("samples") or sum(map(most_samples, counts)))
 
     def tokens(self, mix: str) -> float:
         """Tokens of a sample of this mix."""
@@ -186,6 +188,10 @@ class Workload:
         source: Any = self.study.tasks[task].items
         known = self.facts(f"data/tasks/{task}").get("items") or getattr(source, "rows", None)
         return float(known or TEST_ITEMS.get(getattr(source, "layout", ""), 1000))
+
+    def items_asked(self, task: str) -> float:
+        """Items of a test that models are asked: all, or as many as its limit allows."""
+        return min(self.items(task), self.study.tasks[task].limit or float("inf"))
 
     def inference_bytes(self, model: str, dtype: str, tokens: float) -> float:
         """Weights, and keys and values of so many tokens (a quarter of the heads, as in Llama 3)."""

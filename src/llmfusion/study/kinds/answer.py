@@ -41,9 +41,9 @@ def cost(workload: Workload, spec: Spec, shards: int, model: str, batch: str) ->
     for name, task in spec.tasks.items():
         prompt = assumed.prompt_tokens + task.shots * assumed.shot_tokens
         answer = 1.0 if formats[task.format].short_answer else assumed.answer_share * task.max_new_tokens
-        items += workload.items(name)
-        written += workload.items(name) * answer
-        read += workload.items(name) * prompt
+        items += workload.items_asked(name)
+        written += workload.items_asked(name) * answer
+        read += workload.items_asked(name) * prompt
         longest = max(longest, prompt + task.max_new_tokens)
     parameters = workload.parameters(model)
     memory = workload.inference_bytes(model, spec.answering.dtype, spec.answering.batch_size * longest)

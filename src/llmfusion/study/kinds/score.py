@@ -20,6 +20,7 @@ class Spec(StepSpec):
     format: str
     batch: str
     scale: str
+    limit: int | None = None  # items that are asked where these are not all
 
 
 def declare(graph: ArtifactGraph, model: str, task: str) -> Declaration:
@@ -32,12 +33,13 @@ def declare(graph: ArtifactGraph, model: str, task: str) -> Declaration:
         "batch": batch,
         "scale": graph.study.scale,
     }
+    body |= {"limit": graph.study.tasks[task].limit} if graph.study.tasks[task].limit else {}
     return Declaration(body, [f"answers/{model}/{batch}", f"data/tasks/{task}"])
 
 
 def cost(workload: Workload, spec: Spec, shards: int, model: str, task: str) -> Cost:
     """Items, and items whose programs are run."""
-    items = workload.items(task)
+    items = workload.items_asked(task)
     return Cost("score", (items, items if task_formats()[spec.format].runs_programs else 0.0), items * 200)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from llmfusion.study.errors import Problem
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.schema.base import dump
-from llmfusion.study.schema.data import Dataset, outside_files
+from llmfusion.study.schema.data import Dataset, most_samples, outside_files
 
 if TYPE_CHECKING:
     from llmfusion.study.graph import ArtifactGraph
@@ -30,7 +30,7 @@ def declare(graph: ArtifactGraph, dataset: str) -> Declaration:
 
 def cost(workload: Workload, spec: Spec, shards: int, dataset: str) -> Cost:
     """Bytes to download: five a token."""
-    largest_draw = max((mix.datasets.get(dataset, 0) for mix in workload.study.mixes.values()), default=0)
+    largest_draw = max((most_samples(mix.datasets.get(dataset, 0)) for mix in workload.study.mixes.values()), default=0)
     size = (getattr(spec.dataset, "rows", None) or largest_draw) * workload.assumed.tokens_per_sample * 5
     return Cost("dataset", (size,), size)
 

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llmfusion import ROOT
-from llmfusion.study.schema.base import Address, Commit, Licensed, Name, Positive, Section
+from llmfusion.study.schema.base import REPOSITORY, Address, Commit, FilePath, Licensed, Name, Positive, Section
 from llmfusion.study.schema.training import Training
 
 
 class HubModel(Licensed):
     kind: Literal["hub"] = Field(description="a model repository on the Hugging Face hub")
-    repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$", description="repository id, e.g. meta-llama/Llama-3.1-8B")
+    repo: str = Field(pattern=REPOSITORY, description="repository id, e.g. meta-llama/Llama-3.1-8B")
     revision: Commit = Field(description="the repository's commit, 40 hex digits")
     vocabulary: Name = Field(
         description="models with the same word here share one tokenizer (checked when they are staged)"
@@ -20,7 +20,7 @@ class HubModel(Licensed):
 
 class PathModel(Licensed):
     kind: Literal["path"] = Field(description="a local folder with config.json, tokenizer and safetensors weights")
-    path: str = Field(min_length=1, description="the folder, relative to the repository root, or absolute")
+    path: FilePath = Field(description="the folder, relative to the repository root, or absolute")
     vocabulary: Name = Field(
         description="models with the same word here share one tokenizer (checked when they are staged)"
     )
@@ -28,7 +28,7 @@ class PathModel(Licensed):
 
 class GgufModel(Licensed):
     kind: Literal["gguf"] = Field(description="a .gguf file, converted to safetensors when it is staged")
-    path: str = Field(min_length=1, description="the file, relative to the repository root, or absolute")
+    path: FilePath = Field(description="the file, relative to the repository root, or absolute")
     vocabulary: Name = Field(
         description="models with the same word here share one tokenizer (checked when they are staged)"
     )

@@ -10,7 +10,7 @@ from pydantic import Field, create_model, field_validator
 
 from llmfusion.study.kinds import all_kinds
 from llmfusion.study.plugins import PluginError
-from llmfusion.study.schema.base import Name, Section, template_fields
+from llmfusion.study.schema.base import FilePath, Name, Section, template_fields
 from llmfusion.study.schema.base_models import BaseModelEntry
 from llmfusion.study.schema.data import Dataset, Mix, Task
 from llmfusion.study.schema.merging import Merge
@@ -34,8 +34,8 @@ class BuiltinSections(Section):
 
     title: str = Field(min_length=1, description="one line that says what is studied")
     scale: Literal["paper", "miniature"] = Field(description="miniature numbers are labelled as such everywhere")
-    directory: str = Field(
-        min_length=1, description="where results/, work/ and logs/ go, relative to the repository root, or absolute"
+    directory: FilePath = Field(
+        description="where results/, work/ and logs/ go, relative to the repository root, or absolute"
     )
     chat_template: str = Field(
         "neutral", description="for models without one: neutral (User/Assistant), or a Jinja template"
