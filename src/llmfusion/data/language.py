@@ -1,8 +1,8 @@
 """The language of a text, told by its prose: code and LaTeX are written in none.
 
 The identifier is py3langid (https://github.com/adbar/py3langid), whose model lies in its package. On 1,245 messages of
-Linux programs in eight languages and on 1,500 docstrings, cut to what :func:`prose` leaves, the rule below kept 2.8 %
-of the foreign ones and lost 0.1 % of the English ones; of functions without docstrings it lost 0.4 %.
+Linux programs in eight languages and on 1,500 docstrings, cut to what :func:`prose` leaves, the rule below kept 3 %
+of the foreign ones and lost 0.1 % of the English ones; of functions of the standard library it lost 0.5 %.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any
 
 from llmfusion.study.schema.data import LANGUAGES
 
-LEAST_PROSE = 24  # bytes in UTF-8; with less nobody can tell a language ("Paris.", "x = 6")
+LEAST_PROSE = 26  # bytes in UTF-8; with less nobody can tell a language ("Paris.", "x = 6")
 LONGEST_PROSE = 2000  # characters; more do not change the answer
 LEAST_PROBABILITY = 0.1  # of the languages asked for, together
 NO_LANGUAGE = "zxx"  # ISO 639-2: no linguistic content
@@ -24,11 +24,14 @@ NOT_PROSE = re.compile(
     r"|`[^`\n]*`|https?://\S+",
     re.DOTALL,
 )
-WORD = re.compile(r"""[("'“‘«¿¡*]*[^\W\d_][^\s\\{}\[\]()<>=_$#^|@~*/+\d]*[)"'”’»*]*[.,;:!?…]*""")
+LETTERS = r"[^\s\\{}\[\]()<>=_$#^|@~*/+\d]*"  # and punctuation inside words: hyphens, apostrophes, Chinese commas
+WORD = re.compile(
+    rf"""[("'“‘«¿¡*]*(?:[^\W\d_][^\W\d_'’-]{LETTERS}|[^\W\d_]['’-]{LETTERS}|[^\x00-\x7f])[)"'”’»*]*[.,;:!?…]*"""
+)
 
 
 def prose(text: str) -> str:
-    """The words of a text that are neither fenced code, nor LaTeX, nor look like code: ``f(x)``, ``a_b``, ``x=1``."""
+    """The words of a text that are neither fenced code, nor LaTeX, nor look like code: ``f(x)``, ``a_b``, ``x``."""
     words = NOT_PROSE.sub(" ", text).split()
     return " ".join(word for word in words if WORD.fullmatch(word))
 

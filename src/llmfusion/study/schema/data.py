@@ -44,8 +44,8 @@ def _inside_repository(pattern: str) -> str:
     parts = pattern.split("/")
     if "" in parts or ".." in parts or "." in parts or any(text in pattern for text in (":", "\\", "~")):
         raise ValueError(
-            f"got {pattern[:60]!r}; expected a file of the repository, relative to its top, such as data/train.parquet; "
-            "* stands for any characters but /, ** for any"
+            f"got {pattern[:60]!r}; expected a file of the repository, relative to its top, such as "
+            "data/train.parquet; * stands for any characters but /, ** for any"
         )
     return pattern
 
@@ -167,12 +167,13 @@ def most_samples(count: int | UpTo) -> int:
 
 
 # ISO 639-1 codes of the languages that llmfusion.data.language tells apart
-LANGUAGES = (
+_CODES = (
     "af am an ar as az ba be bg bn br bs ca cs cy da de dz el en eo es et eu fa fi fo fr fy ga gd gl gu "
     "ha he hi hr ht hu hy id ig is it ja jv ka kk km kn ko ku ky la lb lg ln lo lt lv mg mk ml mn mr ms "
     "mt my ne nl nn no oc om or pa pl ps pt qu ro ru rw sa se si sk sl sn so sq sr st sv sw ta te tg th "
     "tk tl tr tt ug uk ur uz vi vo wa xh yo zh zu"
-).split()
+)
+LANGUAGES = tuple(_CODES.split())
 
 
 def _language(code: str) -> str:
