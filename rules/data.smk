@@ -12,6 +12,7 @@ rule stage_dataset:
         "logs/data/dataset/{dataset}.log",
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
     resources:
         mem_mb=study.memory_mb("data/dataset/{dataset}"),
         runtime=study.minutes("data/dataset/{dataset}"),
@@ -30,6 +31,7 @@ rule stage_tasks:
         "logs/data/tasks/{task}.log",
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
     resources:
         mem_mb=study.memory_mb("data/tasks/{task}"),
         runtime=study.minutes("data/tasks/{task}"),
@@ -48,6 +50,7 @@ rule mix_samples:
         "logs/data/mix/{mix}.log",
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
     resources:
         mem_mb=study.memory_mb("data/mix/{mix}"),
         runtime=study.minutes("data/mix/{mix}"),

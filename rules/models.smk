@@ -12,6 +12,7 @@ rule stage_base:
         "logs/models/base/{base}.log",
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
     resources:
         gpu=study.gpus("models/base/{base}"),
         mem_mb=study.memory_mb("models/base/{base}"),

@@ -18,10 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def build(job: Job) -> None:
-    """Grade every answer. Facts: score in per cent with its standard error, k right of n, the verdicts as 0s and 1s."""
+    """Grade every answer. Facts: score in per cent with its standard error, k right of n, the verdicts as 0s and 1s.
+
+    Where the task has a limit also how many of its items were asked.
+    """
     spec = job.parse(Spec)
     stored = job.input(f"answers/{spec.model}/{spec.batch}")
-    items = items_of(job.input(f"data/tasks/{spec.task}"), spec.format)
+    staged = job.input(f"data/tasks/{spec.task}")
+    items = items_of(staged, spec.format, limit=spec.limit)
     answers = _answers(stored, spec.task, len(items))
     task_format = load_format(spec.format)
     jobs = int(os.environ.get("OMP_NUM_THREADS", "1"))
@@ -40,6 +44,8 @@ def build(job: Job) -> None:
         scale=spec.scale,
         asked=asked,
     )
+    if spec.limit is not None:
+        job.facts["limit"] = {"asked": len(items), "of": staged.facts["items"]}
     _note_unsupported(spec, graded, job.facts)
     _log_cell(spec, job.facts)
 
@@ -58,7 +64,8 @@ def _note_unsupported(spec: Spec, graded: list[Verdict], facts: dict[str, Any]) 
 
 def _log_cell(spec: Spec, facts: dict[str, Any]) -> None:
     figures = (facts[key] for key in ("score", "stderr", "k", "n", "reasons"))
-    logger.info("%s on %s: %.2f +-%.2f (%d of %d) %s", spec.model, spec.task, *figures)
+    limit = "; asked {asked} of the test's {of} items".format(**facts["limit"]) if "limit" in facts else ""
+    logger.info("%s on %s: %.2f +-%.2f (%d of %d) %s%s", spec.model, spec.task, *figures, limit)
 
 
 def _answers(stored: Artifact, task: str, count: int) -> list[str]:

@@ -39,7 +39,7 @@ def _too_few_rows(study: Study, facts: _Facts) -> list[Problem]:
     for name, mix in study.mixes.items():
         for dataset, count in mix.datasets.items():
             rows = facts(f"data/dataset/{dataset}").get("samples")
-            if rows is not None and rows < count:
+            if rows is not None and isinstance(count, int) and rows < count:
                 text = f"asks for {count} samples; the dataset staged has {rows}"
                 out.append(Problem(("mixes", name, "datasets", dataset), text))
     return out

@@ -21,7 +21,7 @@ from llmfusion.study.kinds import Cost, Kind, all_kinds, kind_of, parse_spec, wi
 from llmfusion.study.plugins import PluginError
 from llmfusion.study.schema.base import started_from
 from llmfusion.study.schema.base_models import GgufModel, HubModel, PathModel
-from llmfusion.study.schema.data import PathSource
+from llmfusion.study.schema.data import PathSource, most_samples
 from llmfusion.study.schema.study import Study
 from llmfusion.study.sizes import ModelSize, Rows, hub_snapshot, rows_of, size_of_base, weight_files
 
@@ -238,8 +238,7 @@ class Workload:
 
     def draws(self, mix: str) -> dict[str, float]:
         """How many samples a mix draws from each dataset, at most."""
-        counts: dict[str, Any] = dict(self.study.mixes[mix].datasets)
-        return {name: float(getattr(count, "up_to", count)) for name, count in counts.items()}
+        return {name: float(most_samples(count)) for name, count in self.study.mixes[mix].datasets.items()}
 
     def tokens(self, mix: str) -> float:
         """Tokens of a sample of this mix, the mean over its datasets."""
@@ -267,7 +266,7 @@ class Workload:
 
     def items_asked(self, task: str) -> float:
         """Items of a test that models are asked: all, or as many as its limit allows."""
-        return min(self.items(task), getattr(self.study.tasks[task], "limit", None) or float("inf"))
+        return min(self.items(task), self.study.tasks[task].limit or float("inf"))
 
     def prompt_tokens(self, task: str) -> float:
         """Tokens of a prompt with its examples."""

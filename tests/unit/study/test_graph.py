@@ -89,8 +89,10 @@ def test_writing_out_a_default_changes_nothing() -> None:
 
 
 def test_a_spec_leaves_defaults_out_so_that_a_new_option_re_makes_nothing() -> None:
-    entry = build_graph(small_study(lambda d: d["mixes"]["raw"].update(seed=42, english=0.5))).artifacts["data/mix/raw"]
-    assert json.loads(entry.spec)["mix"] == {"datasets": {"text-facts": 5}, "max_length": 128, "english": 0.5}
+    entry = build_graph(small_study(lambda d: d["mixes"]["raw"].update(seed=42, min_ascii=0.5))).artifacts[
+        "data/mix/raw"
+    ]
+    assert json.loads(entry.spec)["mix"] == {"datasets": {"text-facts": 5}, "max_length": 128, "min_ascii": 0.5}
 
 
 def test_the_order_of_keys_changes_nothing() -> None:

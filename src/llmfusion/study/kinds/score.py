@@ -20,6 +20,7 @@ class Spec(StepSpec):
     format: str
     batch: str
     scale: str
+    limit: int | None = None  # items that are asked where these are not all
 
 
 def declare(graph: ArtifactGraph, model: str, task: str) -> Declaration:
@@ -32,6 +33,7 @@ def declare(graph: ArtifactGraph, model: str, task: str) -> Declaration:
         "batch": batch,
         "scale": graph.study.scale,
     }
+    body |= {"limit": graph.study.tasks[task].limit} if graph.study.tasks[task].limit else {}
     return Declaration(body, [f"answers/{model}/{batch}", f"data/tasks/{task}"])
 
 

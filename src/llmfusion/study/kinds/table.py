@@ -11,6 +11,7 @@ from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 if TYPE_CHECKING:
     from llmfusion.study.graph import ArtifactGraph
     from llmfusion.study.references import Declared
+    from llmfusion.study.schema.data import Task
     from llmfusion.study.schema.study import Study
     from llmfusion.study.workload import Workload
 
@@ -34,10 +35,15 @@ def declare(graph: ArtifactGraph, table: str) -> Declaration:
         model: {task: graph.fingerprint(f"scores/{model}/{task}")[:16] for task in entry.tasks} for model in models
     }
     rows = [[row.models, row.category, row.label, *describe(graph.study, row.models[0])] for row in entry.rows]
-    tasks = [[task, graph.study.tasks[task].label] for task in entry.tasks]
+    tasks = [[task, _column_label(graph.study.tasks[task])] for task in entry.tasks]
     body = {"title": graph.study.title, "scale": graph.study.scale, "tasks": tasks, "rows": rows, "cells": cells}
     body |= {"reference": entry.reference} if entry.reference else {}
     return Declaration(body, [f"scores/{model}/{task}" for model in models for task in entry.tasks])
+
+
+def _column_label(task: Task) -> str:
+    """The label of a task, with its limit: a score on some items is not one on all."""
+    return f"{task.label}, {task.limit} items" if task.limit else task.label
 
 
 def describe(study: Study, model: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llmfusion import ROOT
-from llmfusion.study.schema.base import Address, Commit, Licensed, Name, OutsidePath, Positive, Section
+from llmfusion.study.schema.base import REPOSITORY, Address, Commit, FilePath, Licensed, Name, Positive, Section
 from llmfusion.study.schema.training import Training
 
 
@@ -33,7 +33,7 @@ SIZE_KEYS = ("parameters", "active_parameters")  # for estimates only: they are 
 
 class HubModel(Staged):
     kind: Literal["hub"] = Field(description="a model repository on the Hugging Face hub")
-    repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$", description="repository id, e.g. meta-llama/Llama-3.1-8B")
+    repo: str = Field(pattern=REPOSITORY, description="repository id, e.g. meta-llama/Llama-3.1-8B")
     revision: Commit = Field(description="the repository's commit, 40 hex digits")
     vocabulary: Name = Field(
         description="models with the same word here share one tokenizer (checked when they are staged)"
@@ -42,7 +42,7 @@ class HubModel(Staged):
 
 class PathModel(Staged):
     kind: Literal["path"] = Field(description="a local folder with config.json, tokenizer and safetensors weights")
-    path: OutsidePath = Field(description="the folder, relative to the repository root, or absolute")
+    path: FilePath = Field(description="the folder, relative to the repository root, or absolute")
     vocabulary: Name = Field(
         description="models with the same word here share one tokenizer (checked when they are staged)"
     )
@@ -50,7 +50,7 @@ class PathModel(Staged):
 
 class GgufModel(Staged):
     kind: Literal["gguf"] = Field(description="a .gguf file, converted to safetensors when it is staged")
-    path: OutsidePath = Field(description="the file, relative to the repository root, or absolute")
+    path: FilePath = Field(description="the file, relative to the repository root, or absolute")
     vocabulary: Name = Field(
         description="models with the same word here share one tokenizer (checked when they are staged)"
     )

@@ -11,7 +11,7 @@ from pydantic import Field, create_model, field_validator
 from llmfusion.study.kinds import all_kinds
 from llmfusion.study.plugins import PluginError
 from llmfusion.study.scales import SCALES
-from llmfusion.study.schema.base import Name, Section, started_from, template_fields
+from llmfusion.study.schema.base import FilePath, Name, Section, started_from, template_fields
 from llmfusion.study.schema.base_models import BaseModelEntry
 from llmfusion.study.schema.data import Dataset, Mix, Task
 from llmfusion.study.schema.merging import Merge
@@ -44,8 +44,8 @@ class BuiltinSections(Section):
         description="small: real models that need no GPU; miniature: made-up models; "
         "the numbers of both are labelled as such everywhere"
     )
-    directory: str = Field(
-        min_length=1, description="where results/, work/ and logs/ go, relative to the repository root, or absolute"
+    directory: FilePath = Field(
+        description="where results/, work/ and logs/ go, relative to the repository root, or absolute"
     )
     chat_template: str = Field(
         "neutral", description="for models without one: neutral (User/Assistant), or a Jinja template"
