@@ -20,6 +20,8 @@ from llmfusion.study.schema.training import TrainedModel
 
 
 class Models(Section):
+    """All models, by kind."""
+
     base: dict[Name, BaseModelEntry] = Field(
         min_length=1, description="pivot and sources: staged, or trained from scratch"
     )
