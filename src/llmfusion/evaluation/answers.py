@@ -1,16 +1,10 @@
 """Ask a model a batch of tasks through lm-eval and keep every answer. Grading is another step, without a model."""
 
 import logging
-import os
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # everything asked and answered is on disk: nothing may be fetched here
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_OFFLINE"] = "1"
-os.environ["HF_EVALUATE_OFFLINE"] = "1"
 
 from llmfusion.artifacts.store import Artifact
 from llmfusion.errors import UserError, require

@@ -27,6 +27,8 @@ else:
 
 
 class Models(Section):
+    """All models, by kind."""
+
     base: dict[Name, BaseModelEntry] = Field(
         min_length=1, description="pivot and sources: staged, or trained from scratch"
     )
