@@ -133,7 +133,7 @@ def test_a_colleagues_file_is_copied_and_not_linked(tmp_path: Path) -> None:
     read("results/models/base/p/manifest.json")
 
 
-# ------------------------------------------------------------------------------------------------ folders not to be used
+# ------------------------------------------------------------------------------------------------ closed places
 def as_somebody_else(act: Callable[[], None]) -> str:
     """What ``act`` raises in a process that is not the super-user, as text; empty if nothing."""
     receiving, sending = os.pipe()
