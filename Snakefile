@@ -18,6 +18,7 @@ onstart:
     from llmfusion.reporting.estimate import require_disk
 
     require_disk(workflow, study)
+    study.record_fingerprints(workflow)
 
 
 rule tables:

@@ -32,7 +32,10 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0, 1 for what went wrong, 2 for mistakes in what was given."""
+    """Run one command.
+
+    Returns its exit status: 0, 1 for what went wrong, 2 for mistakes in what was given, 130 after Ctrl-C.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     parser = _parser(_command_of(words))
     if "_ARGCOMPLETE" in os.environ:
@@ -48,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:  # of a command that has no words of its own for it, e.g. a plug-in that lacks something
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def entry() -> None:

@@ -35,7 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     What the user can mend is reported in one line, anything else with its traceback; neither shows secrets.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         if warm.ADDRESS in os.environ:
             return warm.ask(sys.argv[1:])
@@ -47,6 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(redacted(traceback.format_exc()), file=sys.stderr)
         return 1
     return 0
+
+
+def _stop(number: int, _: object) -> None:
+    """End by a signal, Ctrl-C included, with what is half made removed: the removal is not interrupted once more."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _make(arguments: argparse.Namespace) -> None:

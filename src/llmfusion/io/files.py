@@ -9,6 +9,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,44 @@ FILE_TYPES = (
 )
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    with open(path, "rb") as file:
+def sha256_file(path: Path, follow_links: bool = True) -> str:
+    """sha256 of a file's bytes, hex. Errors as in :func:`open_regular`."""
+    with open_regular(path, follow_links) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedReader]:
+    """A regular file, open for reading; never waits, as opening a FIFO would.
+
+    Raises :class:`DamagedError` for anything else (and for a symbolic link unless ``follow_links``), ``OSError`` where
+    it cannot be opened.
+    """
+    handle = -1
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW))
+        mode = os.fstat(handle).st_mode
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
+            raise
+        mode = path.lstat().st_mode
+    if handle < 0 or not stat.S_ISREG(mode):
+        if handle >= 0:
+            os.close(handle)
+        raise DamagedError(f"{path}: is a {file_type(mode)}, expected a plain file")
+    with open(handle, "rb") as file:
+        yield file
+
+
+def read_regular(path: Path, follow_links: bool = False) -> bytes:
+    """The content of a regular file; errors as in :func:`open_regular`."""
+    with open_regular(path, follow_links) as file:
+        return file.read()
+
+
+def file_type(mode: int) -> str:
+    """What a file is, for a message, from its ``st_mode``: ``FIFO``, ``folder``, ..."""
+    return next((name for test, name in FILE_TYPES if test(mode)), "something else")
 
 
 def sync(path: Path) -> None:
@@ -61,10 +96,20 @@ def replacing(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
+def write_file(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Write a file so that it is there whole or not at all, with the permission bits ``mode`` from the beginning."""
     with replacing(path) as temporary:
+        if mode is not None:
+            temporary.touch(mode & 0o600)
+            temporary.chmod(mode)
         temporary.write_bytes(content)
+
+
+def default_rights() -> int:
+    """Permission bits that a new folder gets here, by the process's umask."""
+    mask = os.umask(0o077)  # tighter for the moment, so that another thread's new file is never too open
+    os.umask(mask)
+    return 0o777 & ~mask
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -85,10 +130,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's bytes and its rights (no setuid bits); nobody can read more of the copy meanwhile."""
-    with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as copy:
-        with open(source, "rb") as original:
-            shutil.copyfileobj(original, copy, 2**20)
-            os.fchmod(copy.fileno(), stat.S_IMODE(os.fstat(original.fileno()).st_mode) & 0o777 | 0o200)
+    handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(handle, "wb") as copy, open(source, "rb") as original:
+        shutil.copyfileobj(original, copy, 2**20)
+        os.fchmod(copy.fileno(), stat.S_IMODE(os.fstat(original.fileno()).st_mode) & 0o777 | 0o200)
 
 
 def common_rights(files: Iterable[Path]) -> int:
@@ -161,7 +206,7 @@ def _require_mode(path: Path, is_wanted: Callable[[int], bool], wanted: str, fol
         reason = getattr(error, "strerror", None) or error
         raise DamagedError(f"{path}: cannot be read: {reason}: expected a {wanted} inside {folder}") from None
     if not is_wanted(found.st_mode):
-        kind = next((name for test, name in FILE_TYPES if test(found.st_mode)), "something else")
+        kind = file_type(found.st_mode)
         raise DamagedError(f"{path}: is a {kind}, expected a {wanted}: only plain files inside {folder} are read")
     return found
 
@@ -174,18 +219,11 @@ def format_bytes(size: float) -> str:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """A regular file's bytes; never waits for a FIFO's writer.
-
-    Raises :class:`DamagedError` for anything else than a file of at most ``limit`` bytes, ``OSError`` where it cannot
-    be read.
-    """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            kind = next((name for test, name in FILE_TYPES if test(found.st_mode)), "something else")
-            raise DamagedError(f"{path}: is a {kind}, expected a file")
-        if found.st_size > limit:
-            sizes = f"has {format_bytes(found.st_size)}, expected at most {format_bytes(limit)}"
+    """A regular file's bytes; errors as in :func:`open_regular`, and for more than ``limit`` bytes."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            sizes = f"has {format_bytes(size)}, expected at most {format_bytes(limit)}"
             raise DamagedError(f"{path}: {sizes}: it is not what its name says")
         return file.read(limit)
 

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,9 +21,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmfusion.errors import UserError, require
+from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io.digests import canonical, digest
-from llmfusion.io.files import common_rights, copy_file, read_json_object, sha256_file, sync
+from llmfusion.io.files import common_rights, copy_file, default_rights, plain_file, read_json_object, sha256_file, sync
 from llmfusion.io.safetensors import FLOATS, INDEX, OVERFLOW, TensorInfo, tensor_bytes, tensor_values
 from llmfusion.merging import kernels
 from llmfusion.merging.blocks import BLOCK, Array, Block, PivotDeltas, Rounding
@@ -202,6 +202,7 @@ def _lay_out_files(plan: MergePlan, out: Path, journal: Journal) -> dict[str, Fi
     if not finished:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
+    _remove_others(plan, out)
     for name, layout in plan.files.items():
         with open(out / name, "r+b" if finished else "wb") as file:
             file.write(layout.head)
@@ -210,10 +211,25 @@ def _lay_out_files(plan: MergePlan, out: Path, journal: Journal) -> dict[str, Fi
     return finished
 
 
+def _remove_others(plan: MergePlan, out: Path) -> None:
+    """Remove what no killed run of this merge left: its own files are rewritten, all others would be published."""
+    for path in out.iterdir():
+        if path.name in (*plan.files, JOURNAL) and not path.is_symlink() and path.is_file():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _finished_before(plan: MergePlan, out: Path, journal: Journal) -> dict[str, FinishedTensor]:
     """Tensors that the journal has, in files of the right size and with the checksums it has."""
     for name, layout in plan.files.items():
-        if not (out / name).exists() or (out / name).stat().st_size != layout.size:
+        try:
+            size = plain_file(out, name).stat().st_size
+        except DamagedError:
+            return {}
+        if size != layout.size:
             return {}
     targets = {tensor.name: plan.target(tensor) for tensor in plan.tensors}
     return {
@@ -254,7 +270,7 @@ def _set_rights(plan: MergePlan, out: Path) -> None:
         if path.is_file():
             source = copied.get(str(path.relative_to(out)))
             rights = of_weights if source is None else common_rights([source])
-            path.chmod(0o644 & rights | 0o600)
+            path.chmod(default_rights() & 0o666 & rights | 0o600)
             sync(path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmfusion.io.files import json_object_or_empty
-from llmfusion.study.addresses import output_of
+from llmfusion.study.addresses import output_of, provenance_of
 from llmfusion.study.workload import Workload
 
 SHARED_RATES = {"pretrain": "train"}  # one training loop, whatever it starts from: both are fitted together
@@ -37,9 +37,7 @@ def read_measurement(directory: Path, address: str) -> Measurement | None:
         seconds = float(row["s"])
     except (OSError, StopIteration, KeyError, ValueError):
         return None
-    output = directory / output_of(address)
-    in_folder = output.name == "manifest.json"
-    record = output.with_name("provenance.json") if in_folder else output.with_suffix(".provenance.json")
+    record = provenance_of(directory / output_of(address))
     try:
         memory = float(row.get("max_rss") or 0)
     except ValueError:  # "NA" or "-": the job was too short to be looked at

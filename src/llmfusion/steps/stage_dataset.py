@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Iterator
 
+from llmfusion import ROOT
 from llmfusion.artifacts.job import Job
 from llmfusion.data import sources
 from llmfusion.data.layout import sample_layouts
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 def build(job: Job) -> None:
     """Write ``samples.jsonl``; facts: rows read, samples kept, rejected by reason (malformed, duplicate)."""
     dataset = job.parse(Spec).dataset
+    if isinstance(dataset, PathDataset):
+        job.restrict_to_readers_of(ROOT / dataset.path)
     rejected = Rejected()
     counts = {"rows": 0}
     samples = (

@@ -1,5 +1,6 @@
 """The study as Snakemake sees it: checked, planned, and what a rule asks about its artifact. Imports no torch."""
 
+import contextlib
 import os
 import re
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion import ROOT
-from llmfusion.study.addresses import TABLES, output_of
+from llmfusion.io.digests import canonical
+from llmfusion.io.files import write_file
+from llmfusion.study.addresses import FINGERPRINTS, TABLES, output_of
 from llmfusion.study.errors import StudyError
 from llmfusion.study.graph import ArtifactGraph, PlannedArtifact, build_graph
 from llmfusion.study.kinds import all_kinds, gpus_of, kind_of, wildcards_of
@@ -51,6 +54,19 @@ class WorkflowStudy:
             for name, value in wildcards_of(address).items():
                 out[name].add(value)
         return out
+
+    def record_fingerprints(self, workflow: Any) -> None:
+        """Write what the study asks for to :data:`FINGERPRINTS`, which its jobs compare their inputs with.
+
+        Called before the first job, by the main process, in the study's directory. A place that cannot be written is
+        left to the jobs, which say so.
+        """
+        if not workflow.is_main_process:
+            return
+        fingerprints = {address: artifact.fingerprint for address, artifact in self._artifacts.items()}
+        with contextlib.suppress(OSError):
+            FINGERPRINTS.parent.mkdir(parents=True, exist_ok=True)
+            write_file(FINGERPRINTS, canonical(fingerprints).encode())
 
     def inputs(self, pattern: str) -> Callable[[Any], list[str]]:
         """The input function of artifacts at ``pattern``, e.g. ``scores/{model}/{task}``."""

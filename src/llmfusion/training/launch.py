@@ -2,9 +2,9 @@
 
 The process that was started keeps the lease, the draft and the publication; the processes it starts only compute, and
 the first of them writes resume state and weights. They live in sessions of their own, so that a signal to the job's
-process group reaches only this process, which passes SIGTERM on to them; torchrun ignores it and so does not cut
-their last save short after 30 s. When this process is killed they are killed with it: a lease whose process is gone
-has nobody writing behind it.
+process group reaches only this process, which passes SIGTERM, or SIGINT (Ctrl-C) as SIGTERM, on to them; torchrun
+ignores it and so does not cut their last save short after 30 s. When this process is killed they are killed with it: a
+lease whose process is gone has nobody writing behind it.
 """
 
 import ctypes
@@ -27,7 +27,8 @@ from llmfusion.io.logs import log_to_stdout
 logger = logging.getLogger(__name__)
 LIBC = ctypes.CDLL(None)  # loaded before a fork, not after
 PR_SET_PDEATHSIG = 1
-STOPPED = 143  # exit status of processes that SIGTERM ended
+STOPPED = 143  # exit status of processes that SIGTERM or SIGINT ended
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_processes(entry: str, number: int, state: dict[str, Any], folder: Path) -> Any:
@@ -70,16 +71,17 @@ def _torchrun(number: int, exchange: Path) -> int:
             command, stderr=log, env=environment, start_new_session=True, preexec_fn=_prepare_torchrun
         )
         stopped: list[bool] = []
-        previous_handler = signal.signal(signal.SIGTERM, lambda *_: _pass_on_sigterm(exchange, stopped))
+        previous = {n: signal.signal(n, lambda *_: _pass_on_sigterm(exchange, stopped)) for n in STOPPING}
         try:
             return child.wait()
         finally:
-            signal.signal(signal.SIGTERM, previous_handler)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             if child.poll() is None:  # an exception here: nobody may go on writing
                 child.kill()
                 child.wait()
             if stopped:
-                logger.info("stopped by SIGTERM")
+                logger.info("stopped by a signal")
 
 
 def _pass_on_sigterm(exchange: Path, stopped: list[bool]) -> None:
@@ -141,7 +143,8 @@ def main(exchange: Path) -> int:
     _die_with_parent()
     os.dup2(1, 2)  # torchrun's stderr is read only by the process that started it
     rank = int(os.environ["RANK"])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    for number in STOPPING:
+        signal.signal(number, lambda *_: sys.exit(STOPPED))
     log_to_stdout()
     write_file(exchange / f"{rank}.pid", str(os.getpid()).encode())
     status = 1

@@ -35,7 +35,7 @@ from llmfusion.training.save_deadline import SaveDeadline, TimeLimit
 logger = logging.getLogger(__name__)
 SAVE_SECONDS = 900.0  # between saves, and so the most a killed job can lose
 RECORD_EVERY = 10  # steps between records of metrics.jsonl
-STOPPED = 143  # exit status of a training that SIGTERM or its time limit ended
+STOPPED = 143  # exit status of a training that SIGTERM, SIGINT or its time limit ended
 
 
 @dataclass
@@ -74,9 +74,9 @@ def train(
     """Train ``student.model`` as ``run`` says, with ``fusion`` of the ``teachers`` where there are any.
 
     Resume states lie in the folder ``state`` and belong to ``key`` (one spec over the very content of its inputs).
-    Stops within a step at a loss that is not finite (:class:`UserError`). SIGTERM and the end of the time limit save
-    the resume state and end the process with status 143; the next call goes on bit for bit. ``on_start`` is called
-    when everything is loaded.
+    Stops within a step at a loss that is not finite (:class:`UserError`). SIGTERM, SIGINT (Ctrl-C) and the end of the
+    time limit save the resume state and end the process with status 143; the next call goes on bit for bit.
+    ``on_start`` is called when everything is loaded.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older versions of torch ask for it on GPUs
     torch.use_deterministic_algorithms(True)
@@ -134,7 +134,8 @@ class _Loop:
 
     def train(self) -> None:
         """Go on from the newest resume state, or begin, and make all steps that are left."""
-        signal.signal(signal.SIGTERM, self._request_stop)
+        for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT: Ctrl-C where Snakemake runs in a terminal
+            signal.signal(number, self._request_stop)
         done = self._restore()
         self._train_projectors(done)
         first = max(0, done - self.projector_steps)
