@@ -37,7 +37,7 @@ SPECIAL = (
 )
 
 
-# ------------------------------------------------------------------------------------------------ ways to change a folder
+# ------------------------------------------------------------------------------------------ ways to change a folder
 def secret(folder: Path) -> Path:
     """A private file beside the folder, which is a Jinja text and begins like nothing that is read."""
     path = folder.parent / "secret.txt"
@@ -174,7 +174,7 @@ def both(*changes: Change) -> Change:
 
 
 def snapshot(break_it: Change | None = None) -> Change:
-    """The folder as huggingface_hub keeps it: links to ``blobs`` beside ``snapshots``. The case's folder moves there."""
+    """The folder as huggingface_hub keeps it: links to ``blobs`` beside ``snapshots``."""
 
     def change(folder: Path) -> None:
         repository = folder.parent / "models--owner--name"
@@ -192,6 +192,7 @@ def snapshot(break_it: Change | None = None) -> Change:
     return change
 
 
+GOOD_GGUF = "as it is"
 DEEP = "[" * 100_000 + "]" * 100_000
 HUGE = 10**12
 
@@ -264,7 +265,7 @@ def _indexes() -> Iterator[tuple[str, Change, str]]:
     yield "index: a FIFO", index(right, fifo(file)), file
     yield "index: no JSON", index(right, content(file, "{")), file
     yield "index: deep", index(right, content(file, DEEP)), file
-    yield "index: a list", index(right, content(file, "[]")), file
+    yield "index: a JSON list", index(right, content(file, "[]")), file
     twice = {"a": "shard.safetensors", "b": "again.safetensors"}
     copy: Change = lambda f: shutil.copyfile(f / "shard.safetensors", f / "again.safetensors")  # noqa: E731
     yield "index: a tensor twice", index(twice, copy), "is also in"
@@ -321,8 +322,9 @@ def _headers() -> Iterator[tuple[str, Change, str]]:
 def _configs() -> Iterator[tuple[str, Change, str]]:
     file = "config.json"
     for name, text in {
-        "empty": b"", "no JSON": b"{", "a list": b"[]", "a text": b'"x"', "deep": DEEP.encode(), "no UTF-8": b"\xff\xfe{}",
-        "a key twice": b'{"architectures": ["LlamaForCausalLM"], "a": 1, "a": 2}', "nothing in it": b"{}",
+        "empty": b"", "no JSON": b"{", "a list": b"[]", "a text": b'"x"', "deep": DEEP.encode(),
+        "no UTF-8": b"\xff\xfe{}", "nothing in it": b"{}",
+        "a key twice": b'{"architectures": ["LlamaForCausalLM"], "a": 1, "a": 2}',
         "nested 500 levels": b'{"architectures": ["LlamaForCausalLM"], "a": ' + b"[" * 500 + b"]" * 500 + b"}",
     }.items():  # fmt: skip
         yield f"config: {name}", content(file, text), file
@@ -356,7 +358,7 @@ def _configs() -> Iterator[tuple[str, Change, str]]:
     }
     for key, values in odd.items():
         for value in values:
-            yield f"config: {key} {str(value)[:30]!r}", config(**{key: value}), ""
+            yield f"config: {key} {str(value)[:30]!r} ({type(value).__name__})", config(**{key: value}), ""
 
 
 def _tokenizers() -> Iterator[tuple[str, Change, str]]:
@@ -694,7 +696,8 @@ def gguf_cases() -> Iterator[tuple[str, bytes]]:
         "tokenizer.ggml.eos_token_id": [2**31, "x", len(TOKENS)],
     }.items():
         for one in value:
-            yield f"{name} {str(one)[:20]!r}", gguf(changed(**{name: one}))
+            length = len(one) if isinstance(one, list) else 1
+            yield f"{name} {str(one)[:20]!r} ({type(one).__name__} of {length})", gguf(changed(**{name: one}))
     for name in ("token_embd.weight", "blk.0.attn_q.weight", "output_norm.weight"):
         rest = {key: shape for key, shape in GGUF_SHAPES.items() if key != name}
         yield f"without {name}", gguf(shapes=rest)
@@ -794,11 +797,11 @@ def run_all(base: Path, place: Path) -> Iterator[dict[str, Any]]:
         ways["merge as pivot"] = merge(folder, other, place / "merged")
         ways["merge as model"] = merge(other, folder, place / "merged")
         yield {"name": name, "word": word, "ways": ways}
-    for name, raw in [*gguf_cases(), ("good", gguf())]:
+    for name, raw in [*gguf_cases(), (GOOD_GGUF, gguf())]:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         (place / "model.gguf").write_bytes(raw)
-        word = None if name == "good" else "model.gguf"
+        word = None if name == GOOD_GGUF else "model.gguf"
         yield {"name": f"gguf: {name}", "word": word, "ways": {"stage": stage(place / "model.gguf", place / "staged")}}
 
 

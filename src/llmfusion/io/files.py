@@ -137,10 +137,10 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file's bytes and its rights (no setuid bits); nobody can read more of the copy meanwhile."""
-    with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as copy:
-        with open(source, "rb") as original:
-            shutil.copyfileobj(original, copy, 2**20)
-            os.fchmod(copy.fileno(), stat.S_IMODE(os.fstat(original.fileno()).st_mode) & 0o777 | 0o200)
+    handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(handle, "wb") as copy, open(source, "rb") as original:
+        shutil.copyfileobj(original, copy, 2**20)
+        os.fchmod(copy.fileno(), stat.S_IMODE(os.fstat(original.fileno()).st_mode) & 0o777 | 0o200)
 
 
 def common_rights(files: Iterable[Path]) -> int:

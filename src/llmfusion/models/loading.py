@@ -166,7 +166,7 @@ def model_class_of(model: ModelFolder) -> Any:
     import transformers
 
     name = model.config["architectures"][0]
-    model_class = getattr(transformers, name, None)
+    model_class: Any = getattr(transformers, name, None)
     is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
     code = "; code from its repository (auto_map) is never run" if "auto_map" in model.config else ""
     require(

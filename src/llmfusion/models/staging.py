@@ -7,7 +7,7 @@ from llmfusion import ROOT
 from llmfusion.data import hub
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io import progress_bars
-from llmfusion.io.files import common_rights, link_or_copy, model_file
+from llmfusion.io.files import link_or_copy, model_file
 from llmfusion.io.safetensors import FLOATS
 from llmfusion.models.folder import ModelFolder, explain_failure, generation_settings, private_folder
 from llmfusion.models.gguf_header import read_gguf_header
@@ -57,9 +57,6 @@ def stage_gguf(base: GgufModel, folder: Path, chat_template: str | None) -> dict
     model, tokenizer = _read_gguf(file)
     model.save_pretrained(folder, max_shard_size="4GB")
     tokenizer.save_pretrained(folder)
-    rights = common_rights([file])
-    for path in folder.iterdir():
-        path.chmod(path.stat().st_mode & (rights | 0o600))
     return _facts(base, folder, chat_template)
 
 
@@ -75,7 +72,8 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
     with explain_failure(file, "model"), private_folder({"model.gguf": file}) as private:
         given: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
         config = transformers.AutoConfig.from_pretrained(private, **given)
-        model_class = transformers.AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined]
+        mapping: Any = transformers.AutoModelForCausalLM
+        model_class = mapping._model_mapping[type(config)]
         count_values(model_class, config, SizeLimit(header.values, len(header.tensors), file))
         given |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded, info = model_class.from_pretrained(private, **given)
@@ -114,7 +112,6 @@ def _link_files(source: Path, base: HubModel | PathModel, folder: Path, chat_tem
     for file in files:
         with explain_failure(source, "model"):
             link_or_copy(file.resolve(), folder / file.name)
-    folder.chmod(folder.stat().st_mode & source.stat().st_mode & 0o777 | 0o700)  # as private as its source
     try:
         return _facts(base, folder, chat_template)
     except UserError as error:  # what the user has is the source

@@ -32,20 +32,26 @@ def build(job: Job) -> None:
 def _stage(job: Job, base: HubModel | PathModel | GgufModel, chat_template: str | None) -> dict[str, Any]:
     """Stage a model that is not trained here. Returns its facts."""
     if isinstance(base, HubModel):
-        return staging.stage_hub(base, job.folder, chat_template)
-    job.restrict_to_readers_of(ROOT / base.path)
-    if isinstance(base, GgufModel):
+        facts = staging.stage_hub(base, job.folder, chat_template)
+    elif isinstance(base, GgufModel):
+        job.restrict_to_readers_of(ROOT / base.path)
         job.require_disk(f"{base.path} in float32", int(size_of_gguf(ROOT / base.path).bytes or 0))
         return staging.stage_gguf(base, job.folder, chat_template)
+    else:
+        job.restrict_to_readers_of(ROOT / base.path)
+        _require_disk(job, base)
+        facts = staging.stage_folder(base, job.folder, chat_template)
+    for path in job.folder.iterdir():  # links and copies have the rights of their sources
+        job.restrict_to_readers_of(path)
+    return facts
+
+
+def _require_disk(job: Job, base: PathModel) -> None:
+    """Raise :class:`UserError` where the folder's files do not fit on the disk; links take no room."""
     draft = job.folder.stat()
     files = [path.stat() for path in staging.taken_files(ROOT / base.path)]
-    # links take no room
     copied = sum(file.st_size for file in files if (file.st_dev, file.st_uid) != (draft.st_dev, draft.st_uid))
     job.require_disk(f"a copy of {base.path}", copied)
-    facts = staging.stage_folder(base, job.folder, chat_template)
-    for path in job.folder.rglob("*"):
-        job.restrict_to_readers_of(ROOT / base.path / path.relative_to(job.folder))
-    return facts
 
 
 def _train(job: Job, run: ScratchModel) -> None:

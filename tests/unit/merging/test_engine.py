@@ -285,6 +285,8 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path, method, options):
 def test_a_merge_has_the_rights_of_its_sources_and_hidden_chat_templates_come_along(tmp_path, models):
     (models[0] / "additional_chat_templates").mkdir()
     (models[0] / "additional_chat_templates" / "tools.jinja").write_text("{{ x }}")
+    for model in models:
+        (model / "model.safetensors").chmod(0o644)
     (models[0] / "config.json").chmod(0o600)
     merged(models[0], models[1:], tmp_path / "out")
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
@@ -581,3 +583,20 @@ def test_the_report_of_rsaf_has_skewness_share_and_coefficients_of_each_model(tm
     hand |= {"threshold_0": 8, "threshold_1": 1, "eta_0": 64 / 67, "eta_1": 3 / 67, "kept_energy": 1}
     hand |= {"changed": 1, "sign_conflicts": 0, "values": 4}
     assert {key: float(row[key]) for key in hand} == pytest.approx(hand, rel=1e-6)
+
+
+def test_a_model_of_another_architecture_or_size_is_told_so_instead_of_a_list_of_tensors(tmp_path):
+    settings = {"architectures": ["LlamaForCausalLM"], "hidden_size": 2, "num_hidden_layers": 1}
+    qwen = json.dumps(settings | {"architectures": ["Qwen2ForCausalLM"]})
+    large = json.dumps(settings | {"hidden_size": 4, "num_hidden_layers": 8})
+    pivot = folder_of(tmp_path / "p", {f"w{i}": torch.zeros(2) for i in range(9)}, config=json.dumps(settings))
+    other = folder_of(tmp_path / "q", {f"v{i}": torch.zeros(3) for i in range(9)}, config=qwen)
+    wide = folder_of(tmp_path / "l", {f"w{i}": torch.zeros(4) for i in range(9)}, config=large)
+    with pytest.raises(UserError) as refused:
+        merged(pivot, [other, wide], tmp_path / "out")
+    told = [
+        f"{other} is of another architecture (Qwen2ForCausalLM) than the pivot {pivot} (LlamaForCausalLM)",
+        f"{wide} is of another size than the pivot {pivot}: hidden_size 4 against 2, num_hidden_layers 8 against 1",
+    ]
+    lines = str(refused.value).splitlines()[1:]
+    assert lines == [f"  {line}: merge models that were trained from the pivot" for line in told]

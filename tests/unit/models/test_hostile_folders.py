@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.hostile.folders import gguf_cases, honest_cases, hostile_cases
+from tests.hostile.folders import GOOD_GGUF, gguf_cases, honest_cases, hostile_cases
 
 ROOT = Path(__file__).parents[3]
 LONGEST_MESSAGE = 1500
-NAMES = [name for name, *_ in [*hostile_cases(), *honest_cases()]] + [f"gguf: {name}" for name, _ in gguf_cases()]
+GGUF_NAMES = [f"gguf: {name}" for name in (*(name for name, _ in gguf_cases()), GOOD_GGUF)]
+NAMES = [name for name, *_ in [*hostile_cases(), *honest_cases()]] + GGUF_NAMES
 
 
 @pytest.fixture(scope="module")

@@ -44,3 +44,18 @@ def test_a_copy_of_a_model_from_another_disk_needs_its_room_and_a_link_none(tmp_
     monkeypatch.setattr(Path, "stat", on_another_disk)
     with pytest.raises(UserError, match=r"a copy of .*elsewhere needs \d+ KiB, 0 KiB are free"):
         build(job(tmp_path, spec, name="copied"))
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["linked", "copied"])
+def test_a_private_file_of_a_model_is_published_to_nobody_else(tmp_path, pivot, monkeypatch, across):
+    source = shutil.copytree(pivot.folder, tmp_path / "source")
+    for path in source.iterdir():
+        path.chmod(0o644)
+    (source / "chat_template.jinja").chmod(0o600)
+    if across:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(18, "another file system")))
+    made = job(tmp_path, {"base": {"kind": "path", "path": str(source), "license": "mit", "vocabulary": "v"}})
+    build(made)
+    assert made.rights == 0o700
+    assert (made.folder / "chat_template.jinja").stat().st_mode & 0o777 == 0o600
+    assert (made.folder / "config.json").stat().st_mode & 0o777 == 0o644
