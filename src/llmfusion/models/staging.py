@@ -8,9 +8,9 @@ from llmfusion.data import hub
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io import progress_bars
 from llmfusion.io.files import link_or_copy, model_file
+from llmfusion.io.gguf import read_gguf_header
 from llmfusion.io.safetensors import FLOATS
 from llmfusion.models.folder import ModelFolder, explain_failure, generation_settings, private_folder
-from llmfusion.models.gguf_header import read_gguf_header
 from llmfusion.models.loading import (
     SizeLimit,
     count_values,

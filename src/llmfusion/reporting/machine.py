@@ -41,7 +41,7 @@ def on_a_core(speed: float) -> Assumptions:
         peak=speed,
         uses_gpus=False,
         mfu=0.45,
-        decoding=speed / 10,
+        decoding=speed / 20,  # a batch goes on until its longest answer has ended
         gpu_memory=float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
         scheduling=3.0,
     )

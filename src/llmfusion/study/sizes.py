@@ -131,11 +131,11 @@ def _values_of(file: Path) -> int:
 def size_of_gguf(file: Path) -> ModelSize:
     """Size of a GGUF file, from its header; it is staged in float32."""
     try:
-        metadata, values = read_gguf_header(file)
+        header = read_gguf_header(file)
     except (OSError, DamagedError):
         return ModelSize()
-    family = f"{metadata.get('general.architecture')}."
-    own = {key.removeprefix(family): value for key, value in metadata.items() if key.startswith(family)}
+    family = f"{header.architecture}."
+    own = {key.removeprefix(family): value for key, value in header.metadata.items() if key.startswith(family)}
     names = {
         "hidden_size": "embedding_length",
         "num_hidden_layers": "block_count",
@@ -146,9 +146,9 @@ def size_of_gguf(file: Path) -> ModelSize:
         "moe_intermediate_size": "expert_feed_forward_length",
         "first_k_dense_replace": "leading_dense_block_count",
     }
-    config = {"vocab_size": metadata.get("tokenizer.ggml.tokens")}
+    config = {"vocab_size": header.metadata["tokenizer.ggml.tokens"]}
     config |= {name: own[key] for name, key in names.items() if key in own}
-    return replace(size_of_config(config), parameters=values, bytes=4.0 * values)
+    return replace(size_of_config(config), parameters=header.values, bytes=4.0 * header.values)
 
 
 def size_of_config(config: Mapping[str, Any]) -> ModelSize:

@@ -157,10 +157,11 @@ def test_a_gguf_file_tells_by_its_header_as_the_reference_reader_does(tmp_path: 
 
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_embedding_length(64)
-    writer.add_block_count(3)
+    writer.add_block_count(2)
     writer.add_feed_forward_length(100)
     writer.add_expert_count(8)
     writer.add_expert_used_count(2)
+    writer.add_tokenizer_model("gpt2")
     writer.add_token_list(["a", "b", "longer"])
     writer.add_token_scores([0.5, 1.0, 2.0])
     writer.add_tensor("token_embd.weight", np.zeros((3, 64), np.float32))
@@ -172,7 +173,7 @@ def test_a_gguf_file_tells_by_its_header_as_the_reference_reader_does(tmp_path: 
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     values = sum(int(tensor.n_elements) for tensor in reader.tensors)
     size = size_of_gguf(tmp_path / "model.gguf")
-    assert size == ModelSize(values, 6 * 3 * 64 * 100 * 3, 64, 3, 3, 4 * values)
+    assert size == ModelSize(values, 6 * 3 * 64 * 100 * 2, 64, 2, 3, 4 * values)
 
 
 @pytest.mark.parametrize(
