@@ -7,11 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from llmfusion.artifacts.job import Job
+from llmfusion.artifacts.licences import inherited
 from llmfusion.data.overlap import Overlap
 from llmfusion.data.rejections import Rejected
 from llmfusion.data.samples import Sample, check_dataset_sample, read_items, text_of
 from llmfusion.errors import UserError
 from llmfusion.io.jsonl import LineIndex, write_jsonl
+from llmfusion.models.vocabularies import require_declared_vocabularies
 from llmfusion.study.kinds.mix_samples import Spec
 from llmfusion.study.schema.data import Mix, UpTo, most_samples
 
@@ -29,6 +31,7 @@ def build(job: Job) -> None:
     """
     spec = job.parse(Spec)
     mix = spec.mix
+    require_declared_vocabularies({name: one for name, one in job.inputs.items() if name.startswith("models/base/")})
     rng = random.Random(f"mix {mix.seed}")
     overlap = Overlap({task: read_items(job.input(f"data/tasks/{task}").file("items.jsonl")) for task in mix.against})
     reasons = _filters(job, spec, overlap)
@@ -43,6 +46,7 @@ def build(job: Job) -> None:
         max_length=mix.max_length,
         domains=dict(sorted(Counter(s["domain"] for s in taken).items())),
         overlap=overlap.counts,
+        license=inherited({f"data/dataset/{name}": job.input(f"data/dataset/{name}") for name in mix.datasets}),
     )
     counts = overlap.counts or "not asked"
     logger.info("%d samples; domains %s; overlap with tests %s", len(taken), job.facts["domains"], counts)

@@ -1,5 +1,6 @@
 """Load a study: read, check, and work out every artifact's inputs and spec. Imports no torch."""
 
+import contextlib
 import os
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,14 @@ def read_study(file: str | Path) -> Study:
     if problems or study is None:
         raise StudyError(report(name, problems, lines))
     return study
+
+
+def refusal(file: str | Path, problems: list[Problem]) -> StudyError:
+    """The error for mistakes that were found after the study was read: as all others, with file and line."""
+    lines: dict[Key, int] = {}
+    with contextlib.suppress(OSError, strict_yaml.YamlError):  # changed or gone since
+        lines = strict_yaml.load(file)[1]
+    return StudyError(report(_short_path(Path(file)), problems, lines))
 
 
 def _short_path(file: Path) -> str:

@@ -5,11 +5,14 @@ concerns several kinds at once is checked here.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from llmfusion.study.addresses import files_beside_others
 from llmfusion.study.data_plugins import layouts
 from llmfusion.study.errors import Key, Problem, nearest
 from llmfusion.study.kinds import all_kinds
+from llmfusion.study.schema.base import started_from
 
 MODEL_KINDS = ("base", "trained", "merged")
 LONGEST_CHAIN = 100  # models that start from one another; the graph follows them by recursion
@@ -81,14 +84,26 @@ class Declared:
             yield Problem((*key, "columns"), f"has no meaning with layout {name!r}")
 
 
-def started_from(entry: Any) -> str | None:
-    """Address of the model that a model of a study was trained from, or merged over; None where there is none."""
-    return getattr(entry, "init", None) or getattr(entry, "pivot", None)
-
-
 def problems(declared: Declared) -> list[Problem]:
     """All mistakes between entries."""
-    return [problem for kind in all_kinds().values() for problem in kind.problems(declared)] + list(_cycles(declared))
+    own = [problem for kind in all_kinds().values() for problem in kind.problems(declared)]
+    return [*own, *_colliding_files(declared), *_cycles(declared)]
+
+
+def _colliding_files(declared: Declared) -> Iterator[Problem]:
+    """Tables, and cells of one model, whose files have one name: ``t.provenance`` beside ``t``."""
+    for section, example, what in (("tables", "tables/{}", "table"), ("tasks", "scores/base/x/{}", "cell of a task")):
+        owners: dict[str, str] = {}
+        for key, _ in declared.entries(section):
+            name = key[1]
+            files = files_beside_others(example.format(name))
+            if any(Path(file).name == "manifest.json" for file in files):
+                yield Problem(key, f"{name!r} cannot be the name of a {what}: its file would be a manifest.json")
+            taken = next((file for file in files if file in owners), None)
+            if taken is not None:
+                text = f"{name!r} and {owners[taken]!r} would both write {Path(taken).name}; rename one of them"
+                yield Problem(key, text)
+            owners |= dict.fromkeys(files, name)
 
 
 def _names(section: Any) -> set[str]:

@@ -129,6 +129,21 @@ def test_specs_are_canonical_and_name_step_and_recipe() -> None:
         assert isinstance(spec["recipe"], int)
 
 
+def test_only_trainings_with_projectors_name_them_in_their_spec() -> None:
+    """Those are made again, for their learning rate ends elsewhere than before; all others are what they were."""
+
+    def other_vocabulary(data: dict) -> None:
+        data["models"]["base"]["code"] = {"kind": "path", "path": "x", "vocabulary": "x", "license": "mit"}
+
+    study = small_study(other_vocabulary)
+    specs = {a: json.loads(entry.spec) for a, entry in build_graph(study).artifacts.items()}
+    with_code = {f"models/trained/{name}" for name, run in study.models.trained.items() if "base/code" in run.teachers}
+    assert with_code
+    named = {a: spec["projected"] for a, spec in specs.items() if "projected" in spec}
+    assert named == {address: ["base/code"] for address in with_code}
+    assert not any("projected" in entry.spec for entry in build_graph(small_study()).artifacts.values())
+
+
 def test_outside_files_are_inputs() -> None:
     def own(data: dict) -> None:
         data["datasets"]["own"] = {

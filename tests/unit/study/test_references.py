@@ -191,3 +191,11 @@ def test_a_table_cannot_have_the_name_of_the_report_of_costs() -> None:
         data["tables"]["cost"] = data["tables"].pop("table2")
 
     assert [key for key, text in found(change) if "results/cost.csv; take another" in text] == ["tables.cost"]
+
+
+def test_a_table_cannot_have_the_name_of_another_tables_costs() -> None:
+    def change(data: dict) -> None:
+        data["tables"]["table2.cost"] = data["tables"]["table2"]
+
+    text = "is the name of the costs of a table 'table2', results/table2.cost.csv; take another"
+    assert ("tables.table2.cost", text) in found(change)

@@ -58,7 +58,7 @@ class Cost:
     rates: str  # name of its coefficients in Kind.rates
     work: tuple[float, ...]  # amounts of work, one a coefficient after the first (the start)
     disk: float  # bytes of the result
-    resume: float = 0.0  # bytes of resume state
+    resume: float = 0.0  # bytes of one resume state
     gpu_memory: float = 0.0  # bytes in each GPU
 
 

@@ -72,6 +72,9 @@ def problems(declared: Declared) -> Iterator[Problem]:
     for key, table in declared.entries("tables"):
         if key[1] == "cost":
             yield Problem(key, "is the name of the report of costs, results/cost.csv; take another")
+        if str(key[1]).endswith(".cost"):
+            other = str(key[1]).removesuffix(".cost")
+            yield Problem(key, f"is the name of the costs of a table {other!r}, results/{key[1]}.csv; take another")
         yield from declared.repeated((*key, "tasks"), table.tasks, "task")
         for i, task in enumerate(table.tasks):
             yield from declared.missing((*key, "tasks", i), task, declared.tasks, "task")

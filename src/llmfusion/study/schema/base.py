@@ -1,5 +1,6 @@
 """What all sections of a study share: strict models, names, addresses."""
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -24,6 +25,8 @@ def _path(text: str) -> str:
     """A path that a file system can hold and that means the same to every program."""
     if any(not character.isprintable() for character in text):
         raise ValueError(f"got {text[:60]!r}: a path has no line breaks, tabs or other control characters")
+    if re.search(r"[{}]", text):
+        raise ValueError(f"got {text[:60]!r}: braces are wildcards to Snakemake; rename the file or the folder")
     if text.startswith("~"):
         raise ValueError(f"got {text[:60]!r}: ~ is not expanded; write the whole path")
     if len(text.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_FILE_NAME for part in text.split("/")):
@@ -51,9 +54,16 @@ def dump(section: BaseModel, *leave_out: str) -> dict[str, Any]:
     return section.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(leave_out))
 
 
+def started_from(entry: Any) -> str | None:
+    """Address of the model that a model of a study was trained from, or merged over; None where there is none."""
+    return getattr(entry, "init", None) or getattr(entry, "pivot", None)
+
+
 class Licensed(Section):
+    """An input from outside, whose licence the study states."""
+
     license: str = Field(
-        min_length=1, description="licence of this input as its owner states it; listed for every result"
+        min_length=1, description="licence of this input as its owner states it; every model made from it inherits it"
     )
 
 
