@@ -153,7 +153,10 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "a name with a command": (dataset("{kind: path}", "'a$(id)'"), "a name is made of"),
     "a name of 81 characters": (dataset("{kind: path}", "a" * 81), "at most 80 characters"),
     "a name of a folder": (dataset("{kind: path}", "results"), "is the name of the folder of all results"),
-    "a name of a record": (changed("  table2:", "  t.provenance:"), "cannot end with .provenance"),
+    "a name of a record": (
+        added("  table2.provenance: {tasks: [mmlu], rows: [{model: base/pivot, category: a, label: b}]}"),
+        "would both write table2.provenance.json",
+    ),
     "a directory with a line break": (changed("directory: runs/mini", r'directory: "x\ny"'), "control characters"),
     "a directory that is too long": (changed("directory: runs/mini", f"directory: {'a' * 300}"), "255 between two"),
     "a home directory": (changed("directory: runs/mini", "directory: ~/runs"), "~ is not expanded"),

@@ -78,6 +78,23 @@ def test_a_label_changes_the_table_alone() -> None:
     assert changed(lambda d: d["tasks"]["mmlu"].update(label="other")) == {"tables/table2"}
 
 
+def test_a_limit_asks_again_and_makes_no_data_and_no_model_again() -> None:
+    """A mix is compared with the tests: were the limit one of the staged items, every training would be repeated."""
+
+    def limit(data: dict[str, Any]) -> None:
+        data["tasks"]["mmlu"]["limit"] = 20
+
+    assert {a.split("/")[0] for a in changed(limit)} == {"answers", "scores", "tables"}
+    assert "scores/base/pivot/mmlu" in changed(limit)
+    artifacts = build_graph(small_study(limit)).artifacts
+    assert json.loads(artifacts["answers/base/pivot/all"].spec)["tasks"]["mmlu"]["limit"] == 20
+    assert json.loads(artifacts["scores/base/pivot/mmlu"].spec)["limit"] == 20
+    assert "limit" not in json.loads(artifacts["scores/base/pivot/math"].spec)
+    labels = dict(json.loads(artifacts["tables/table2"].spec)["tasks"])
+    assert labels["mmlu"] == "MMLU-like, 20 items"
+    assert labels["math"] == "MATH-like"
+
+
 def test_writing_out_a_default_changes_nothing() -> None:
     def spell(data: dict) -> None:
         data["models"]["trained"]["kd-code"].update(weight_decay=0.01, seed=42, optimizer="c_adamw")

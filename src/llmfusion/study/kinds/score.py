@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmfusion.study.data_plugins import task_formats
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
@@ -26,7 +26,7 @@ class Spec(StepSpec):
 def declare(graph: ArtifactGraph, model: str, task: str) -> Declaration:
     """Made from the stored answers and the staged task."""
     batch = next(name for name, tasks in graph.study.batches.items() if task in tasks)
-    body = {
+    body: dict[str, Any] = {
         "model": model,
         "task": task,
         "format": graph.study.tasks[task].format,

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 RESERVED = "results"  # the folder that addresses are relative to (llmfusion.study.addresses.results_index)
-RESERVED_END = ".provenance"  # results/t.provenance.json is the record of the table or score t
 LONGEST_PATH = 1000  # bytes; what is made lies below, and Linux has 4096 for all of it
 LONGEST_FILE_NAME = 255
 LONGEST_TEMPLATE = 50_000  # characters; the chat templates of models have up to 15,000
@@ -16,8 +15,6 @@ REPOSITORY = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 def _not_reserved(name: str) -> str:
     if name == RESERVED:
         raise ValueError(f"{RESERVED!r} is the name of the folder of all results; take another")
-    if name.endswith(RESERVED_END):
-        raise ValueError(f"a name cannot end with {RESERVED_END}, as the record beside a result does; take another")
     return name
 
 
