@@ -134,5 +134,5 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(results)): p.read_bytes()
         for p in results.rglob("*")
-        if p.is_file() and "provenance" not in p.name and p.name != "cost.csv"
+        if p.is_file() and "provenance" not in p.name and not p.name.endswith("cost.csv")
     }

@@ -6,6 +6,7 @@ import platform
 import re
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,25 +205,58 @@ def test_a_sandbox_that_does_not_hold_is_found_out_before_anything_is_judged(mon
 def test_the_filter_refuses_what_it_names_and_allows_the_rest(machine: str) -> None:
     column, architecture = seccomp.ARCHITECTURES[machine]
     refused = {numbers[column] for numbers in seccomp.REFUSED.values()} - {None}
+    refused |= {call[column] for call in seccomp.COMMANDS.values()}  # whose command 99 is none of the allowed
+    program = seccomp.filter_program(machine)
     for number in range(600):
-        assert run_filter(seccomp.filter_program(machine), number, architecture) == (
-            seccomp.REFUSE if number in refused else seccomp.ALLOW
-        ), number
-    assert run_filter(seccomp.filter_program(machine), 0, architecture ^ 1) == seccomp.KILL
-    assert run_filter(seccomp.filter_program(machine), 0x4000_0000 + 39, architecture) == seccomp.KILL
+        expected = seccomp.REFUSE if number in refused else seccomp.ALLOW
+        assert run_filter(program, number, architecture, [99] * 6) == expected, number
+    assert run_filter(program, 0, architecture ^ 1) == seccomp.KILL
+    assert run_filter(program, 0, 0x40000003) == seccomp.KILL  # i386
+    assert run_filter(program, 0, 0x40000028) == seccomp.KILL  # 32-bit ARM
+    assert run_filter(program, 0x4000_0000 + 39, architecture) == seccomp.KILL
 
 
-def run_filter(program: bytes, number: int, architecture: int) -> int:
-    """Interpret a classic BPF program over the start of ``struct seccomp_data``."""
+# By the kernel's headers: fcntl.h, ioctls.h, prctl.h. What a program needs of its own files, and what reaches others.
+NEEDED = {
+    "fcntl": [(0, 5), (1, 0), (2, 1), (3, 0), (4, 0o4000), (1030, 3), (1032, 0)],
+    "ioctl": [(0x5401, 0), (0x5413, 0), (0x541B, 0), (0x5421, 0), (0x5451, 0)],
+    "prctl": [(15, 0), (16, 0), (0x53564D41, 0)],
+}
+REACHING = {
+    "fcntl": [(4, 0x2000), (4, 0x2800), (5, 0), (6, 0), (7, 0), (8, 1), (9, 0), (10, 19), (11, 0), (15, 0), (16, 0)]
+    + [(36, 0), (37, 0), (38, 0), (1024, 0), (1025, 0), (1026, 0), (1031, 0), (1033, 0), (1036, 0), (2**32 - 1, 0)],
+    "ioctl": [(0x5452, 1), (0x8901, 1), (0x8902, 1), (0x5412, 0), (0x540E, 0), (0x5410, 1), (0x40085203, 0)],
+    "prctl": [(1, 9), (4, 1), (8, 1), (22, 2), (35, 1), (36, 1), (38, 1), (47, 2), (59, 1), (62, 1), (0x59616D61, 1)],
+}
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_of_calls_with_commands_only_those_on_its_own_files_are_allowed(machine: str) -> None:
+    column, architecture = seccomp.ARCHITECTURES[machine]
+    program = seccomp.filter_program(machine)
+    for table, expected in ((NEEDED, seccomp.ALLOW), (REACHING, seccomp.REFUSE)):
+        for name, uses in table.items():
+            for command, value in uses:
+                number, at = seccomp.COMMANDS[name][column], seccomp.COMMANDS[name][2]
+                words = [0] * at + [command, value]
+                assert run_filter(program, number, architecture, words) == expected, (name, command, value)
+                above = [*words[:at], command | 7 << 32, value]  # the kernel reads the lower half of a command
+                assert run_filter(program, number, architecture, above) == expected, (name, command, value)
+
+
+def run_filter(program: bytes, number: int, architecture: int, arguments: Sequence[int] = ()) -> int:
+    """Interpret a classic BPF program over ``struct seccomp_data``."""
+    data = struct.pack("<IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
     code, at, word = [struct.unpack_from("=HBBI", program, i) for i in range(0, len(program), 8)], 0, 0
     while True:
         kind, yes, no, value = code[at]
         if kind == 0x06:
             return value
         if kind == 0x20:
-            word = {0: number, 4: architecture}[value]
+            (word,) = struct.unpack_from("<I", data, value)
         else:
-            at += yes if (word == value if kind == 0x15 else word >= value) else no
+            holds = {0x15: word == value, 0x35: word >= value, 0x45: bool(word & value)}[kind]
+            at += yes if holds else no
         at += 1
 
 
@@ -244,8 +278,9 @@ HEADERS = [
 @pytest.mark.parametrize("column", [0, 1])
 def test_the_numbers_are_the_kernels(column: int) -> None:
     known = dict(re.findall(r"#define __NR_(\w+) (\d+)", HEADERS[column].read_text()))
-    compared = {name: numbers[column] for name, numbers in seccomp.REFUSED.items() if name in known}
-    assert len(compared) > 60
+    named = seccomp.REFUSED | seccomp.COMMANDS
+    compared = {name: numbers[column] for name, numbers in named.items() if name in known}
+    assert len(compared) > 110
     assert compared == {name: int(known[name]) for name in compared}
 
 

@@ -193,6 +193,14 @@ def test_a_table_cannot_have_the_name_of_the_report_of_costs() -> None:
     assert [key for key, text in found(change) if "results/cost.csv; take another" in text] == ["tables.cost"]
 
 
+def test_a_table_cannot_have_the_name_of_another_tables_costs() -> None:
+    def change(data: dict) -> None:
+        data["tables"]["table2.cost"] = data["tables"]["table2"]
+
+    text = "is the name of the costs of a table 'table2', results/table2.cost.csv; take another"
+    assert ("tables.table2.cost", text) in found(change)
+
+
 @pytest.mark.parametrize("section", ["tables", "tasks"])
 def test_two_names_whose_files_would_be_the_same_are_refused_with_both(section: str) -> None:
     """``t.provenance`` has its manifest where ``t`` has the record of how it was made."""
