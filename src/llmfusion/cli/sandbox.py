@@ -22,7 +22,12 @@ FIELDS = ("task_id", "prompt", "completion", "test", "entry_point")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Files, jobs and the time limit."""
     parser.add_argument("tasks", type=Path, metavar="IN.jsonl", help=f"lines with {', '.join(FIELDS)}")
-    parser.add_argument("verdicts", type=Path, metavar="OUT.jsonl", help="lines with task_id, passed, reason, and detail where it failed")
+    parser.add_argument(
+        "verdicts",
+        type=Path,
+        metavar="OUT.jsonl",
+        help="lines with task_id, passed, reason, and detail where it failed",
+    )
     add_limits(parser)
 
 
