@@ -152,6 +152,11 @@ class Encoder:
             return self._scalar(value, kind)
         return [self.table.add(value)]
 
+    def refs(self, items: Any) -> list[Ref]:
+        """What stands for each of many values; long lists of plain numbers or texts are the common case."""
+        items = list(items)
+        return items if _are_atoms(items) else [self.ref(item) for item in items]
+
     def _scalar(self, value: Any, kind: type) -> Ref:
         plain = next(base for base in (int, float, str) if issubclass(kind, base))
         exact = EXACT[plain](value)
@@ -187,6 +192,19 @@ class Encoder:
 Writer = Callable[[Any, Encoder], Node]
 
 
+def _are_atoms(items: list[Any]) -> bool:
+    """Whether :meth:`Encoder.ref` would leave all these as they are; a quick no is no mistake."""
+    kinds = set(map(type, items))
+    if kinds == {str}:
+        return all(map(str.isascii, items))
+    if not kinds or not kinds <= {int, float, bool}:
+        return not kinds
+    try:
+        return all(map(math.isfinite, items)) and min(items) > -INLINE and max(items) < INLINE
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
 def _is_proper(text: str) -> bool:
     """Without halves of surrogate pairs, which JSON would join."""
     if text.isascii():
@@ -216,7 +234,7 @@ def _write_number(value: Any, encoder: Encoder) -> Node:
 
 
 def _write_tuple(value: Any, encoder: Encoder) -> Node:
-    parts = [encoder.ref(part) for part in tuple.__iter__(value)]
+    parts = encoder.refs(tuple.__iter__(value))
     for base in mro_of(type(value)):
         fields = members_of(base).get("_fields")
         if type(fields) is tuple and len(fields) == len(parts) and all(type(name) is str for name in fields):
@@ -225,7 +243,7 @@ def _write_tuple(value: Any, encoder: Encoder) -> Node:
 
 
 def _sequence(tag: str, base: Any) -> Writer:
-    return lambda value, encoder: [tag, *(encoder.ref(part) for part in base.__iter__(value))]
+    return lambda value, encoder: [tag, *encoder.refs(base.__iter__(value))]
 
 
 def _pairs(base: Any) -> Writer:
@@ -246,7 +264,7 @@ def _write_defaultdict(value: Any, encoder: Encoder) -> Node:
 
 def _write_deque(value: Any, encoder: Encoder) -> Node:
     longest = collections.deque.maxlen.__get__(value)
-    return ["deque", longest, *(encoder.ref(part) for part in collections.deque.__iter__(value))]
+    return ["deque", longest, *encoder.refs(collections.deque.__iter__(value))]
 
 
 def _write_view(value: Any, encoder: Encoder) -> Node:
