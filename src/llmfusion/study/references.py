@@ -95,7 +95,7 @@ def _colliding_files(declared: Declared) -> Iterator[Problem]:
     for section, example, what in (("tables", "tables/{}", "table"), ("tasks", "scores/base/x/{}", "cell of a task")):
         owners: dict[str, str] = {}
         for key, _ in declared.entries(section):
-            name = key[1]
+            name = str(key[1])
             files = files_beside_others(example.format(name))
             if any(Path(file).name == "manifest.json" for file in files):
                 yield Problem(key, f"{name!r} cannot be the name of a {what}: its file would be a manifest.json")
