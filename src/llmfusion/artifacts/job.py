@@ -6,7 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llmfusion.artifacts import provenance, store
 from llmfusion.artifacts.lease import Lease
 from llmfusion.artifacts.store import Artifact, Draft
+from llmfusion.artifacts.usage import Usage
 from llmfusion.errors import UserError
+from llmfusion.io import job_log
 from llmfusion.io.digests import fingerprint_of
 from llmfusion.io.files import format_bytes, json_object_or_empty, read_json_object, sha256_file
 from llmfusion.study.addresses import FINGERPRINTS, address_of, is_shard
@@ -33,12 +35,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Request:
-    """What a rule asks for: a spec as canonical JSON, the declared output and inputs, and the job's time limit."""
+    """What a rule asks for: a spec as canonical JSON, the declared output and inputs, time limit and log."""
 
     spec: str
     out: Path
     inputs: list[str]
     time_limit_minutes: float | None = None
+    log: Path | None = None  # None: what is printed stays on standard output and error
+    command: str = ""  # that makes this artifact again: the first line of the log
 
 
 @dataclass
@@ -190,7 +194,9 @@ def _run_job(request: Request, build: Callable[[Job], None]) -> None:
     before = store.identity(request.out)
     address = address_of(request.out)
     work = Path("work") / address
-    with Lease(work / "lease", before) as lease:
+    if request.log is not None:
+        job_log.put_back(request.log)
+    with Lease(work / "lease", before) as lease, _log_of(request), Usage(lease.waited_seconds) as usage:
         if lease.taken_over is not None:
             before = lease.taken_over["note"]
         inputs = _verified_inputs(request, address)
@@ -203,8 +209,17 @@ def _run_job(request: Request, build: Callable[[Job], None]) -> None:
         else:
             limit = request.time_limit_minutes
             job = Job(request.spec, inputs, draft.folder, work, draft.facts, draft.key, limit, began)
-            _build_and_publish(job, build, draft, request.out, lease, started)
+            _build_and_publish(job, build, draft, request.out, lease, usage, started)
         _clear(work)
+
+
+@contextmanager
+def _log_of(request: Request) -> Iterator[None]:
+    """Everything that is said from now on goes to the job's log, beginning with the command."""
+    with job_log.written_to(request.log) if request.log is not None else nullcontext():
+        if request.command:
+            print("#", request.command, flush=True)
+        yield
 
 
 def _verified_inputs(request: Request, address: str) -> dict[str, Artifact]:
@@ -229,7 +244,7 @@ def _expected_fingerprints(address: str, spec: str, sources: list[str]) -> dict[
 
 
 def _build_and_publish(
-    job: Job, build: Callable[[Job], None], draft: Draft, output: Path, lease: Lease, started: float
+    job: Job, build: Callable[[Job], None], draft: Draft, output: Path, lease: Lease, usage: Usage, started: float
 ) -> None:
     draft.folder.mkdir(mode=draft.rights, parents=True)
     try:
@@ -237,8 +252,11 @@ def _build_and_publish(
         build(job)
         draft.rights &= job.rights
         lease.check()
-        shards = [address for address in job.inputs if is_shard(address)]
-        record = {**provenance.collect(started), "start_seconds": job.start_seconds, "shards": shards, **job.measured}
+        shards = {address: _took(shard) for address, shard in job.inputs.items() if is_shard(address)}
+        job_log.sync()
+        start = None if job.start_seconds is None else round(job.start_seconds - lease.waited_seconds, 3)
+        took = {**usage.taken(), "start_seconds": start}
+        record = {**provenance.collect(started), **took, "shards": shards, **job.measured}
         store.publish(draft, output, record)
     except Exception as error:
         if isinstance(error, OSError):
@@ -256,6 +274,12 @@ def _restrict(folder: Path, rights: int) -> None:
     if mode & 0o777 & ~rights:
         with suppress(PermissionError):
             folder.chmod(mode & ~0o777 | mode & rights)
+
+
+def _took(shard: Artifact) -> dict[str, Any]:
+    """What a shard took, as its provenance says: its folder need not be kept."""
+    record = json_object_or_empty(shard.folder / "provenance.json")
+    return {key: record[key] for key in ("seconds", "memory_mb", "gpu", "gpu_peak_mb") if key in record}
 
 
 def _clear(work: Path) -> None:

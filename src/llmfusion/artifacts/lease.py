@@ -42,6 +42,7 @@ class Lease:
         self.note = note
         self.taken_over: dict[str, Any] | None = None  # {"note": ...}
         self.token = uuid.uuid4().hex
+        self.waited_seconds = 0.0  # until the lease was taken
         self._stop = threading.Event()
         self._now = 0.0  # by the clock that stamps files here
         self._seen: tuple[int, int] | None = None  # the state of a lease that is waited for
@@ -50,6 +51,7 @@ class Lease:
     def __enter__(self) -> "Lease":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         reported = False
+        began = time.monotonic()
         while not self._take():
             found = _lstat(self.path)
             if found is None:
@@ -66,6 +68,7 @@ class Lease:
                 logger.warning("waiting for %s: held by %s", self.path, _describe(holder))
                 reported = True
             time.sleep(POLL_SECONDS)
+        self.waited_seconds = time.monotonic() - began
         threading.Thread(target=self._touch, daemon=True).start()
         return self
 
@@ -134,6 +137,17 @@ class Lease:
                 return  # somebody else's now: keeping it fresh would hold up everybody
             with contextlib.suppress(OSError):
                 os.utime(self.path)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a living writer holds a lease."""
+    holder = _read(path)
+    found = _lstat(path)
+    if holder is None or found is None:
+        return False
+    lease = Lease(path)
+    lease._now = time.time()
+    return not lease._is_stale(found, holder)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

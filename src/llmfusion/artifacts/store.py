@@ -80,12 +80,6 @@ class Artifact:
         address = self.manifest.get("address", "an artifact")
         return _Facts(self.manifest["facts"], f"{self.folder}: the manifest of {address}")
 
-    @property
-    def licences(self) -> list[str]:
-        """Declared licences: its own if it was staged, else those of what it was made from."""
-        declared = self.facts.get("license", [])
-        return [declared] if isinstance(declared, str) else list(declared)
-
     def file(self, name: str) -> Path:
         """Path of one of its files; raises :class:`DamagedError` if the manifest has no such file."""
         if name not in self.manifest["files"]:

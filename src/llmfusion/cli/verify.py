@@ -112,8 +112,18 @@ def _report(target: Path, walk: Verification, made_again: str) -> int:
         print(f"mismatch: {line}", file=sys.stderr)
     sources = {address: artifact for address, artifact in walk.artifacts.items() if is_source(address)}
     for address, artifact in sorted(sources.items()):
-        print(f"{address}  {artifact.sha256[:16]}  licence: {artifact.facts.get('license', 'NOT DECLARED')}")
+        print(f"{address}  {artifact.sha256[:16]}  licence: {_licence(address, artifact)}")
     counts = f"{len(walk.artifacts)} artifacts, {walk.bytes_hashed / 1e6:,.1f} MB hashed"
     verdict = f"{len(mismatches)} MISMATCHES" if mismatches else "all match"
     print(f"{target}: {counts}, {made_again}{len(sources)} datasets, task sets and base models: {verdict}")
     return int(bool(mismatches))
+
+
+def _licence(address: str, artifact: Artifact) -> str:
+    """The licence that a source states, or the licences behind a base model that was trained here."""
+    from llmfusion.artifacts.licences import licences_of
+
+    try:
+        return ", ".join(sorted(set(licences_of(address, artifact).values())))
+    except UserError:
+        return "NOT DECLARED"

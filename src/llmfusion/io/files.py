@@ -45,7 +45,7 @@ def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedRead
     """
     handle = -1
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW))
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow_links else os.O_NOFOLLOW))
         mode = os.fstat(handle).st_mode
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
@@ -59,10 +59,17 @@ def open_regular(path: Path, follow_links: bool = True) -> Iterator[BufferedRead
         yield file
 
 
-def read_regular(path: Path, follow_links: bool = False) -> bytes:
-    """The content of a regular file; errors as in :func:`open_regular`."""
+def read_regular(path: Path, follow_links: bool = False, limit: int | None = None) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Errors as in :func:`open_regular`, and :class:`DamagedError` for a larger file.
+    """
     with open_regular(path, follow_links) as file:
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            sizes = f"has {format_bytes(size)}, expected at most {format_bytes(limit)}"
+            raise DamagedError(f"{path}: {sizes}: it is not what its name says")
+        return file.read(-1 if limit is None else limit)
 
 
 def file_type(mode: int) -> str:
@@ -218,23 +225,13 @@ def format_bytes(size: float) -> str:
     return f"{size / 2**20:,.0f} MiB" if size >= 10 * 2**20 else f"{size / 2**10:,.0f} KiB"
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """A regular file's bytes; errors as in :func:`open_regular`, and for more than ``limit`` bytes."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            sizes = f"has {format_bytes(size)}, expected at most {format_bytes(limit)}"
-            raise DamagedError(f"{path}: {sizes}: it is not what its name says")
-        return file.read(limit)
-
-
 def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """A JSON file that holds an object, at most ``limit`` bytes of it.
 
     Raises :class:`DamagedError` for a file that is no JSON or holds something else, ``OSError`` where it cannot be
     read.
     """
-    content = parse_json(read_bytes(path, limit), str(path))
+    content = parse_json(read_regular(path, follow_links=True, limit=limit), str(path))
     if not isinstance(content, dict):
         raise DamagedError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content

@@ -44,7 +44,7 @@ def _write_draft(plan: MergePlan, draft: Path, threads: int | None, progress: en
     pivot = plan.matching.pivot.folder
     models = [str(model.folder) for model in plan.matching.models]
     facts, checksums = engine.run(plan, draft, plan.identity(), threads, progress)
-    write_card(draft, plan.options, str(pivot), models, facts)
+    write_card(draft, plan.options, str(pivot), models, facts, ["- those of the pivot and of every model above"])
     manifest = _manifest(plan, draft, facts, checksums)
     (draft / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
     rights = common_rights(draft.iterdir())  # the engine gave them no more than the sources have

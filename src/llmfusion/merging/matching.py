@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llmfusion.errors import DamagedError, UserError, require
-from llmfusion.io.files import JSON_LIMIT, model_file, read_bytes, read_json_object
+from llmfusion.io.files import JSON_LIMIT, model_file, read_json_object, read_regular
 from llmfusion.io.safetensors import FLOATS, TensorInfo, read_checkpoint_headers, tensor_bytes
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -238,7 +238,10 @@ def _compare_vocabularies(comparison: _Comparison, model: Checkpoint) -> None:
 
 def _same_bytes(one: Path, other: Path) -> bool:
     same_size = one.stat().st_size == other.stat().st_size
-    return same_size and read_bytes(one, JSON_LIMIT) == read_bytes(other, JSON_LIMIT)
+    if not same_size:
+        return False
+    first, second = (read_regular(path, follow_links=True, limit=JSON_LIMIT) for path in (one, other))
+    return first == second
 
 
 def _base_tokens(file: Path) -> dict[int, str]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from llmfusion.artifacts.store import Artifact
 from llmfusion.errors import DamagedError, UserError
-from llmfusion.io.files import model_file, read_bytes, read_json_object
+from llmfusion.io.files import model_file, read_json_object, read_regular
 from llmfusion.io.safetensors import INDEX, TensorInfo, read_headers, weight_files
 
 SETTINGS_LIMIT = 16 * 2**20  # bytes of config.json and the like
@@ -275,7 +275,7 @@ def _check_tokenizer_file(path: Path) -> None:
 
 def _require_utf8(path: Path) -> None:
     try:
-        read_bytes(path, SETTINGS_LIMIT).decode()
+        read_regular(path, follow_links=True, limit=SETTINGS_LIMIT).decode()
     except UnicodeDecodeError as error:
         raise DamagedError(f"{path}: is no text in UTF-8: {error.reason} at byte {error.start}") from None
 

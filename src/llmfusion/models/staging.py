@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion import ROOT
+from llmfusion.data import hub
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io import progress_bars
 from llmfusion.io.files import link_or_copy, model_file
+from llmfusion.io.gguf import read_gguf_header
 from llmfusion.io.safetensors import FLOATS
 from llmfusion.models.folder import ModelFolder, explain_failure, generation_settings, private_folder
-from llmfusion.models.gguf_header import read_gguf_header
 from llmfusion.models.loading import (
     SizeLimit,
     count_values,
@@ -29,9 +30,10 @@ def stage_hub(base: HubModel, folder: Path, chat_template: str | None) -> dict[s
     from huggingface_hub import snapshot_download
 
     progress_bars.show_only_in_terminals()
+    hub.require_room(base, folder)
     try:
         downloaded = snapshot_download(
-            base.repo, revision=base.revision, allow_patterns=list(MODEL_FILES), ignore_patterns=["original/*"]
+            base.repo, revision=base.revision, allow_patterns=hub.MODEL_ALLOWED, ignore_patterns=hub.MODEL_IGNORED
         )
     except Exception as error:  # of many types, from many layers; the user needs its message and what to do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -22,7 +22,8 @@ from typing import Any
 
 from llmfusion.errors import UserError
 from llmfusion.io.files import write_file
-from llmfusion.io.logs import log_to_stdout
+from llmfusion.io.logs import log_to_stdout, redact_output
+from llmfusion.io.redaction import redacted
 
 logger = logging.getLogger(__name__)
 LIBC = ctypes.CDLL(None)  # loaded before a fork, not after
@@ -145,6 +146,7 @@ def main(exchange: Path) -> int:
     rank = int(os.environ["RANK"])
     for number in STOPPING:
         signal.signal(number, lambda *_: sys.exit(STOPPED))
+    redact_output()
     log_to_stdout()
     write_file(exchange / f"{rank}.pid", str(os.getpid()).encode())
     status = 1
@@ -162,7 +164,7 @@ def main(exchange: Path) -> int:
         end = {"traceback": f"process {rank}:\n{traceback.format_exc()}"}
         if isinstance(error, OSError) and error.errno:
             end = {"errno": error.errno, "message": str(error)}
-    _end_path(exchange, rank).write_text(json.dumps(end))
+    _end_path(exchange, rank).write_text(redacted(json.dumps(end)))
     return status
 
 

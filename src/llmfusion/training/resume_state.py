@@ -139,14 +139,19 @@ def _file_name(step: int, parts: int) -> str:
 
 
 def _steps(folder: ResumeFolder) -> list[int]:
-    """Steps after which a state, or a part of one, is there."""
-    names = [path.name for path in folder.folder.glob("step-*")]
-    matches = [re.fullmatch(r"step-(\d{8})\.(\d+-of-\d+\.)?safetensors", name) for name in names]
-    return sorted({int(match[1]) for match in matches if match})
+    """Steps after which a state, a part of one, or the note of one is there."""
+    return sorted({step for step, _ in _states(folder)})
 
 
 def _files(folder: ResumeFolder, step: int) -> list[str]:
-    return [path.name for path in folder.folder.glob(f"step-{step:08d}.*safetensors")]
+    return [name for other, name in _states(folder) if other == step]
+
+
+def _states(folder: ResumeFolder) -> list[tuple[int, str]]:
+    """Step and name of every state, or part of one, that is there or of which there is a note."""
+    names = [path.name for path in folder.folder.glob("step-*")]
+    matches = [re.fullmatch(r"(step-(\d{8})\.(?:\d+-of-\d+\.)?)(?:safetensors|json)", name) for name in names]
+    return sorted({(int(match[2]), f"{match[1]}safetensors") for match in matches if match})
 
 
 def _remove(folder: ResumeFolder, step: int) -> None:

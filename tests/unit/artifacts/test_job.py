@@ -211,15 +211,26 @@ def test_a_defect_keeps_its_traceback_but_leaves_nothing(
     assert nothing_half_visible()
 
 
-def test_sigterm_ends_with_143_and_leaves_nothing(start: Callable) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_ends_a_step_without_a_traceback_and_leaves_nothing_also_if_it_comes_twice(
+    start: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def build(job: Job) -> None:
         (job.folder / "half").write_text("")
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
+    rmtree = shutil.rmtree
+
+    def interrupted(*arguments: object, **given: object) -> None:
+        os.kill(os.getpid(), number)
+        rmtree(*arguments, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(SystemExit) as caught:
         start(build)
-    assert caught.value.code == 143
+    assert caught.value.code == 128 + number
     assert nothing_half_visible()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_draft_that_a_killed_job_left_is_not_part_of_the_next(start: Callable) -> None:

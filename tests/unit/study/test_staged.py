@@ -115,3 +115,30 @@ def test_an_orphan_of_the_same_settings_is_kept(tmp_path: Path) -> None:
     address = "models/trained/sft"
     orphan(tmp_path, address, build_graph(study(tmp_path)).artifacts[address].spec)
     check(tmp_path)
+
+
+def test_mistakes_that_staged_files_show_have_their_lines_and_come_all_at_once(tmp_path: Path) -> None:
+    """The file as a user wrote it, one key a line."""
+    import yaml
+
+    data = study(tmp_path).model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+    stage(tmp_path, "models/base/left", {"vocabulary_sha256": "aa"})
+    stage(tmp_path, "models/base/right", {"vocabulary_sha256": "bb"})
+    stage(tmp_path, "data/dataset/own", {"samples": 99})
+    orphan(tmp_path, "models/trained/sft", '{"step":"train","recipe":0}')
+    with pytest.raises(StudyError) as caught:
+        check_staged(file, study(tmp_path), build_graph(study(tmp_path)))
+    first, *rows = str(caught.value).splitlines()
+    assert first.endswith("study.yaml: 3 mistakes; nothing was started")
+    lines = file.read_text().splitlines()
+    shown = {}
+    for row in rows:
+        place, _, text = row.strip().partition(": ")
+        shown[text.partition(": ")[0]] = lines[int(place.rpartition(":")[2]) - 1].strip()
+    assert shown == {
+        "mixes.raw.datasets.own": "own: 100",
+        "models.base.right.vocabulary": "vocabulary: same",
+        "models.trained.sft": "sft:",
+    }

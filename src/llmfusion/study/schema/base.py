@@ -1,10 +1,15 @@
 """What all sections of a study share: strict models, names, addresses."""
 
+import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 RESERVED = "results"  # the folder that addresses are relative to (llmfusion.study.addresses.results_index)
+LONGEST_PATH = 1000  # bytes; what is made lies below, and Linux has 4096 for all of it
+LONGEST_FILE_NAME = 255
+LONGEST_TEMPLATE = 50_000  # characters; the chat templates of models have up to 15,000
+REPOSITORY = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
 
 def _not_reserved(name: str) -> str:
@@ -13,11 +18,26 @@ def _not_reserved(name: str) -> str:
     return name
 
 
+def _path(text: str) -> str:
+    """A path that a file system can hold and that means the same to every program."""
+    if any(not character.isprintable() for character in text):
+        raise ValueError(f"got {text[:60]!r}: a path has no line breaks, tabs or other control characters")
+    if re.search(r"[{}]", text):
+        raise ValueError(f"got {text[:60]!r}: braces are wildcards to Snakemake; rename the file or the folder")
+    if text.startswith("~"):
+        raise ValueError(f"got {text[:60]!r}: ~ is not expanded; write the whole path")
+    if len(text.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_FILE_NAME for part in text.split("/")):
+        limits = f"{LONGEST_PATH} bytes, and {LONGEST_FILE_NAME} between two slashes"
+        raise ValueError(f"got {len(text.encode())} bytes, {text[:40]!r}...: a path has at most {limits}")
+    return text
+
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80), AfterValidator(_not_reserved)]
 Address = Annotated[str, Field(pattern=r"^(base|trained|merged)/[a-z0-9][a-z0-9._-]*$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
 class Section(BaseModel):
@@ -31,17 +51,41 @@ def dump(section: BaseModel, *leave_out: str) -> dict[str, Any]:
     return section.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(leave_out))
 
 
+def started_from(entry: Any) -> str | None:
+    """Address of the model that a model of a study was trained from, or merged over; None where there is none."""
+    return getattr(entry, "init", None) or getattr(entry, "pivot", None)
+
+
 class Licensed(Section):
+    """An input from outside, whose licence the study states."""
+
     license: str = Field(
-        min_length=1, description="licence of this input as its owner states it; listed for every result"
+        min_length=1, description="licence of this input as its owner states it; every model made from it inherits it"
     )
 
 
 def template_fields(text: str) -> set[str]:
-    """Names a Jinja template reads. Raises ValueError, in the user's words, if it cannot be parsed."""
+    """Names a Jinja template reads. Raises ValueError, in the user's words, if it cannot be parsed.
+
+    Nothing of the template is computed: Jinja's own compiler evaluates constants, and ``'a' * 10**10`` is one.
+    """
     import jinja2.meta
 
+    class FieldFinder(jinja2.meta.TrackingCodeGenerator):
+        def __init__(self, environment: jinja2.Environment):
+            super().__init__(environment)
+            self.optimizer = None
+
+        def _output_child_to_const(self, *arguments: Any) -> str:
+            raise jinja2.nodes.Impossible
+
+    if len(text) > LONGEST_TEMPLATE:
+        raise ValueError(f"has {len(text):,} characters; a template has at most {LONGEST_TEMPLATE:,}")
     try:
-        return jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(text))
+        finder = FieldFinder(jinja2.Environment())
+        finder.visit(finder.environment.parse(text))
+        return finder.undeclared_identifiers
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"is no Jinja template: {error.message}") from None
+    except RecursionError:
+        raise ValueError("is no Jinja template that can be used: it is nested too deeply") from None
