@@ -206,7 +206,7 @@ def test_two_names_whose_files_would_be_the_same_are_refused_with_both(section: 
     """``t.provenance`` has its manifest where ``t`` has the record of how it was made."""
 
     def change(data: dict[str, Any]) -> None:
-        _, entry = next(iter(data[section].items()))
+        entry = next(iter(data[section].values()))
         data[section] = {"t": entry, "t.provenance": entry, "other.provenance": entry, **data[section]}
 
     texts = [text for key, text in found(change) if "would both write" in text]
