@@ -141,7 +141,7 @@ class ChatFormat:
             ids = [self.tokenizer.convert_tokens_to_ids(token)]
             if space:  # as it is tokenised behind an answer
                 ids = self._ids(f"b{space}{token}")[len(self._ids("b")) :]
-            self._known_closings[space, token] = Closing(space + token, token, tuple(ids))
+            self._known_closings[space, token] = Closing(space, token, tuple(ids))
         return self._known_closings[space, token]
 
     # ---- text
@@ -192,6 +192,10 @@ class ChatFormat:
         if spans is None:
             raise TurnsError("template changes an answer")
         return text, spans
+
+    def has_quoted(self, messages: Sequence[Message]) -> bool:
+        """Whether somebody wrote out a control token."""
+        return any(self._control_token.search(message["content"]) for message in messages)
 
     def _quoted(self, messages: Sequence[Message]) -> list[Span]:
         """Where a user or the system turn wrote out a control token, which must not become one."""

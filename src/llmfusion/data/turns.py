@@ -61,9 +61,14 @@ def split_between_turns(sample: Row, max_characters: int | None) -> list[Row]:
 class Closing:
     """What ends an answer: the closing token, behind white space if the template prints some. ``ids`` end with it."""
 
-    text: str
+    space: str
     token: str
     ids: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """As it is printed behind an answer."""
+        return self.space + self.token
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import functools
 import json
 import re
 import string
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from contextvars import ContextVar
 from datetime import datetime
 from types import BuiltinMethodType
@@ -104,7 +104,7 @@ class _Budget:
         return total
 
 
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS = (KeysView, ValuesView, ItemsView)
 _budget: ContextVar[_Budget] = ContextVar("budget")
 STRING_METHODS = (
     "capitalize casefold count endswith find format format_map index isalnum isalpha isascii isdecimal isdigit islower "
@@ -161,7 +161,8 @@ class _Guards(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        for part in (node, *node.ops):
+        parts: list[Any] = [node, *node.ops]
+        for part in parts:
             if not isinstance(part.expr, nodes.Const):
                 part.expr = self._call("cost", part.expr)
         return node
@@ -186,7 +187,7 @@ class _Guards(NodeTransformer):
 
 
 class _CodeGenerator(CodeGenerator):
-    def visit_Call(self, node: nodes.Call, frame: Frame, **options: Any) -> None:
+    def visit_Call(self, node: nodes.Call, frame: Frame, **options: Any) -> None:  # type: ignore[override]
         if not isinstance(node.node, nodes.EnvironmentAttribute):
             super().visit_Call(node, frame, **options)
             return
@@ -216,7 +217,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         # nothing is computed when the template is compiled, where there is no budget
         super().__init__(optimized=False, finalize=_finalize, **settings)
         self.filters = {name: _guarded_filter(name, function) for name, function in FILTERS.items()}
-        self.tests = {name: _guarded(function) for name, function in self.tests.items()}
+        tests: Any = self.tests
+        self.tests = {name: _guarded(function) for name, function in tests.items()}
         self.globals = {
             "range": _range,
             "dict": _Dict(),
@@ -587,7 +589,7 @@ class Template:
         try:
             return "".join(self._template.root_render_func(self._template.new_context(variables)))
         except _Refusal as error:
-            raise RefusedByTemplate(f"{self._place(error)}: {_short(error)}") from None
+            raise RefusedByTemplate(f"{self._place(error)}: {_short(error)}", "refused") from None
         except (SecurityError, RecursionError, MemoryError) as error:
             reason = _short(error) if isinstance(error, SecurityError) else "it is nested too deeply"
             raise UnsafeTemplate(f"{self._place(error)}: {reason}") from None

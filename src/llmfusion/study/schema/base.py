@@ -1,8 +1,11 @@
 """What all sections of a study share: strict models, names, addresses."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from llmfusion.io.templates import Style
 
 RESERVED = "results"  # the folder that addresses are relative to (llmfusion.study.addresses.results_index)
 
@@ -37,11 +40,26 @@ class Licensed(Section):
     )
 
 
-def template_fields(text: str) -> set[str]:
-    """Names a Jinja template reads. Raises ValueError, in the user's words, if it cannot be parsed."""
-    import jinja2.meta
+def template_fields(text: str, style: "Style", **example: Any) -> frozenset[str]:
+    """Names that a Jinja template reads.
+
+    Raises ValueError, in the user's words, if it cannot be compiled, or does what no template must do when it is
+    rendered with ``example``. Where it fails with an example otherwise, it may still be right for what it is meant for.
+    """
+    from llmfusion.io.templates import TemplateError, UnsafeTemplate, compiled
 
     try:
-        return jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(text))
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"is no Jinja template: {error.message}") from None
+        template = compiled(text, "line", style)
+        template.render(**example)
+    except UnsafeTemplate as error:
+        raise ValueError(f"is no safe Jinja template: {_at_line(error)}") from None
+    except TemplateError as error:
+        if error.summary:
+            return template.fields
+        raise ValueError(f"is no Jinja template: {_at_line(error)}") from None
+    return template.fields
+
+
+def _at_line(error: Exception) -> str:
+    """The message without the template's name, which the place in the study says."""
+    return str(error).removeprefix("line, ").removeprefix("line: ")
