@@ -98,6 +98,31 @@ POWERLESS = {
     "open files of its parent",
     "the log of the kernel",
     "what comes in before it is asked",
+    "signals by readiness through ioctl",
+    "owns its files' signals through ioctl",
+    "owns its files' signals as a socket's",
+    "stops its parent through its files",
+    "a lease on the interpreter",
+    "larger pipes",
+    "seals",
+    "hints for the disk",
+    "types into the terminal",
+    "takes a terminal",
+    "freezes a file system",
+    "adds to the kernel's random numbers",
+    "takes a file of its parent",
+    "idles the disk of its user",
+    "watches all files of the machine",
+    "a program in the kernel",
+    "sets the clock",
+    "renames the machine",
+    "keeps memory from being moved",
+    "keeps all memory from being moved",
+    "hangs up the terminal",
+    "lets anybody trace it",
+    "shares its core's schedule",
+    "moves the map of its memory",
+    "handles its calls itself",
 }
 
 
@@ -197,7 +222,9 @@ def test_harm_is_seen_where_nothing_protects(staged: Path) -> None:
 
 @pytest.mark.long
 def test_the_programs_would_do_harm_where_nothing_protects(staged: Path) -> None:
-    showing = [p for p in PROGRAMS if (p.harmless and p.kind != "time") or p.test in (GAINED, HIDDEN, SPIED)]
+    showing = [
+        p for p in PROGRAMS if (p.harmless and p.kind not in ("time", "late")) or p.test in (GAINED, HIDDEN, SPIED)
+    ]
     reports = run.machines(
         staged, "bare", [program.name for program in showing if program.name not in POWERLESS], timeout=6.0
     )
