@@ -30,7 +30,7 @@ MARKER = re.compile(r"(<!-- (keys|options|plugins|layouts): ([^>]*?) -->\n)(.*?)
 PATTERNS = {
     "commit": "[0-9a-f]{40}",
     "address": "(base|trained|merged)/",
-    "`OWNER/NAME`": r"/[^/\s]+$",
+    "`OWNER/NAME`": "/[A-Za-z0-9_]",
     "name": "[a-z0-9][a-z0-9._-]*",
 }
 LINKS = {  # where config/README.md describes a section, by the name of its model
@@ -118,10 +118,11 @@ def describe_type(entry: dict[str, Any], schema: dict[str, Any]) -> str:
     if "$ref" in entry:
         name = entry["$ref"].rsplit("/", 1)[1]
         return f"mapping, see [{name}]({LINKS[name]})" if name in LINKS else "mapping"
-    if "oneOf" in entry:
+    if "discriminator" in entry:
         return describe_type(entry["oneOf"][0], schema)
-    if "anyOf" in entry:
-        options = [describe_type(option, schema) for option in entry["anyOf"] if option.get("type") != "null"]
+    if "anyOf" in entry or "oneOf" in entry:
+        either = entry.get("anyOf", entry.get("oneOf"))
+        options = [describe_type(option, schema) for option in either if option.get("type") != "null"]
         return ", or ".join(dict.fromkeys(options))
     if "const" in entry:
         return f"`{entry['const']}`"

@@ -10,14 +10,16 @@ rule stage_dataset:
         manifest="results/data/dataset/{dataset}/manifest.json",
     log:
         "logs/data/dataset/{dataset}.log",
-    benchmark:
-        "logs/benchmarks/data/dataset/{dataset}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
+    resources:
+        mem_mb=study.memory_mb("data/dataset/{dataset}"),
+        runtime=study.minutes("data/dataset/{dataset}"),
     params:
         spec=study.spec("data/dataset/{dataset}"),
     shell:
-        "python -m llmfusion step stage_dataset --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step stage_dataset --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"
 
 
 rule stage_tasks:
@@ -27,14 +29,16 @@ rule stage_tasks:
         manifest="results/data/tasks/{task}/manifest.json",
     log:
         "logs/data/tasks/{task}.log",
-    benchmark:
-        "logs/benchmarks/data/tasks/{task}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
+    resources:
+        mem_mb=study.memory_mb("data/tasks/{task}"),
+        runtime=study.minutes("data/tasks/{task}"),
     params:
         spec=study.spec("data/tasks/{task}"),
     shell:
-        "python -m llmfusion step stage_tasks --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step stage_tasks --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"
 
 
 rule mix_samples:
@@ -44,14 +48,16 @@ rule mix_samples:
         manifest="results/data/mix/{mix}/manifest.json",
     log:
         "logs/data/mix/{mix}.log",
-    benchmark:
-        "logs/benchmarks/data/mix/{mix}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
+    resources:
+        mem_mb=study.memory_mb("data/mix/{mix}"),
+        runtime=study.minutes("data/mix/{mix}"),
     params:
         spec=study.spec("data/mix/{mix}"),
     shell:
-        "python -m llmfusion step mix_samples --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step mix_samples --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"
 
 
 rule generate_answers:
@@ -61,13 +67,13 @@ rule generate_answers:
         manifest="results/data/generated/{model}/{mix}/manifest.json",
     log:
         "logs/data/generated/{model}/{mix}.log",
-    benchmark:
-        "logs/benchmarks/data/generated/{model}/{mix}.tsv"
     conda:
         "../envs/llmfusion.yaml"
     resources:
         gpu=study.gpus("data/generated/{model}/{mix}"),
+        mem_mb=study.memory_mb("data/generated/{model}/{mix}"),
+        runtime=study.minutes("data/generated/{model}/{mix}"),
     params:
         spec=study.spec("data/generated/{model}/{mix}"),
     shell:
-        "python -m llmfusion step generate_answers --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step generate_answers --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"

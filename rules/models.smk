@@ -10,17 +10,17 @@ rule stage_base:
         manifest="results/models/base/{base}/manifest.json",
     log:
         "logs/models/base/{base}.log",
-    benchmark:
-        "logs/benchmarks/models/base/{base}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    priority: 10
     resources:
         gpu=study.gpus("models/base/{base}"),
-        runtime=10080,  # minutes; a profile can set it
+        mem_mb=study.memory_mb("models/base/{base}"),
+        runtime=study.minutes("models/base/{base}"),
     params:
         spec=study.spec("models/base/{base}"),
     shell:
-        "python -m llmfusion step stage_base --minutes {resources.runtime} --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step stage_base --minutes {resources.runtime} --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"
 
 
 rule train_model:
@@ -30,17 +30,16 @@ rule train_model:
         manifest="results/models/trained/{trained}/manifest.json",
     log:
         "logs/models/trained/{trained}.log",
-    benchmark:
-        "logs/benchmarks/models/trained/{trained}.tsv"
     conda:
         "../envs/llmfusion.yaml"
     resources:
         gpu=study.gpus("models/trained/{trained}"),
-        runtime=10080,  # minutes; a profile can set it
+        mem_mb=study.memory_mb("models/trained/{trained}"),
+        runtime=study.minutes("models/trained/{trained}"),
     params:
         spec=study.spec("models/trained/{trained}"),
     shell:
-        "python -m llmfusion step train_model --minutes {resources.runtime} --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step train_model --minutes {resources.runtime} --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"
 
 
 rule merge_models:
@@ -50,11 +49,12 @@ rule merge_models:
         manifest="results/models/merged/{merged}/manifest.json",
     log:
         "logs/models/merged/{merged}.log",
-    benchmark:
-        "logs/benchmarks/models/merged/{merged}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    resources:
+        mem_mb=study.memory_mb("models/merged/{merged}"),
+        runtime=study.minutes("models/merged/{merged}"),
     params:
         spec=study.spec("models/merged/{merged}"),
     shell:
-        "python -m llmfusion step merge_models --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step merge_models --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"

@@ -10,16 +10,16 @@ rule answer:
         manifest="results/answers/{model}/{batch}/manifest.json",
     log:
         "logs/answers/{model}/{batch}.log",
-    benchmark:
-        "logs/benchmarks/answers/{model}/{batch}.tsv"
     conda:
         "../envs/llmfusion.yaml"
     resources:
         gpu=study.gpus("answers/{model}/{batch}"),
+        mem_mb=study.memory_mb("answers/{model}/{batch}"),
+        runtime=study.minutes("answers/{model}/{batch}"),
     params:
         spec=study.spec("answers/{model}/{batch}"),
     shell:
-        "python -m llmfusion step answer --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step answer --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"
 
 
 rule score:
@@ -29,11 +29,12 @@ rule score:
         cell="results/scores/{model}/{task}.json",
     log:
         "logs/scores/{model}/{task}.log",
-    benchmark:
-        "logs/benchmarks/scores/{model}/{task}.tsv"
     conda:
         "../envs/llmfusion.yaml"
+    resources:
+        mem_mb=study.memory_mb("scores/{model}/{task}"),
+        runtime=study.minutes("scores/{model}/{task}"),
     params:
         spec=study.spec("scores/{model}/{task}"),
     shell:
-        "python -m llmfusion step score --spec {params.spec:q} --out {output.cell} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step score --spec - --out {output.cell:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"

@@ -10,16 +10,16 @@ rule capture_shard:
         manifest="results/teachers/shards/{model}/{mix}/{shard}/manifest.json",
     log:
         "logs/teachers/shards/{model}/{mix}/{shard}.log",
-    benchmark:
-        "logs/benchmarks/teachers/shards/{model}/{mix}/{shard}.tsv"
     conda:
         "../envs/llmfusion.yaml"
     resources:
         gpu=study.gpus("teachers/shards/{model}/{mix}/{shard}"),
+        mem_mb=study.memory_mb("teachers/shards/{model}/{mix}/{shard}"),
+        runtime=study.minutes("teachers/shards/{model}/{mix}/{shard}"),
     params:
         spec=study.spec("teachers/shards/{model}/{mix}/{shard}"),
     shell:
-        "python -m llmfusion step capture_shard --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step capture_shard --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"
 
 
 rule capture_teacher:
@@ -29,13 +29,13 @@ rule capture_teacher:
         manifest="results/teachers/{model}/{mix}/manifest.json",
     log:
         "logs/teachers/{model}/{mix}.log",
-    benchmark:
-        "logs/benchmarks/teachers/{model}/{mix}.tsv"
     conda:
         "../envs/llmfusion.yaml"
     resources:
         gpu=study.gpus("teachers/{model}/{mix}"),
+        mem_mb=study.memory_mb("teachers/{model}/{mix}"),
+        runtime=study.minutes("teachers/{model}/{mix}"),
     params:
         spec=study.spec("teachers/{model}/{mix}"),
     shell:
-        "python -m llmfusion step capture_teacher --spec {params.spec:q} --out {output.manifest} --inputs {input:q} > {log} 2>&1"
+        "python -m llmfusion step capture_teacher --spec - --out {output.manifest:q} --log {log:q} --inputs {input:q} <<< {params.spec:q}"

@@ -119,7 +119,10 @@ def results(folder: Path, name: str = "tiny") -> dict[str, bytes]:
     return {
         str(p.relative_to(base)): p.read_bytes()
         for p in sorted(base.rglob("*"))
-        if p.suffix in (".json", ".csv", ".md") and p.name != "cost.csv" and "provenance" not in p.name and p.is_file()
+        if p.suffix in (".json", ".csv", ".md")
+        and not p.name.endswith("cost.csv")
+        and "provenance" not in p.name
+        and p.is_file()
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 from tests.project import clone, snakemake, study
 
 TARGET = "results/table2.csv"
-COST = "results/cost.csv"
+COST = "results/table2.cost.csv"
 PROFILE = ("--profile", "profiles/tiny")
 ROWS = ("base/pivot", "base/code", "trained/sft", "trained/seqkd-code", "trained/kd-code", "merged/ta-homogeneous")
 

@@ -101,6 +101,15 @@ def gone(family, seconds=10.0):
     return not psutil.wait_procs(family, seconds)[1]
 
 
+def test_ctrl_c_lets_them_save_and_ends_with_143(running, tmp_path):
+    """A terminal interrupts the job's process group, in which only the process is that has started the others."""
+    child, family = running
+    child.send_signal(signal.SIGINT)
+    assert child.wait(30) == 143
+    assert (tmp_path / "saved").exists()
+    assert gone(family)
+
+
 def test_sigterm_lets_them_save_and_ends_with_143(running, tmp_path):
     child, family = running
     for process in (*family, psutil.Process(child.pid)):  # as SLURM does

@@ -94,8 +94,7 @@ def test_a_signal_reaches_the_fork_and_its_end_is_the_steps(
     run_under_warm: Callable[[str], subprocess.CompletedProcess[str]], tmp_path: Path, number: int
 ) -> None:
     done = run_under_warm(WAIT + f"process.send_signal({number})\nprint('ended', process.wait(), drafts())")
-    expected = 143 if number == signal.SIGTERM else -signal.SIGINT
-    assert f"ended {expected} []" in done.stdout, done
+    assert f"ended {128 + number} []" in done.stdout, done
 
 
 def test_a_step_that_is_killed_takes_its_fork_with_it(
@@ -135,5 +134,5 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(results)): p.read_bytes()
         for p in results.rglob("*")
-        if p.is_file() and "provenance" not in p.name and p.name != "cost.csv"
+        if p.is_file() and "provenance" not in p.name and not p.name.endswith("cost.csv")
     }

@@ -27,6 +27,10 @@ KINDS = (
     "forgery",
     "reading",
     "lying",
+    "kernel",
+    "objects",
+    "exchange",
+    "late",
 )
 
 PROMPT = 'def f(x):\n    """Return x + 1."""\n'
@@ -182,6 +186,18 @@ def make_program(name: str, kind: str, style_name: str, body: str, test: str | N
     return Program(name, kind, completion, test or style.test, style.harmless)
 
 
+def read_honest() -> Iterator[dict[str, str]]:
+    """Programs that do nothing odd, as tasks that must pass: ``%% NAME``, ``%% prompt`` or none, program, test."""
+    text = (SOURCES.parent / "honest.txt").read_text()
+    for section in re.split(r"^%% (?!prompt$|program$|test$)", text, flags=re.MULTILINE)[1:]:
+        name, _, rest = section.partition("\n")
+        parts = re.split(r"^%% (prompt|program|test)\n", rest, flags=re.MULTILINE)[1:]
+        found = dict(zip(parts[::2], parts[1::2], strict=True))
+        prompt = found.get("prompt", "")
+        completion = f"\n{found['program']}"
+        yield {"task_id": name, "prompt": prompt, "completion": completion, "test": found["test"], "entry_point": "f"}
+
+
 TOO_LONG_TO_STORE = {
     "a program of many megabytes": "x = [\n" + "    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13],\n" * 60_000 + "]",
     "a program too deep to parse": "x = " + "(" * 5000 + ")" * 5000,
@@ -192,5 +208,6 @@ PROGRAMS += [
     make_program(name, "memory", "wrong", f"{source}\n\ndef f(x):\n    return 0")
     for name, source in TOO_LONG_TO_STORE.items()
 ]
+HONEST_PROGRAMS = list(read_honest())
 HONEST = Program("a right program beside them", "honest", "    return x + 1\n")
 assert len({p.name for p in PROGRAMS}) == len(PROGRAMS), "two programs of the same name"

@@ -40,10 +40,11 @@ def pytest_configure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_sigterm_afterwards() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+def _same_signals_afterwards() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

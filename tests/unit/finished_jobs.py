@@ -38,7 +38,7 @@ def slow_seconds(job: JobWork) -> float:
 
 
 def finish(jobs: Workload, seconds: Callable[[JobWork], float] = slow_seconds, noise: float = 0.0) -> None:
-    """Write manifests and benchmark files as if every job had been run, and had taken ``seconds(job)``."""
+    """Write manifests and provenance as if every job had been run, and had taken ``seconds(job)``."""
     random_numbers = random.Random(0)
     for address, job in jobs.jobs.items():
         output = jobs.directory / output_of(address)
@@ -46,8 +46,6 @@ def finish(jobs: Workload, seconds: Callable[[JobWork], float] = slow_seconds, n
         output.write_text("{}")
         in_folder = output.name == "manifest.json"
         record = output.with_name("provenance.json") if in_folder else output.with_suffix(".provenance.json")
-        record.write_text(json.dumps({"start_seconds": 4 if job.rates in LOADING else None}))
-        took = seconds(job) * (1 + noise * random_numbers.uniform(-1, 1))
-        benchmark = jobs.directory / f"logs/benchmarks/{address}.tsv"
-        benchmark.parent.mkdir(parents=True, exist_ok=True)
-        benchmark.write_text(f"s\th:m:s\tmax_rss\tmax_vms\n{took:.4f}\t0:00:01\t512.5\t-\n")
+        took = round(seconds(job) * (1 + noise * random_numbers.uniform(-1, 1)), 4)
+        start = 4 if job.rates in LOADING else None
+        record.write_text(json.dumps({"seconds": took, "memory_mb": 512, "start_seconds": start}))

@@ -11,14 +11,15 @@ ARCHITECTURE = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 512, "initializer_range": 0.3,
 }  # fmt: skip
+STAND_IN = {"data/dataset/stand-in": "mit"}  # licence and origin of every stand-in that says nothing else
 
 
 def artifact(folder: Path, **facts: Any) -> Artifact:
-    """The files of ``folder`` as an artifact with these facts."""
+    """The files of ``folder`` as an artifact with these facts, of a source with a licence."""
     files = {str(p.relative_to(folder)): {} for p in sorted(folder.rglob("*")) if p.is_file()}
-    return Artifact(
-        folder, {"spec": "{}", "fingerprint": "f" * 64, "inputs": {}, "files": files, "facts": facts}, "0" * 64
-    )
+    stated = {"license": STAND_IN, **facts}
+    manifest = {"spec": "{}", "fingerprint": "f" * 64, "inputs": {}, "files": files, "facts": stated}
+    return Artifact(folder, manifest, "0" * 64)
 
 
 def job(

@@ -12,6 +12,7 @@ from llmfusion.study import strict_yaml
 from llmfusion.study.errors import StudyError
 from llmfusion.study.load import read_study
 from tests.mutations import as_yaml, mutate, mutate_text
+from tests.odd_studies import REFUSED
 from tests.project import ROOT, clone, environment
 from tests.unit.mini_study import small
 
@@ -58,6 +59,20 @@ def outcomes(fresh: Path, seeds: range) -> Counter[str]:
 
 def test_mutated_studies_are_planned_or_refused(fresh: Path) -> None:
     assert outcomes(fresh, range(DEFAULT))["refused"] > DEFAULT / 3
+
+
+@pytest.mark.parametrize("name", ["a key that is null", "a long cycle of models", "a home directory"])
+def test_an_odd_study_is_refused_by_a_dry_run_too(fresh: Path, name: str) -> None:
+    content, told = REFUSED[name]
+    file = fresh / "config/odd.yaml"
+    file.write_text(str(content))
+    words = ["snakemake", "-n", "tables", "--cores", "1", "--configfile", str(file)]
+    done = subprocess.run(words, cwd=fresh, env=environment(), capture_output=True, text=True, timeout=120)
+    output = done.stdout + done.stderr
+    assert done.returncode == 1
+    assert told.removeprefix(":29") in output
+    assert "nothing was started" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.long

@@ -28,6 +28,22 @@ def test_the_paper_study_is_planned_completely(fresh: Path) -> None:
     assert "results/table2.csv" in outputs(plan)
 
 
+def test_costs_of_a_table_ask_for_no_other_table(fresh: Path) -> None:
+    def two_tables(content: dict[str, Any]) -> None:
+        table = content["tables"]["table2"]
+        of_bases = [row for row in table["rows"] if row["model"].startswith("base/")]
+        content["tables"]["bases"] = {**table, "rows": of_bases, "reference": of_bases[0]["model"]}
+
+    study(fresh / "config/two.yaml", two_tables)
+
+    def planned_for(target: str) -> dict[str, int]:
+        return jobs(snakemake(fresh, "-n", target, "--configfile", "config/two.yaml"))
+
+    assert planned_for("results/bases.cost.csv") == planned_for("results/bases.csv") | {"cost": 1}
+    assert "train_model" not in planned_for("results/bases.cost.csv")
+    assert planned_for("results/cost.csv")["table"] == 2
+
+
 def test_planning_the_paper_study_takes_at_most_6_cpu_seconds(fresh: Path) -> None:
     assert cpu_seconds_of(lambda: snakemake(fresh, "-n", "results/table2.csv")) <= 6
 
@@ -185,3 +201,19 @@ def test_a_faulty_study_is_refused_by_a_dry_run_with_all_mistakes(fresh: Path) -
     assert "did you mean 'trained/kd-code'?" in output
     assert "Traceback" not in output
     assert set((fresh / "runs").rglob("*.log")) == logs
+
+
+@pytest.mark.parametrize("resources", [[], ["--resources", "gpu=1"]])
+def test_what_cannot_fit_the_disk_is_refused_before_the_first_job(fresh: Path, resources: list[str]) -> None:
+    def too_large(content: dict[str, Any]) -> None:
+        content["directory"] = "runs/too-large"
+        huge = {"kind": "hub", "repo": "nobody/huge-900000b", "revision": "0" * 40, "vocabulary": "v", "license": "mit"}
+        content["models"]["base"]["pivot"] = huge
+
+    study(fresh / "config/too-large.yaml", too_large)
+    start = ["--configfile", "config/too-large.yaml", "--cores", "1", *resources]
+    output = snakemake(fresh, "results/models/base/pivot/manifest.json", *start, fails=True)
+    assert "disk: 1,676,381 GiB are needed" in output
+    assert "nothing was started" in output
+    assert "Traceback" not in output
+    snakemake(fresh, "results/data/dataset/text-facts/manifest.json", *start)  # what fits is made

@@ -1,8 +1,10 @@
 """One writer per artifact, also when an earlier writer's Snakemake was killed and started again.
 
 A lease is a file made with O_EXCL. Its owner touches it every 30 s; it is stale after 5 minutes without a touch, or
-at once when its process is gone on this host. Taking over a stale lease moves it aside first; two that try at the
-same moment are told apart by the token inside, and whoever lost finds out at the latest in :meth:`Lease.check`,
+at once when its process is gone on this host. Clocks of hosts differ, so its age is measured against a file that the
+waiting process has just written beside it; and whatever its time says, also one in the future, it is stale once a
+waiting process has seen it unchanged for 5 minutes. Taking over a stale lease moves it aside first; two that try at
+the same moment are told apart by the token inside, and whoever lost finds out at the latest in :meth:`Lease.check`,
 before publishing.
 """
 
@@ -10,14 +12,17 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import socket
+import stat
 import threading
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
-from llmfusion.errors import UserError
+from llmfusion.errors import DamagedError, UserError
+from llmfusion.io.files import file_type, read_regular
 
 TOUCH_SECONDS = 30.0
 STALE_SECONDS = 300.0
@@ -26,26 +31,44 @@ logger = logging.getLogger(__name__)
 
 
 class Lease:
-    """``with Lease(path):`` waits until no living writer holds ``path``, then holds it."""
+    """``with Lease(path):`` waits until no living writer holds ``path``, then holds it.
 
-    def __init__(self, path: Path):
+    ``note``: what its holder leaves for the one that takes over from it if it is killed (what JSON holds).
+    ``taken_over``: the note of the dead writer that this one has taken over from; None if there was none.
+    """
+
+    def __init__(self, path: Path, note: Any = None):
         self.path = path
+        self.note = note
+        self.taken_over: dict[str, Any] | None = None  # {"note": ...}
         self.token = uuid.uuid4().hex
+        self.waited_seconds = 0.0  # until the lease was taken
         self._stop = threading.Event()
+        self._now = 0.0  # by the clock that stamps files here
+        self._seen: tuple[int, int] | None = None  # the state of a lease that is waited for
+        self._seen_since = 0.0
 
     def __enter__(self) -> "Lease":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         reported = False
+        began = time.monotonic()
         while not self._take():
+            found = _lstat(self.path)
+            if found is None:
+                continue
+            if not stat.S_ISREG(found.st_mode):  # no writer makes such a lease
+                logger.warning("%s: is a %s, no lease; removed", self.path, file_type(found.st_mode))
+                self._remove_aside()
+                continue
             holder = _read(self.path)
-            if holder is not None and _is_stale(self.path, holder):
+            if holder is not None and self._is_stale(found, holder):
                 self._move_aside(holder)
                 continue
             if not reported and holder is not None:
-                pid = holder.get("pid")
-                logger.warning("waiting for %s: held by process %s on %s", self.path, pid, holder.get("host"))
+                logger.warning("waiting for %s: held by %s", self.path, _describe(holder))
                 reported = True
             time.sleep(POLL_SECONDS)
+        self.waited_seconds = time.monotonic() - began
         threading.Thread(target=self._touch, daemon=True).start()
         return self
 
@@ -64,15 +87,35 @@ class Lease:
         pid = os.getpid()
         job = os.environ.get("SLURM_JOB_ID")
         holder = {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "job": job, "token": self.token}
+        holder["note"] = self.note
         private = self.path.with_name(f"{self.path.name}.{self.token}")
         private.write_text(json.dumps(holder))
         try:
             os.link(private, self.path)  # as exclusive as O_EXCL, and the content is there from the first moment
             return True
         except FileExistsError:
+            self._now = private.stat().st_mtime
             return False
         finally:
             private.unlink()
+
+    def _is_stale(self, found: os.stat_result, holder: dict[str, Any]) -> bool:
+        """Whether nobody living holds the lease: ``found`` is its state, ``holder`` its content."""
+        if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
+            started = _started(holder["pid"])
+            return started is None or started != holder.get("started")
+        state = (found.st_ino, found.st_mtime_ns)
+        if state != self._seen:
+            self._seen = state
+            self._seen_since = time.monotonic()
+        return self._now - found.st_mtime > STALE_SECONDS or time.monotonic() - self._seen_since > STALE_SECONDS
+
+    def _remove_aside(self) -> None:
+        """Remove what is no lease from the lease's place."""
+        aside = self.path.with_name(f"{self.path.name}.stale-{self.token}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, aside)
+            shutil.rmtree(aside) if stat.S_ISDIR(aside.lstat().st_mode) else aside.unlink()
 
     def _move_aside(self, stale: dict[str, Any]) -> None:
         aside = self.path.with_name(f"{self.path.name}.stale-{self.token}")
@@ -81,7 +124,9 @@ class Lease:
         except FileNotFoundError:
             return
         moved = _read(aside) or {}
-        if moved.get("token") != stale.get("token"):  # somebody else took over between our look and our move
+        if moved.get("token") == stale.get("token"):
+            self.taken_over = {"note": stale.get("note")} if "note" in stale else None
+        else:  # somebody else took over between our look and our move
             with contextlib.suppress(FileExistsError):
                 os.link(aside, self.path)
         aside.unlink(missing_ok=True)
@@ -94,25 +139,41 @@ class Lease:
                 os.utime(self.path)
 
 
+def is_held(path: Path) -> bool:
+    """Whether a living writer holds a lease."""
+    holder = _read(path)
+    found = _lstat(path)
+    if holder is None or found is None:
+        return False
+    lease = Lease(path)
+    lease._now = time.time()
+    return not lease._is_stale(found, holder)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """Who holds a lease: None where there is no such file, empty where it cannot be read."""
     try:
-        holder: dict[str, Any] = json.loads(path.read_bytes())
-        return holder
+        holder = json.loads(read_regular(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except (OSError, DamagedError, ValueError, RecursionError):
         return {}
+    return holder if isinstance(holder, dict) else {}
 
 
-def _is_stale(path: Path, holder: dict[str, Any]) -> bool:
+def _lstat(path: Path) -> os.stat_result | None:
+    """The state of a file, not of what it links to; None where there is none."""
     try:
-        age = time.time() - path.stat().st_mtime
+        return path.lstat()
     except FileNotFoundError:
-        return False
-    if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
-        return _started(holder["pid"]) != holder.get("started")
-    return age > STALE_SECONDS
+        return None
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    """A holder for a message."""
+    if "pid" not in holder:
+        return f"a writer that cannot be read; taken over after {STALE_SECONDS:.0f} s without a sign of life"
+    return f"process {holder['pid']} on {holder.get('host')}"
 
 
 def _started(pid: int) -> str | None:

@@ -29,8 +29,6 @@ def collect(started: float) -> dict[str, Any]:
     """Provenance of a job that began at ``started`` (seconds since the epoch). Holds no environment variables."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 3),
-        "cpu_seconds": round(time.process_time(), 3),
         "host": socket.gethostname(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "python": platform.python_version(),

@@ -16,6 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(file: str) -> int:
     from llmfusion.study.errors import StudyError
+    from llmfusion.study.hints import hints
     from llmfusion.study.snakemake import checked
 
     try:
@@ -26,4 +27,6 @@ def _check(file: str) -> int:
     counts = ", ".join(f"{len(getattr(study.models, kind))} {kind}" for kind in ("base", "trained", "merged"))
     counts += f" models, {len(study.tasks)} tasks, {len(graph.artifacts)} artifacts"
     print(f"{file}: {study.scale} study, {counts}: no mistakes")
+    for hint in hints(study):
+        print(f"{file}: note: {hint}")
     return 0

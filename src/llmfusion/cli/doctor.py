@@ -5,10 +5,7 @@ One line each for the study, cores, memory, GPU, sandbox, disk and token: ``ok``
 """
 
 import argparse
-import contextlib
-import json
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,8 +16,12 @@ from llmfusion import ROOT
 from llmfusion.errors import UserError
 from llmfusion.evaluation.sandbox import bubblewrap, require_isolation
 from llmfusion.evaluation.task_format import load_format
-from llmfusion.study.addresses import output_of
+from llmfusion.reporting.estimate import check_disk, estimate_of
+from llmfusion.reporting.machine import GPU_DRIVER, assumptions_for
 from llmfusion.study.errors import StudyError
+from llmfusion.study.graph import build_graph
+from llmfusion.study.hints import hints
+from llmfusion.study.scales import SCALES
 from llmfusion.study.schema.study import Study
 from llmfusion.study.snakemake import checked
 
@@ -39,7 +40,7 @@ def cores(study: Study) -> Finding:
 
 
 def gpu(study: Study) -> Finding:
-    """CUDA devices; only a paper-scale study needs one."""
+    """CUDA devices; only a study of some scales needs one."""
     import torch
 
     if torch.cuda.is_available():
@@ -47,14 +48,14 @@ def gpu(study: Study) -> Finding:
         memory = devices[0].total_memory / 2**30
         text = f"{len(devices)} x {devices[0].name}, {memory:.0f} GiB each (torch {torch.__version__})"
         return Finding("ok", text)
-    if Path("/proc/driver/nvidia").exists():
+    if GPU_DRIVER.exists():
         return Finding(
             "note",
             f"there is one, but torch {torch.__version__} cannot use it: install torch's CUDA build "
             "(see requirements.lock for the version)",
         )
-    if study.scale == "miniature":
-        return Finding("ok", f"none (torch {torch.__version__}); a miniature study needs none")
+    if not SCALES[study.scale].expects_gpu:
+        return Finding("ok", f"none (torch {torch.__version__}); a study of scale {study.scale} needs none")
     return Finding(
         "note",
         f"none here (torch {torch.__version__}); jobs that run a model need one: "
@@ -74,7 +75,7 @@ def sandbox(study: Study) -> Finding:
 
 
 def disk(study: Study) -> Finding:
-    """Room for the study's checkpoints, as far as sizes are known, and whether its directory can hold leases."""
+    """Room for what the study's tables need, as `llmfusion estimate` counts it, and whether leases can be held."""
     place = ROOT / study.directory
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -85,17 +86,10 @@ def disk(study: Study) -> Finding:
             f"{place}: files cannot be written, linked and renamed there ({error.strerror}); "
             "set the study's 'directory' to another place",
         )
-    free = shutil.disk_usage(place).free
-    known, unknown = _bytes_of_checkpoints(study, place)
-    text = f"{free / 2**30:.1f} GiB free in {place}; checkpoints still to be made take {known / 2**30:.1f} GiB"
-    text += (
-        f", without those that start from {', '.join(unknown)}, whose size is known once it is staged"
-        if unknown
-        else ""
-    )
-    if known > free:
-        return Finding("MISSING", f"{text}: free some, or set the study's 'directory' to a larger place")
-    return Finding("note" if unknown else "ok", f"{text} (caches and resume states come on top: llmfusion estimate)")
+    estimate, _ = estimate_of(study, build_graph(study), assumptions_for(study.scale))
+    need = estimate.disk_need(estimate.trainings_at_once(estimate.devices))
+    fits, message = check_disk(place, need)
+    return Finding("note" if fits and need.unknown else "ok" if fits else "MISSING", message)
 
 
 def _usable(place: Path) -> None:
@@ -104,38 +98,6 @@ def _usable(place: Path) -> None:
         made.write_bytes(b"x")
         os.link(made, made.with_name("linked"))
         os.rename(made, made.with_name("renamed"))
-
-
-def _bytes_of_checkpoints(study: Study, place: Path) -> tuple[int, list[str]]:
-    """Bytes of trained and merged models that are not there yet, and the pivots of unknown size until staged."""
-    runs = {
-        f"trained/{name}": (run.init, 4 if run.save_dtype == "float32" else 2)
-        for name, run in study.models.trained.items()
-    }
-    runs |= {f"merged/{name}": (merge.pivot, 4) for name, merge in study.models.merged.items()}
-    known, unknown = 0, set()
-    for model, (start, width) in runs.items():
-        while start in runs:
-            start = runs[start][0]
-        if (place / output_of(f"models/{model}")).exists():
-            continue
-        parameters = _parameters(study, start, place)
-        known += (parameters or 0) * width
-        unknown |= set() if parameters else {start}
-    return known, sorted(unknown)
-
-
-def _parameters(study: Study, base: str, place: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return json.loads((place / output_of(f"models/{base}")).read_bytes())["facts"]["parameters"]
-    architecture = getattr(study.models.base[base.split("/")[1]], "architecture", None)
-    tokenizer = getattr(study.models.base[base.split("/")[1]], "tokenizer", None)
-    if architecture is None or tokenizer is None:
-        return None
-    layer = 4 * architecture.hidden_size**2 + 3 * architecture.hidden_size * architecture.intermediate_size
-    return (
-        architecture.num_hidden_layers * layer + 2 * tokenizer.vocabulary_size * architecture.hidden_size
-    )  # an upper bound is enough
 
 
 def token(study: Study) -> Finding:
@@ -191,6 +153,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"{'ok':8} {'study':8} {study.title}: {len(graph.artifacts)} artifacts")
+    for hint in hints(study):
+        print(f"{'note':8} {'study':8} {hint}")
     missing = 0
     for name, finding in findings(study):
         print(f"{finding.verdict:8} {name:8} {finding.text}", flush=True)

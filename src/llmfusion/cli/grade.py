@@ -2,18 +2,18 @@
 
 Lines of IN.jsonl hold ``item``, an object with the fields that the format needs, and ``answer``, the text of the
 answer. Lines of OUT.jsonl hold the same ``item``, ``right``, and ``extracted``: what counted of the answer, a letter, a
-number or a program. Grading is that of a study's scores. Exit status 1 for files that cannot be used, 2 for an unknown
-format.
+number or a program; where answers are programs, also the ``reason`` of the verdict. Grading is that of a study's
+scores. Exit status 1 for files that cannot be used, 2 for an unknown format.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from llmfusion.cli.sandbox import add_limits, check_arguments, write_lines
+from llmfusion.cli.sandbox import add_limits, check_arguments, log_beside, report_unsupported, write_lines
 from llmfusion.errors import UserError
-from llmfusion.evaluation.task_format import TaskFormat, load_format, task_formats
-from llmfusion.evaluation.verdicts import grade_answers
+from llmfusion.evaluation.task_format import Item, TaskFormat, load_format, task_formats
+from llmfusion.evaluation.verdicts import Verdict, grade_answers
 from llmfusion.io.jsonl import Check, Row, read_jsonl
 
 
@@ -38,16 +38,21 @@ def run(arguments: argparse.Namespace) -> int:
         rows = list(read_jsonl(arguments.answers, _check(arguments.format, task_format)))
         items = [row["item"] for row in rows]
         answers = [row["answer"] for row in rows]
-        graded = grade_answers(task_format, items, answers, arguments.jobs, arguments.timeout)
-        write_lines(
-            arguments.verdicts,
-            [{"item": i, "right": v.right, "extracted": v.extracted} for i, v in zip(items, graded, strict=True)],
-        )
+        log = log_beside(arguments.verdicts)
+        graded = grade_answers(task_format, items, answers, arguments.jobs, arguments.timeout, log)
+        write_lines(arguments.verdicts, [_told(task_format, i, v) for i, v in zip(items, graded, strict=True)])
+        log.unlink(missing_ok=True)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{sum(verdict.right for verdict in graded)} of {len(graded)} right")
+    report_unsupported([verdict.reason for verdict in graded])
     return 0
+
+
+def _told(task_format: TaskFormat, item: Item, verdict: Verdict) -> Row:
+    row = {"item": item, "right": verdict.right, "extracted": verdict.extracted}
+    return {**row, "reason": verdict.reason} if task_format.runs_programs else row
 
 
 def _check(name: str, task_format: TaskFormat) -> Check:

@@ -12,7 +12,8 @@ import sys
 from importlib import import_module
 
 from llmfusion import __version__
-from llmfusion.errors import UserError, redacted
+from llmfusion.errors import UserError
+from llmfusion.io.logs import redact_output
 
 COMMANDS = {
     "check": "check studies: all mistakes at once, nothing is started",
@@ -32,7 +33,11 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns its exit status: 0, 1 for what went wrong, 2 for mistakes in what was given."""
+    """Run one command.
+
+    Returns its exit status: 0, 1 for what went wrong, 2 for mistakes in what was given, 130 after Ctrl-C.
+    """
+    redact_output()
     words = sys.argv[1:] if arguments is None else arguments
     parser = _parser(_command_of(words))
     if "_ARGCOMPLETE" in os.environ:
@@ -46,8 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(import_module(f"llmfusion.cli.{parsed.command}").run(parsed))
     except UserError as error:  # of a command that has no words of its own for it, e.g. a plug-in that lacks something
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def entry() -> None:

@@ -54,13 +54,22 @@ def run(arguments: argparse.Namespace) -> int:
             print(_description(plan, arguments))
         else:
             _merge(plan, arguments)
-    except (UserError, PluginError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, PluginError) as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}; may you read and write there?" if error.filename else error
+        print(f"error: {printable(reason)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the tensors that are missing", file=sys.stderr)
         return 130
     return 0
+
+
+def printable(message: object) -> str:
+    """A message without control characters, which names of files and tensors may hold; lines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(message))
 
 
 def _plan(arguments: argparse.Namespace) -> "MergePlan":

@@ -1,4 +1,4 @@
-"""Write a study's finished tables, and what they took if `results/cost.csv` is there, to one HTML page.
+"""Write a study's finished tables, and what they took where that was made (`results/TABLE.cost.csv`), to one HTML page.
 
 Exit status 1 if no table is made yet.
 """
@@ -36,8 +36,8 @@ def run(arguments: argparse.Namespace) -> int:
         target = f"snakemake results/{missing[0]}.csv --configfile {arguments.study}"
         print(f"error: {results}: no table is made yet; make one with: {target}", file=sys.stderr)
         return 1
-    if (results / "cost.csv").exists():
-        tables["cost"] = results / "cost.csv"
+    costs = {name: results / f"{name}.csv" for name in (*(f"{table}.cost" for table in tables), "cost")}
+    tables |= {name: path for name, path in costs.items() if path.exists()}
     out = arguments.out or results / "report.html"
     write_file(out, report_html(study.title, study.scale, tables, missing).encode())
     print(f"{out}: {', '.join(tables)}" + (f"; not made yet: {', '.join(missing)}" if missing else ""))

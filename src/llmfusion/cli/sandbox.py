@@ -1,4 +1,7 @@
-"""Run untrusted solutions in a sandbox, one verdict a line."""
+"""Run untrusted solutions in a sandbox, one verdict a line.
+
+Verdicts are kept in OUT.jsonl.partial as they come; the same command goes on from there after an interruption.
+"""
 
 import argparse
 import json
@@ -8,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion.errors import UserError, require
-from llmfusion.evaluation.sandbox import verdicts
+from llmfusion.evaluation.judge import NOT_SUPPORTED
+from llmfusion.evaluation.verdict_log import resumed_verdicts
 from llmfusion.io.files import write_file
 from llmfusion.io.jsonl import read_jsonl
 
@@ -18,7 +22,12 @@ FIELDS = ("task_id", "prompt", "completion", "test", "entry_point")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Files, jobs and the time limit."""
     parser.add_argument("tasks", type=Path, metavar="IN.jsonl", help=f"lines with {', '.join(FIELDS)}")
-    parser.add_argument("verdicts", type=Path, metavar="OUT.jsonl", help="lines with task_id, passed, reason")
+    parser.add_argument(
+        "verdicts",
+        type=Path,
+        metavar="OUT.jsonl",
+        help="lines with task_id, passed, reason, and detail where it failed",
+    )
     add_limits(parser)
 
 
@@ -45,13 +54,30 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         check_arguments(arguments, arguments.tasks, arguments.verdicts)
         tasks = list(read_jsonl(arguments.tasks, _check))
-        judged = list(verdicts(tasks, arguments.jobs, arguments.timeout))
+        log = log_beside(arguments.verdicts)
+        judged = list(resumed_verdicts(tasks, arguments.jobs, arguments.timeout, log))
         write_lines(arguments.verdicts, judged)
+        log.unlink(missing_ok=True)
     except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{sum(verdict['passed'] for verdict in judged)} of {len(judged)} passed")
+    report_unsupported([verdict["reason"] for verdict in judged])
     return 0
+
+
+def log_beside(path: Path) -> Path:
+    """Where verdicts are kept as they come until ``path`` is written; a run that was killed goes on from it."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def report_unsupported(reasons: list[str]) -> None:
+    """Say on stderr how many tests could not be run here."""
+    unsupported = [reason for reason in reasons if reason.startswith(NOT_SUPPORTED)]
+    if unsupported:
+        count = f"{len(unsupported)} of {len(reasons)} tests"
+        print(f"warning: {count} cannot be run here, which says nothing about the programs: {unsupported[0]}",
+              file=sys.stderr)  # fmt: skip
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:

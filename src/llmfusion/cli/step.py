@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from llmfusion.cli import warm
-from llmfusion.errors import UserError, redacted
+from llmfusion.errors import UserError
 from llmfusion.study.plugins import plugin_names
 
 STEPS = plugin_names("llmfusion.steps")
@@ -19,9 +19,16 @@ STEPS = plugin_names("llmfusion.steps")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The rule's name and what Snakemake knows of the job."""
     parser.add_argument("step", choices=STEPS, metavar="STEP", help=f"name of the rule: {', '.join(STEPS)}")
-    parser.add_argument("--spec", required=True, help="what to make: canonical JSON, as the study's graph gives it")
+    parser.add_argument(
+        "--spec",
+        required=True,
+        help="what to make: canonical JSON, as the study's graph gives it; -: standard input, which has no limit",
+    )
     parser.add_argument("--out", required=True, type=Path, help="the declared output, results/.../manifest.json")
     parser.add_argument("--inputs", nargs="*", default=[], help="the declared inputs")
+    parser.add_argument(
+        "--log", type=Path, default=None, help="where to write what the step prints once it is the one that works"
+    )
     parser.add_argument(
         "--minutes",
         type=float,
@@ -33,28 +40,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Make the artifact, in this process or in a fork of ``llmfusion warm``. Returns the exit status: 0, or 1.
 
-    What the user can mend is reported in one line, anything else with its traceback; neither shows secrets.
+    What the user can mend is reported in one line, anything else with its traceback.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         if warm.ADDRESS in os.environ:
             return warm.ask(sys.argv[1:])
         _make(arguments)
     except UserError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception:
-        print(redacted(traceback.format_exc()), file=sys.stderr)
+        traceback.print_exc()
         return 1
     return 0
+
+
+def _stop(number: int, _: object) -> None:
+    """End by a signal, Ctrl-C included, with what is half made removed: the removal is not interrupted once more."""
+    for other in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _make(arguments: argparse.Namespace) -> None:
     from llmfusion.artifacts.job import Request, explain_full_disk, run_job
     from llmfusion.io.logs import log_to_stdout
+    from llmfusion.io.progress_bars import show_only_in_terminals
 
     log_to_stdout()
+    show_only_in_terminals()
+    spec = arguments.spec
     with explain_full_disk(arguments.out):  # the log may lie on it, too
-        print("#", shlex.join(["python", "-m", "llmfusion", *sys.argv[1:]]), flush=True)
+        if spec == "-":
+            with open(0, encoding="utf-8", closefd=False) as file:
+                spec = file.read().removesuffix("\n")  # which bash adds to a here-string
         build = import_module(f"llmfusion.steps.{arguments.step}").build
-        run_job(Request(arguments.spec, arguments.out, arguments.inputs, arguments.minutes), build)
+        request = Request(
+            spec, arguments.out, arguments.inputs, arguments.minutes, arguments.log, _command(arguments.spec, spec)
+        )
+        run_job(request, build)
+
+
+def _command(given: str, spec: str) -> str:
+    """The bash command that makes this artifact again."""
+    command = shlex.join(["python", "-m", "llmfusion", *sys.argv[1:]])
+    return f"{command} <<< {shlex.quote(spec)}" if given == "-" else command

@@ -6,13 +6,13 @@ It looks columns up with ``row["name"]``: a column that is not there stops the s
 as ``malformed``.
 """
 
-import inspect
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from llmfusion.study import data_plugins
+from llmfusion.study.plugins import call_mismatch
 
 Row = dict[str, Any]
 Columns = dict[str, str]  # "prompt" and "response": the columns that a study names; empty for layouts that need none
@@ -51,6 +51,7 @@ class ItemLayout:
     makes: ClassVar[str] = "item"
 
     def __call__(self, row: Row) -> Row | None:
+        """The row as an item, or None where nothing in it can be used."""
         return self.convert(row)
 
     def problems(self) -> list[str]:
@@ -83,8 +84,4 @@ def item_layouts() -> dict[str, ItemLayout]:
 
 def _signature(function: Callable[..., Any], *parameters: str) -> list[str]:
     """A problem where the function cannot be called with these: later it would look like malformed rows."""
-    try:
-        inspect.signature(function).bind(*parameters)
-    except TypeError:
-        return [f"convert must take ({', '.join(parameters)})"]
-    return []
+    return [f"convert must take ({', '.join(parameters)})"] if call_mismatch(function, *parameters) else []

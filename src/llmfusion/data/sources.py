@@ -46,17 +46,12 @@ def license_of(source: Source) -> str:
 
 
 def _hub(source: HubSource) -> Iterator[Row]:
-    import datasets
-
     progress_bars.show_only_in_terminals()
     names = source.subset if isinstance(source.subset, list) else [source.subset]
     try:
-        tables = [
-            datasets.load_dataset(
-                source.repo, name, split=source.split, revision=source.revision, data_files=source.files
-            )
-            for name in names
-        ]
+        tables = [_load(source, name) for name in names]
+    except UserError:
+        raise
     except Exception as error:  # the hub's client raises dozens of kinds; the user needs its words and the way out
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
@@ -67,24 +62,59 @@ def _hub(source: HubSource) -> Iterator[Row]:
         yield from table
 
 
+def _load(source: HubSource, subset: str | None) -> Any:
+    """One subset of a repository as a ``datasets.Dataset``; only the files of its split are downloaded."""
+    import datasets
+
+    address = f"hf://datasets/{source.repo}"  # never a folder that happens to have this name
+    options = {"name": subset, "revision": source.revision}
+    if source.files is None:
+        known = datasets.load_dataset_builder(address, **options).config.data_files
+        if missing := [name for name in source.split_names if name not in known]:
+            splits = ", ".join(map(str, known))
+            raise UserError(f"{source.repo}: there is no split {missing[0]!r}; there are: {splits}")
+        data_files = {name: known[name] for name in source.split_names}
+    else:
+        data_files = {source.split_names[0]: source.files}
+    builder = datasets.load_dataset_builder(address, **options, data_files=data_files)
+    if builder.hash != source.revision:  # out of the hub's reach, the library takes whatever it has kept of the data
+        raise UserError(f"{source.repo} at {source.revision[:12]}: there are no such files, or the hub is out of reach")
+    # the repository's table of splits lists those that are not downloaded, too
+    builder.download_and_prepare(verification_mode="no_checks")
+    return builder.as_dataset(split=source.split)
+
+
 def _file(path: Path) -> Iterator[Row]:
     if not path.exists():
         raise UserError(f"{path}: is not there")
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-                yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
-        return
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path}: a file of samples is .jsonl or .parquet")
+    if not path.is_file():
+        raise UserError(f"{path}: is no regular file")
+    try:
+        yield from _parquet(path) if path.suffix == ".parquet" else _json_lines(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{path}: cannot be read as Parquet: {(str(error).splitlines() or ['?'])[0]}") from None
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line.decode("utf-8"))
+            except RecursionError:
+                raise UserError(f"{path}, line {number}: nested too deeply for a row of text") from None
             except ValueError as error:
                 raise UserError(f"{path}, line {number}: {error}") from None
             if not isinstance(row, dict):

@@ -1,16 +1,10 @@
 """Ask a model a batch of tasks through lm-eval and keep every answer. Grading is another step, without a model."""
 
 import logging
-import os
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # everything asked and answered is on disk: nothing may be fetched here
-os.environ["HF_DATASETS_OFFLINE"] = "1"
-os.environ["TRANSFORMERS_OFFLINE"] = "1"
-os.environ["HF_EVALUATE_OFFLINE"] = "1"
 
 from llmfusion.artifacts.store import Artifact
 from llmfusion.errors import UserError, require
@@ -43,7 +37,7 @@ def ask(
         samples = sorted(results["samples"][name], key=lambda s: s["doc"]["item"])
         rows = [{"item": s["doc"]["item"], "prompt": s["arguments"][0][0], "answer": s["resps"][0][0]} for s in samples]
         _require_whole_prompts(name, task, rows, language_model)
-        expected = len(items_of(staged[name], task.format))
+        expected = len(items_of(staged[name], task.format, limit=task.limit))
         if len(rows) != expected:
             raise UserError(f"task {name}: {expected} items asked, {len(rows)} answers came back")
         write_jsonl(folder / f"{name}.jsonl", rows)
@@ -114,7 +108,7 @@ def config(name: str, task: TaskPrompt, staged: Artifact) -> dict[str, Any]:
 
     task_format = load_format(task.format)
     text = task.prompt or task_format.doc_to_text
-    items = items_of(staged, task.format)
+    items = items_of(staged, task.format, limit=task.limit)
     if task.shots:
         examples = items_of(staged, task.format, "shots")
         items = with_shots(items, examples, task.shots, text, task_format.doc_to_target, name)

@@ -4,61 +4,122 @@ The process that forks never runs untrusted code, and there is nothing a program
 place, no other process it may signal. A start of the interpreter for each program would take ten times as long as the
 program.
 
-Requests are single lines of Python literals from the trusted side, replies single lines of tagged JSON. Nothing that
-comes out of here is trusted: the other side decodes plain values and compares them itself, so a forged reply is worth
-no more than a wrong return value. Standard library only.
+Requests and answers are single lines of JSON, see :mod:`llmfusion.evaluation.peer`. Nothing that comes out of here is
+trusted: the other side builds plain values and compares them itself, so a forged answer is worth no more than a wrong
+return value. Standard library only.
 """
 
 import ctypes
+import functools
+import importlib
+import json
+import operator
 import os
+import re
 import resource
 import signal
 import socket
 import sys
+import types
+from collections.abc import Sequence
+from typing import Any
 
-MAX_REPLY = 4_000_000
-MAX_DEPTH = 32
+from llmfusion.evaluation import peer, values
+
+NAME = "__candidate__"  # of the module that the program is
 PR_SET_NO_NEW_PRIVS = 38  # linux/prctl.h
 PR_SET_SECCOMP = 22
 SECCOMP_MODE_FILTER = 2  # linux/seccomp.h
-LITERALS = {"inf": float("inf"), "nan": float("nan"), "set": set, "frozenset": frozenset}
+FUNCTIONS = (
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.MethodWrapperType,
+    types.WrapperDescriptorType,
+    types.MethodDescriptorType,
+    types.ClassMethodDescriptorType,
+    functools.partial,
+    type(functools.lru_cache(print)),
+    operator.itemgetter,
+    operator.attrgetter,
+    operator.methodcaller,
+)
+# Classes of the library whose instances may be given by handle, as instances of the program's own classes are. Not
+# others: some, as those of unittest.mock, are made to please every test.
+OBJECTS = (re.Match, re.Pattern, types.SimpleNamespace)
 
 
-class NoPlainValue(ValueError):
-    """A value that tagged JSON cannot express."""
+class ProgramSide(peer.Peer):
+    """The program's end of the conversation. It gives whatever the program returns, and does what the test asks for."""
+
+    def describe(self, value: Any) -> values.Node:
+        """Functions, iterators, the program's own classes and their instances."""
+        kind = type(value)
+        if isinstance(value, type):
+            if not _is_own(value):
+                raise values.NoPlainValue(f"the class {values.class_name(value)}")
+            return ["class", self.give(value, "class"), values.class_name(value), _protocols(value)]
+        if kind is types.GeneratorType:
+            return ["generator", self.give(value, "generator")]
+        if kind in FUNCTIONS:
+            name = getattr(value, "__name__", None)
+            return ["function", self.give(value, "function"), name if type(name) is str else "function"]
+        if _is_own(kind) or kind in OBJECTS:
+            about = [self.give(kind, "class"), values.class_name(kind), _protocols(kind)]
+            return ["object", self.give(value, "object"), *about]
+        if any("__next__" in values.members_of(base) for base in values.mro_of(kind)):
+            return ["iterator", self.give(value, "iterator")]
+        raise values.NoPlainValue(values.class_name(kind))
+
+    def stand_in(self, kind: Any, number: Any, *about: Any) -> Any:
+        """The test's functions and iterators."""
+        if kind == "function":
+            return peer.driven_function(self, number, *about)
+        return peer.driven_generator(self, number) if kind == "generator" else peer.DrivenIterator(self, number)
+
+    def accept(self, node: values.Node, decoder: values.Decoder) -> Any:
+        """Also functions of the library, which are imported here."""
+        if node[0] != "import":
+            return super().accept(node, decoder)
+        return functools.reduce(getattr, node[2].split("."), importlib.import_module(node[1]))
+
+    def request(
+        self, operation: str, number: int, arguments: Sequence[Any] = (), keywords: peer.Keywords = None
+    ) -> Any:
+        """Ask the test's side; what cannot be told is the program's mistake."""
+        try:
+            return super().request(operation, number, arguments, keywords)
+        except (values.NoPlainValue, peer.Refused) as error:
+            raise TypeError(f"a value of this class cannot be handed over: {error}") from None
+
+    def perform(self, operation: Any, number: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        """One of the operations on what was given."""
+        value = self.given[number][0]
+        if operation == peer.CALL:
+            return value(*arguments, **keywords)
+        if operation == peer.NEXT:
+            return next(value)
+        if operation in (peer.SEND, peer.CLOSE):
+            return getattr(value, operation)(*arguments)
+        if operation == peer.GET:
+            return getattr(value, *arguments)
+        if operation == peer.SET:
+            return setattr(value, *arguments)
+        name, *arguments = arguments
+        return getattr(type(value), name)(value, *arguments)
 
 
-def encode(value, depth=0):
-    """Tagged JSON text of a plain value.
-
-    A subclass counts as its plain base, by the base's methods: its own are never called.
-    """
-    kind = type(value)
-    if depth > MAX_DEPTH:
-        raise NoPlainValue("nested too deeply")
-    if value is None or kind is bool:
-        return {None: "null", True: "true", False: "false"}[value]
-    if issubclass(kind, str):
-        return f'{{"str": "{str.encode(value, "utf-8", "surrogatepass").hex()}"}}'
-    for number in (int, float):
-        if issubclass(kind, number):
-            return f'{{"{number.__name__}": "{number.__repr__(value)}"}}'
-    if issubclass(kind, complex):
-        real, imag = (float.__repr__(part.__get__(value)) for part in (complex.real, complex.imag))
-        return f'{{"complex": ["{real}", "{imag}"]}}'
-    if issubclass(kind, (bytes, bytearray)):
-        return f'{{"bytes": "{bytes.hex(value) if issubclass(kind, bytes) else bytearray.hex(value)}"}}'
-    for sequence in (list, tuple, set, frozenset):
-        if issubclass(kind, sequence):
-            items = [encode(v, depth + 1) for v in sequence.__iter__(value)]
-            return f'{{"{sequence.__name__}": [{", ".join(items)}]}}'
-    if issubclass(kind, dict):
-        items = [f"[{encode(k, depth + 1)}, {encode(v, depth + 1)}]" for k, v in dict.items(value)]
-        return f'{{"dict": [{", ".join(items)}]}}'
-    raise NoPlainValue("no plain value")
+def _is_own(kind: type) -> bool:
+    return values.members_of(kind).get("__module__") == NAME
 
 
-def confine(limits, program):
+def _protocols(kind: type) -> list[str]:
+    """The methods of Python's protocols that a class or one of its bases defines."""
+    bases = [values.members_of(base) for base in values.mro_of(kind)[:-1]]  # the last is object
+    return [name for name in (*peer.ASKING, *peer.COMPARING) if any(base.get(name) is not None for base in bases)]
+
+
+def confine(limits: dict[str, int], program: bytes) -> None:
     """Give up for good what untrusted code must not have: resources, then system calls.
 
     Raises OSError if it cannot be done.
@@ -81,12 +142,14 @@ def confine(limits, program):
             raise OSError(ctypes.get_errno(), "prctl")
 
 
-def main():
+def main() -> None:
     """Take one program after the other.
 
     Through the socket on stdin come two pipes, and a byte when the program is to end; a byte goes back when it has
     ended.
     """
+    for name in [name for name in sys.modules if name.partition(".")[0] == "llmfusion"]:
+        del sys.modules[name]  # programs find the library and nothing else
     control = socket.socket(fileno=0)
     while True:
         _, pipes, _, _ = socket.recv_fds(control, 1, 2)
@@ -107,39 +170,50 @@ def main():
         control.send(b"e")
 
 
-def run(reading, writing):
-    """Read limits, filter and program from the first line, then answer calls until the pipe closes."""
+def run(reading: int, writing: int) -> None:
+    """Read limits, filter and program from the first line, then answer requests until the pipe closes."""
     requests = os.fdopen(reading, "rb")
     replies = os.fdopen(writing, "wb")
-    first = eval(requests.readline(), LITERALS)
+
+    def write(line: bytes) -> None:
+        replies.write(line)
+        replies.flush()
+
+    first = json.loads(requests.readline())
     null_device = os.open("/dev/null", os.O_RDWR)
     for fd in (0, 1, 2):  # 0 is the socket to the process that forks
         os.dup2(null_device, fd)
     os.close(null_device)
     confine(first["limits"], bytes.fromhex(first["filter"]))
     sys.setrecursionlimit(10_000)
-    names = {"__name__": "__candidate__"}
-
-    def reply(kind, text):
-        if len(text) > MAX_REPLY:
-            kind, text = "error", '"the reply is too long"'
-        replies.write(f'{{"{kind}": {text}}}\n'.encode())
-        replies.flush()
-
-    reply("confined", "null")  # what fails before this is the sandbox's failure, what fails after is the program's
+    sys.set_int_max_str_digits(0)  # quadratic time is the program's own
+    write(
+        values.dumps({"confined": True})
+    )  # what fails before is the sandbox's failure, what fails after the program's
+    known: dict[str, type] = {}
+    side = ProgramSide(requests.readline, write, known)
     try:
-        exec(compile(first["program"], "<candidate>", "exec"), names)
-        function = names[first["entry_point"]]
-        reply("ready", "null")
+        module = load(first["program"])
+        names = module.__dict__
+        side.give(names[first["entry_point"]], "function")  # number 0
+        side.give(module, "object")  # number 1
+        known.update((name, names[name]) for name in first["classes"] if isinstance(names.get(name), type))
+        write(values.dumps({"ready": True}))
     except BaseException as error:
-        reply("error", f'"{type(error).__name__} while loading"')
+        write(values.dumps({"failed": values.class_name(type(error))}))
         return
-    for line in requests:
-        arguments, keywords = eval(line, LITERALS)
+    while line := requests.readline():
         try:
-            reply("value", encode(function(*arguments, **keywords)))  # type: ignore[operator]
-        except BaseException as error:
-            reply("error", f'"{type(error).__name__}"')
+            side.serve(values.loads(line))
+        except MemoryError:
+            write(values.dumps({"error": {"kinds": ["MemoryError"], "args": []}, "nodes": []}))
+
+
+def load(program: str) -> types.ModuleType:
+    """Execute a program as a module."""
+    module = sys.modules[NAME] = types.ModuleType(NAME)
+    exec(compile(program, "<candidate>", "exec"), module.__dict__)
+    return module
 
 
 if __name__ == "__main__":

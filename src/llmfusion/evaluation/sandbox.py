@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion.errors import UserError
-from llmfusion.evaluation import candidate
-from llmfusion.evaluation.judge import START_SECONDS
+from llmfusion.evaluation.judge import NOT_SUPPORTED, START_SECONDS
 from llmfusion.evaluation.seccomp import filter_program
 
 MEMORY = 1 << 30
-SOURCES = Path(candidate.__file__).parents[2]
+SOURCES = Path(__file__).parents[2]
+INSIDE = tuple(f"llmfusion/evaluation/{name}.py" for name in ("candidate", "peer", "values"))
+START = (
+    "import sys; sys.path.insert(0, '/program'); from llmfusion.evaluation.candidate import main; "
+    "del sys.path[0]; main()"
+)
 LIBRARIES = tuple(f"{folder}{width}" for folder in ("/usr/lib", "/lib") for width in ("", "32", "64", "x32"))
 LIBRARIES += ("/usr/local/lib", "/usr/local/lib64")
 REASONS = {signal.SIGALRM: "time limit"}  # of a test that the kernel ended, by signal; no other is the program's doing
@@ -113,8 +117,9 @@ def command() -> list[str]:
         out += ["--tmpfs", packages, "--remount-ro", packages]
     for device in ("/dev/null", "/dev/urandom"):
         out += ["--dev-bind", device, device]
-    out += ["--ro-bind", candidate.__file__, "/candidate.py"]
-    return [*out, "--remount-ro", "/", "--chdir", "/", str(interpreter), "-I", "-S", "-B", "/candidate.py"]
+    for module in INSIDE:
+        out += ["--ro-bind", str(SOURCES / module), f"/program/{module}"]
+    return [*out, "--remount-ro", "/", "--chdir", "/", str(interpreter), "-I", "-S", "-B", "-c", START]
 
 
 class Judge:
@@ -164,6 +169,8 @@ class Judge:
         answer = json.loads(self.process.stdout.readline() or b'{"unusable": "the judge ended"}')
         if answer.get("signal") in REASONS:
             return {"task_id": task["task_id"], "passed": False, "reason": REASONS[answer["signal"]]}
+        if "unsupported" in answer:
+            return {"task_id": task["task_id"], "passed": False, "reason": f"{NOT_SUPPORTED}{answer['unsupported']}"}
         if "reason" not in answer:
             why = answer.get("unusable", f"its test was ended by signal {answer.get('signal')}; run again")
             raise UserError(f"task {task['task_id']}: no verdict, and not by the program's doing: {why}")

@@ -1,12 +1,13 @@
 """How a task is asked and graded: what each file of :mod:`llmfusion.evaluation.tasks` declares as ``FORMAT``."""
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmfusion.study import data_plugins
 from llmfusion.study.errors import nearest
+from llmfusion.study.plugins import call_mismatch
+from llmfusion.study.schema.base import template_fields
 
 Item = dict[str, Any]
 
@@ -60,8 +61,16 @@ class TaskFormat:
             out += [f"FORMAT runs programs and needs the item field {key}" for key in sorted(missing)]
         for key, parameters in (("grade", 2), ("program", 2), ("extract", 2), ("check_item", 1)):
             if (function := getattr(self, key)) is not None:
-                out += _signature(key, function, ("answer", "item")[-parameters:])
-        return out
+                names = ("answer", "item")[-parameters:]
+                out += [f"{key} must take ({', '.join(names)})"] if call_mismatch(function, *names) else []
+        return out + [problem for key in ("doc_to_text", "doc_to_target") for problem in self._template_problems(key)]
+
+    def _template_problems(self, key: str) -> Iterator[str]:
+        """Why a text with Jinja in it cannot be parsed, if so: before a job asks it."""
+        try:
+            template_fields(getattr(self, key))
+        except ValueError as error:
+            yield f"{key} {error}"
 
 
 def task_formats() -> dict[str, TaskFormat]:
@@ -75,11 +84,3 @@ def load_format(name: str) -> TaskFormat:
     if name not in formats:
         raise ValueError(f"there is no task format {name!r}; {nearest(name, formats)}")
     return formats[name]
-
-
-def _signature(key: str, function: Callable[..., Any], parameters: tuple[str, ...]) -> list[str]:
-    try:
-        inspect.signature(function).bind(*parameters)
-    except TypeError:
-        return [f"{key} must take ({', '.join(parameters)})"]
-    return []

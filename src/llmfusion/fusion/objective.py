@@ -57,13 +57,13 @@ class Objective(nn.Module):
         self.target = None if fusion is None else build_target(fusion, len(self.teachers), student_width)
 
     def parameter_groups(self, run: Training) -> list[dict[str, Any]]:
-        """Groups for the optimizer, none of them empty: ``params``, and ``rate``, a multiple of ``run.lr``."""
+        """Groups for the optimizer, none of them empty: ``params``, and their peak learning rate ``peak_lr``."""
         if self.fusion is None or self.target is None:
             return []
         target_lr = run.lr if self.target.learning_rate is None else self.target.learning_rate
         groups: list[dict[str, Any]] = [
-            {"params": list(self.projectors.parameters()), "rate": self.fusion.projector_lr / run.lr},
-            {"params": list(self.target.parameters()), "rate": target_lr / run.lr},
+            {"params": list(self.projectors.parameters()), "peak_lr": self.fusion.projector_lr},
+            {"params": list(self.target.parameters()), "peak_lr": target_lr},
         ]
         return [group for group in groups if group["params"]]
 

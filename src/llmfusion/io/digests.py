@@ -5,6 +5,7 @@ Apart from the pydantic models of a study, which take longer to import than most
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -16,3 +17,8 @@ def canonical(value: Any) -> str:
 def digest(*parts: str) -> str:
     """sha256 over the parts, a line each, hex."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def fingerprint_of(spec: str, inputs: Iterable[str]) -> str:
+    """Fingerprint of an artifact: the hash of its spec and of its inputs' fingerprints, in any order."""
+    return digest(spec, *sorted(inputs))

@@ -66,6 +66,8 @@ def _parse(path: Path, number: int, line: bytes, check: Check | None) -> Row:
         problem = None if isinstance(row, dict) else f"expected an object, found {type(row).__name__}"
     except ValueError as error:
         problem = f"expected a JSON object in UTF-8: {error}"
+    except RecursionError:
+        problem = "nested too deeply"
     if problem is None and check is not None:
         problem = check(row, number)
     if problem is not None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmfusion.errors import DamagedError
-from llmfusion.io.files import read_json_object
+from llmfusion.io.files import model_file, parse_json, read_json_object
 
 FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
 OVERFLOW = {"F32": float("inf"), "BF16": (2 - 2.0**-8) * 2.0**127, "F16": 65520.0}  # the least that rounds to infinity
 HEADER_LIMIT = 100 * 2**20
+TENSOR_LIMIT = 1_000_000  # in a file; the largest models have a fifth of it in all
+MOST_DIMENSIONS = 16
+LARGEST = 2**63  # no dimension and no offset reaches it
+INDEX = "model.safetensors.index.json"
 SIZES = {  # bytes a value
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -42,20 +47,20 @@ class TensorInfo:
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
     """Header of a safetensors file and the offset of its data. Raises :class:`DamagedError`."""
+    size = model_file(file.parent, file.name).stat().st_size
     try:
-        size = file.stat().st_size
-    except FileNotFoundError:
-        raise DamagedError(f"{file}: is not there, though the index names it") from None
-    with open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if not 0 < length <= min(HEADER_LIMIT, size - 8):
-            raise DamagedError(f"{file}: no safetensors header ({size} bytes)")
-        try:
-            header = json.loads(handle.read(length))
-        except ValueError as error:
-            raise DamagedError(f"{file}: the header is not JSON: {error}") from None
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            if not 0 < length <= min(HEADER_LIMIT, size - 8):
+                raise DamagedError(f"{file}: no safetensors header ({size} bytes); fetch the file again")
+            text = handle.read(length)
+    except OSError as error:
+        raise DamagedError(f"{file}: cannot be read: {error.strerror}; give yourself the right to read it") from None
+    header = parse_json(text, f"{file}: the header")
     if not isinstance(header, dict):
-        raise DamagedError(f"{file}: the header is no JSON object")
+        raise DamagedError(f"{file}: the header is no JSON object; fetch the file again")
+    if len(header) > TENSOR_LIMIT:
+        raise DamagedError(f"{file}: the header names {len(header):,} tensors, expected at most {TENSOR_LIMIT:,}")
     return header, 8 + length
 
 
@@ -68,18 +73,32 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that hold a checkpoint: one, or those its index names (others may hold it a second time),
     or all.
 
-    Raises :class:`DamagedError` for an index that cannot be used.
+    Raises :class:`DamagedError` for an index that cannot be used, and for files that
+    :func:`llmfusion.io.files.model_file` refuses.
     """
     single = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single]
-    if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
+    index = folder / INDEX
+    if os.path.lexists(single):
+        return [model_file(folder, single.name)]
+    if not os.path.lexists(index):
+        return sorted(model_file(folder, path.name) for path in folder.glob("*.safetensors"))
+    return [model_file(folder, name) for name in _indexed_files(folder)]
+
+
+def _indexed_files(folder: Path) -> list[str]:
+    """The files that a checkpoint's index names, which lie beside it."""
+    index = model_file(folder, INDEX)
     weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
+    if not isinstance(weight_map, dict) or not weight_map:
         raise DamagedError(f"{index}: expected a weight_map of tensors and files")
-    return sorted(folder / name for name in {str(name) for name in weight_map.values()})
+    names = set()
+    for tensor, name in weight_map.items():
+        is_name = isinstance(name, str) and len(name) < 256 and Path(name).name == name and name.isprintable()
+        if not is_name or not name.endswith(".safetensors"):
+            found = f"weight_map gives tensor {tensor[:80]!r} the file {str(name)[:80]!r}"
+            raise DamagedError(f"{index}: {found}, expected the name of a .safetensors file beside the index")
+        names.add(name)
+    return sorted(names)
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, TensorInfo]:
@@ -121,11 +140,16 @@ def _read_infos(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 def _parse_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     """One tensor's entry of a header."""
     try:
-        dtype = str(entry["dtype"])
-        shape = tuple(int(n) for n in entry["shape"])
-        start, end = (int(n) for n in entry["data_offsets"])
+        dtype = entry["dtype"]
+        shape = tuple(entry["shape"])
+        start, end = entry["data_offsets"]
+        is_right = isinstance(dtype, str) and bool(dtype) and len(shape) <= MOST_DIMENSIONS
+        is_right = is_right and all(type(n) is int and -LARGEST < n < LARGEST for n in (start, end, *shape))
     except (KeyError, TypeError, ValueError):
-        raise DamagedError(f"{file}: tensor {name}: the header has no dtype, shape and offsets: {entry!r}") from None
+        is_right = False
+    if not is_right:
+        found = f"the header has no dtype, shape and offsets: {str(entry)[:200]}"
+        raise DamagedError(f"{file}: tensor {name[:200]}: {found}; fetch the file again")
     expected = SIZES.get(dtype, 0) * math.prod(shape)
     if start > end or min([start, *shape]) < 0 or (dtype in SIZES and end - start != expected):
         raise DamagedError(

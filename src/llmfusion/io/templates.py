@@ -33,7 +33,7 @@ from llmfusion.errors import UserError
 
 Style = Literal["chat", "prompt", "prompt without trailing newline"]
 TODAY = datetime(2024, 7, 26)  # the date that Llama 3's templates print where they have no clock
-LONGEST_TEMPLATE = 100_000  # characters; the longest in use have 20,000
+LONGEST_TEMPLATE = 50_000  # characters; the longest in use have 20,000
 WORK = 2_000_000  # units of a rendering; one is a character that is made, or a tenth of a small operation
 WORK_PER_CHARACTER = 200  # of the input
 OPERATION = 10
@@ -493,21 +493,6 @@ def _charged_items(iterator: Iterator[Any]) -> Iterator[Any]:
 
 LIGHT_FILTERS = {"count", "d", "default", "first", "last", "length"}  # do not read what they are given
 OWN_FILTERS: dict[str, Callable[..., Any]] = {
-    "format": _format,
-    "indent": _indent,
-    "join": _join,
-    "list": _list,
-    "replace": _replace,
-    "round": _round,
-    "string": _text,
-    "sum": _sum,
-    "tojson": _tojson,
-}
-UNCHANGED_FILTERS = (
-    "abs attr capitalize count d default dictsort e escape first float groupby int items last length lower map max min "
-    "reject rejectattr reverse safe select selectattr sort title trim unique upper"
-)
-FILTERS: dict[str, Callable[..., Any]] = {
     "format": _format,
     "indent": _indent,
     "join": _join,

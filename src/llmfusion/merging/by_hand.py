@@ -9,7 +9,7 @@ from typing import Any
 
 from llmfusion.artifacts.lease import Lease
 from llmfusion.errors import UserError, require
-from llmfusion.io.files import format_bytes, sha256_file
+from llmfusion.io.files import common_rights, format_bytes, model_file, sha256_file
 from llmfusion.merging import engine
 from llmfusion.merging.plan import MergePlan
 from llmfusion.merging.report import in_force, write_card
@@ -44,9 +44,11 @@ def _write_draft(plan: MergePlan, draft: Path, threads: int | None, progress: en
     pivot = plan.matching.pivot.folder
     models = [str(model.folder) for model in plan.matching.models]
     facts, checksums = engine.run(plan, draft, plan.identity(), threads, progress)
-    write_card(draft, plan.options, str(pivot), models, facts)
+    write_card(draft, plan.options, str(pivot), models, facts, ["- those of the pivot and of every model above"])
     manifest = _manifest(plan, draft, facts, checksums)
     (draft / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    rights = common_rights(draft.iterdir())  # the engine gave them no more than the sources have
+    draft.chmod(0o755 & (rights | rights >> 2) | 0o700)  # who may read the files may enter
     return facts
 
 
@@ -97,7 +99,8 @@ def _describe_input(folder: Path, files: set[Path]) -> dict[str, Any]:
     headers = {
         file.name: {"size": file.stat().st_size, "header_sha256": _header_sha256(file)} for file in sorted(files)
     }
-    own = {"manifest_sha256": sha256_file(manifest)} if manifest.is_file() else {}
+    has_manifest = os.path.lexists(manifest)
+    own = {"manifest_sha256": sha256_file(model_file(folder, manifest.name))} if has_manifest else {}
     return {"folder": str(folder), **own, "files": headers}
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -21,30 +21,19 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from llmfusion.errors import UserError, require
+from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io.digests import canonical, digest
-from llmfusion.io.files import read_json_object, sha256_file, sync
-from llmfusion.io.safetensors import FLOATS, OVERFLOW, TensorInfo, tensor_bytes, tensor_values
+from llmfusion.io.files import common_rights, copy_file, default_rights, plain_file, read_json_object, sha256_file, sync
+from llmfusion.io.safetensors import FLOATS, INDEX, OVERFLOW, TensorInfo, tensor_bytes, tensor_values
 from llmfusion.merging import kernels
 from llmfusion.merging.blocks import BLOCK, Array, Block, PivotDeltas, Rounding
 from llmfusion.merging.journal import FinishedTensor, Journal
 from llmfusion.merging.matching import TensorMatch
-from llmfusion.merging.plan import MergePlan, default_threads
+from llmfusion.merging.plan import MergePlan, default_threads, other_files
 from llmfusion.merging.report import Row, report_row, require_own_notes, require_same_notes, totals, write_report
 from llmfusion.study.merge_methods import load_method
 from llmfusion.study.schema.base import dump
 
-# files about the pivot, not about the merge
-NOTES = (
-    "manifest.json",
-    "provenance.json",
-    "metrics.jsonl",
-    "merge_report.csv",
-    "merge_report.json",
-    "README.md",
-)
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # the pivot's, unmerged
-INDEX = "model.safetensors.index.json"
 JOURNAL = "journal.jsonl"
 COPY_BYTES = 4 * 2**20  # bytes copied at a time
 
@@ -213,6 +202,7 @@ def _lay_out_files(plan: MergePlan, out: Path, journal: Journal) -> dict[str, Fi
     if not finished:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
+    _remove_others(plan, out)
     for name, layout in plan.files.items():
         with open(out / name, "r+b" if finished else "wb") as file:
             file.write(layout.head)
@@ -221,10 +211,25 @@ def _lay_out_files(plan: MergePlan, out: Path, journal: Journal) -> dict[str, Fi
     return finished
 
 
+def _remove_others(plan: MergePlan, out: Path) -> None:
+    """Remove what no killed run of this merge left: its own files are rewritten, all others would be published."""
+    for path in out.iterdir():
+        if path.name in (*plan.files, JOURNAL) and not path.is_symlink() and path.is_file():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _finished_before(plan: MergePlan, out: Path, journal: Journal) -> dict[str, FinishedTensor]:
     """Tensors that the journal has, in files of the right size and with the checksums it has."""
     for name, layout in plan.files.items():
-        if not (out / name).exists() or (out / name).stat().st_size != layout.size:
+        try:
+            size = plain_file(out, name).stat().st_size
+        except DamagedError:
+            return {}
+        if size != layout.size:
             return {}
     targets = {tensor.name: plan.target(tensor) for tensor in plan.tensors}
     return {
@@ -252,20 +257,31 @@ def _finish(plan: MergePlan, out: Path, finished: dict[str, FinishedTensor]) -> 
     facts = totals(rows, plan.options.method, plan.options.warn_below)
     write_report(out, plan.options, rows, facts)
     (out / JOURNAL).unlink()
+    _set_rights(plan, out)
+    return facts
+
+
+def _set_rights(plan: MergePlan, out: Path) -> None:
+    """Nothing gets more rights than what it was made from: the weights that were read, or the pivot's own file."""
+    pivot = plan.matching.pivot.folder
+    copied = {str(path.relative_to(pivot)): path for path in other_files(pivot)}
+    of_weights = common_rights(plan.sources)
     for path in sorted(out.rglob("*")):
         if path.is_file():
-            path.chmod(0o644)
+            source = copied.get(str(path.relative_to(out)))
+            rights = of_weights if source is None else common_rights([source])
+            path.chmod(default_rights() & 0o666 & rights | 0o600)
             sync(path)
-    return facts
 
 
 def _copy_other_files(plan: MergePlan, out: Path) -> None:
     """Tokenizer, chat templates, settings: what lies beside the pivot's weights, byte for byte."""
     pivot = plan.matching.pivot.folder
-    for path in _other_files(pivot):
+    for path in other_files(pivot):
         target = out / path.relative_to(pivot)
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
+        target.unlink(missing_ok=True)
+        copy_file(path, target)
     index = out / INDEX
     if not index.exists() or plan.options.out_dtype == "pivot":
         return
@@ -273,18 +289,3 @@ def _copy_other_files(plan: MergePlan, out: Path) -> None:
     if isinstance(content.get("metadata"), dict):  # the one thing in it that another dtype makes wrong
         content["metadata"]["total_size"] = sum(plan.target(tensor).nbytes for tensor in plan.tensors)
         index.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _other_files(pivot: Path) -> Iterator[Path]:
-    """Files of the pivot that its merge has too."""
-    for path in sorted([*pivot.iterdir(), *pivot.glob("additional_chat_templates/*.jinja")]):
-        about_weights = path.suffix in WEIGHTS or path.name in NOTES or _is_stale_index(path)
-        if path.is_file() and not path.name.startswith(".") and not about_weights:
-            yield path
-
-
-def _is_stale_index(path: Path) -> bool:
-    """Whether a file is the index of weights that are not merged, or of shards beside a whole file."""
-    if not path.name.endswith(".index.json"):
-        return False
-    return path.name != INDEX or (path.parent / "model.safetensors").exists()

@@ -8,6 +8,7 @@ frequencies, attention masks); names with or without the base model's prefix.
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from llmfusion.errors import UserError, require
-from llmfusion.io.files import read_json_object
+from llmfusion.errors import DamagedError, UserError, require
+from llmfusion.io.files import JSON_LIMIT, model_file, read_json_object, read_regular
 from llmfusion.io.safetensors import FLOATS, TensorInfo, read_checkpoint_headers, tensor_bytes
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -28,7 +29,6 @@ BUFFER = re.compile(r"(^|\.)(inv_freq|cos_cached|sin_cached|masked_bias|position
 # of four dimensions: GPT-2's and GPT-NeoX's causal masks, no weights
 MASK = re.compile(r"(^|\.)(attn|attention)\.bias$")
 STRUCTURE = (
-    "model_type",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
@@ -36,6 +36,8 @@ STRUCTURE = (
     "activation_function",
     "n_head",
 )
+SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "n_embd", "n_layer", "n_inner")
+SETTINGS_LIMIT = 16 * 2**20  # bytes of a config.json
 BEHAVIOUR = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_epsilon", "sliding_window")
 
 
@@ -113,6 +115,8 @@ def match(pivot: Path, models: Sequence[Path]) -> Matching:
     for model in comparison.models:
         _compare_settings(comparison, model)
         _compare_vocabularies(comparison, model)
+    # of another architecture or size every tensor differs: to list them would say nothing
+    comparison.models = [model for model in comparison.models if not _is_foreign(base, model)]
     names = [_names_in(model, base) for model in comparison.models]
     tensors = [_match_tensor(comparison, names, name) for name in base.tensors]
     for model, own_names in zip(comparison.models, names, strict=True):
@@ -125,18 +129,20 @@ def match(pivot: Path, models: Sequence[Path]) -> Matching:
 
 def _open(folder: Path) -> Checkpoint:
     tensors = read_checkpoint_headers(folder)
-    config = _read_json(folder / "config.json")
+    config = _read_settings(folder)
     require(bool(tensors), f"{folder}: has no .safetensors weights; pickled weights are never read")
     require(
-        "quantization_config" not in config,
+        config.get("quantization_config") is None,
         f"{folder}: its weights are quantised (config.json: quantization_config); merge the weights it was made from",
     )
     return Checkpoint(folder, tensors, config)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON file, empty if it is not there."""
-    return read_json_object(file) if file.exists() else {}
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """``config.json``, empty if it is not there."""
+    if not os.path.lexists(folder / "config.json"):
+        return {}
+    return read_json_object(model_file(folder, "config.json"), SETTINGS_LIMIT)
 
 
 # -------------------------------------------------------------------------------------- settings and tokenizers
@@ -144,19 +150,64 @@ def _compare_settings(comparison: _Comparison, model: Checkpoint) -> None:
     base = comparison.pivot
     if not base.config or not model.config:
         return  # bare weights: names and shapes are all there is
-    structure = [("architectures", base.config.get("architectures"), model.config.get("architectures"))]
-    structure += [(key, base.text_config.get(key), model.text_config.get(key)) for key in STRUCTURE]
+    if _architectures_differ(base, model):
+        comparison.differences.append(
+            f"{model.folder} is of another architecture ({_architecture(model)}) than the pivot {base.folder} "
+            f"({_architecture(base)}): merge models that were trained from the pivot"
+        )
+        return
+    if sizes := _size_differences(base, model):
+        comparison.differences.append(
+            f"{model.folder} is of another size than the pivot {base.folder}: {', '.join(sizes)}: "
+            "merge models that were trained from the pivot"
+        )
+    structure = [(key, base.text_config.get(key), model.text_config.get(key)) for key in STRUCTURE]
     behaviour = [(key, base.text_config.get(key), model.text_config.get(key)) for key in BEHAVIOUR]
     comparison.differences += [
-        f"{key} is {theirs!r} in {model.folder} and {ours!r} in the pivot {base.folder}"
+        f"{key} is {_shown(theirs)} in {model.folder} and {_shown(ours)} in the pivot {base.folder}"
         for key, ours, theirs in structure
         if _both_given_and_different(ours, theirs)
     ]
     comparison.remarks += [
-        f"{key} is {theirs!r} in {model.folder} and {ours!r} in the pivot {base.folder}; the merge has the pivot's"
+        f"{key} is {_shown(theirs)} in {model.folder} and {_shown(ours)} in the pivot {base.folder}; "
+        "the merge has the pivot's"
         for key, ours, theirs in behaviour
         if _both_given_and_different(ours, theirs)
     ]
+
+
+def _is_foreign(base: Checkpoint, model: Checkpoint) -> bool:
+    """Whether a model is of another architecture or size than the pivot, as their settings say."""
+    return _architectures_differ(base, model) or bool(_size_differences(base, model))
+
+
+def _architectures_differ(base: Checkpoint, model: Checkpoint) -> bool:
+    return _both_given_and_different(
+        base.config.get("architectures"), model.config.get("architectures")
+    ) or _both_given_and_different(base.text_config.get("model_type"), model.text_config.get("model_type"))
+
+
+def _architecture(checkpoint: Checkpoint) -> str:
+    """The name of the model's class, else its family."""
+    names = checkpoint.config.get("architectures")
+    name = names[0] if isinstance(names, list) and names else checkpoint.text_config.get("model_type")
+    return str(name)[:80]
+
+
+def _size_differences(base: Checkpoint, model: Checkpoint) -> list[str]:
+    """What is another number in the model's settings than in the pivot's: ``hidden_size 64 against 32``."""
+    pairs = [(key, base.text_config.get(key), model.text_config.get(key)) for key in SIZES]
+    return [
+        f"{key} {_shown(theirs)} against {_shown(ours)}"
+        for key, ours, theirs in pairs
+        if _both_given_and_different(ours, theirs)
+    ]
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, not longer than a line can bear."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _both_given_and_different(ours: Any, theirs: Any) -> bool:
@@ -167,9 +218,10 @@ def _both_given_and_different(ours: Any, theirs: Any) -> bool:
 def _compare_vocabularies(comparison: _Comparison, model: Checkpoint) -> None:
     """The same id must be the same token. Added tokens may differ, and so may the rows behind the common ones."""
     base = comparison.pivot
-    ours = base.folder / "tokenizer.json"
-    theirs = model.folder / "tokenizer.json"
-    if not ours.exists() or not theirs.exists() or _same_bytes(ours, theirs):
+    if not _have_tokenizers(base, model):
+        return
+    ours, theirs = (model_file(one.folder, "tokenizer.json") for one in (base, model))
+    if _same_bytes(ours, theirs):
         return
     our_tokens = _base_tokens(ours)
     their_tokens = _base_tokens(theirs)
@@ -178,20 +230,29 @@ def _compare_vocabularies(comparison: _Comparison, model: Checkpoint) -> None:
         first = ids[0]
         comparison.differences.append(
             f"the tokenizers differ in {len(ids)} tokens, the first with id {first}: "
-            f"{their_tokens[first]!r} in {model.folder} and {our_tokens[first]!r} in the pivot {base.folder}"
+            f"{_shown(their_tokens[first])} in {model.folder} and {_shown(our_tokens[first])} in the pivot "
+            f"{base.folder} ({len(their_tokens):,} tokens there, {len(our_tokens):,} in the pivot): a merge needs one "
+            "vocabulary"
         )
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
-    return one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+    same_size = one.stat().st_size == other.stat().st_size
+    if not same_size:
+        return False
+    first, second = (read_regular(path, follow_links=True, limit=JSON_LIMIT) for path in (one, other))
+    return first == second
 
 
 def _base_tokens(file: Path) -> dict[int, str]:
-    """Tokens of the base vocabulary by id."""
-    vocabulary = _read_json(file).get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, dict):
+    """Tokens of the base vocabulary by id. Raises :class:`DamagedError` for a file that has none."""
+    body = read_json_object(file).get("model")
+    vocabulary = body.get("vocab") if isinstance(body, dict) else None
+    if isinstance(vocabulary, dict) and all(type(i) is int for i in vocabulary.values()):
         return {i: token for token, i in vocabulary.items()}
-    return {i: entry[0] for i, entry in enumerate(vocabulary)}  # Unigram: a list of tokens and scores
+    if isinstance(vocabulary, list) and all(isinstance(entry, list) and entry for entry in vocabulary):
+        return {i: str(entry[0]) for i, entry in enumerate(vocabulary)}  # Unigram: a list of tokens and scores
+    raise DamagedError(f"{file}: has no model with a vocabulary; take a complete tokenizer.json, or move it away")
 
 
 # ------------------------------------------------------------------------------------------------ names of tensors
@@ -293,7 +354,7 @@ def _dtype_differences(name: str, info: TensorInfo, tensors: list[tuple[Checkpoi
 
 def _have_tokenizers(*checkpoints: Checkpoint) -> bool:
     """Whether all say which token a row belongs to (_compare_vocabularies has compared them)."""
-    return all((checkpoint.folder / "tokenizer.json").exists() for checkpoint in checkpoints)
+    return all(os.path.lexists(checkpoint.folder / "tokenizer.json") for checkpoint in checkpoints)
 
 
 def _is_buffer(name: str, info: TensorInfo) -> bool:

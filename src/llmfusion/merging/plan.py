@@ -4,17 +4,28 @@ Imports no compiled code.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from llmfusion.io.digests import canonical
-from llmfusion.io.safetensors import FLOATS, FileLayout, TensorInfo, layout_of, read_header
+from llmfusion.io.files import model_file
+from llmfusion.io.safetensors import FLOATS, INDEX, FileLayout, TensorInfo, layout_of, read_header
 from llmfusion.merging.blocks import count_layers
 from llmfusion.merging.matching import Matching, TensorMatch, match
 from llmfusion.study.schema.options import MergeOptions
 
+# files about the pivot, not about the merge
+NOTES = (
+    "manifest.json",
+    "provenance.json",
+    "metrics.jsonl",
+    "merge_report.csv",
+    "merge_report.json",
+    "README.md",
+)
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # the pivot's, unmerged
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -47,10 +58,14 @@ class MergePlan:
         """Where a tensor of the merge is written: in a file of the pivot's name."""
         return self.files[tensor.pivot.file.name].tensors[tensor.name]
 
+    @cached_property
+    def sources(self) -> list[Path]:
+        """All files of weights that are read."""
+        return sorted({info.file for tensor in self.tensors for info in tensor.sources})
+
     def identity(self) -> str:
         """What shows whether inputs are those of an earlier run: paths, sizes and times of all files that are read."""
-        files = sorted({info.file for tensor in self.tensors for info in tensor.sources})
-        states = [(str(file.resolve()), file.stat()) for file in files]
+        states = [(str(file.resolve()), file.stat()) for file in self.sources]
         return canonical(
             [[path, state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino] for path, state in states]
         )
@@ -72,6 +87,7 @@ class MergePlan:
 def plan_merge(pivot: Path, models: Sequence[Path], options: MergeOptions) -> MergePlan:
     """Check a merge. Raises :class:`UserError` with every difference between the checkpoints."""
     matching = match(pivot, models)
+    list(other_files(pivot))  # they are copied last: what is wrong with them is said first
     dtype = DTYPES.get(options.out_dtype)
     files = {
         file.name: _layout(file, [tensor for tensor in matching.tensors if tensor.pivot.file == file], dtype)
@@ -91,6 +107,22 @@ def _layout(file: Path, tensors: Sequence[TensorMatch], dtype: str | None) -> Fi
         for tensor in tensors
     }
     return layout_of(Path(file.name), kinds, read_header(file)[0].get("__metadata__"))
+
+
+def other_files(pivot: Path) -> Iterator[Path]:
+    """Files of the pivot that its merge has too. Raises :class:`DamagedError` for one that is no plain file."""
+    for path in sorted([*pivot.iterdir(), *pivot.glob("additional_chat_templates/*.jinja")]):
+        about_weights = path.suffix in WEIGHTS or path.name in NOTES or _is_stale_index(path)
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and not path.name.startswith(".") and not about_weights:
+            yield model_file(pivot, str(path.relative_to(pivot)))
+
+
+def _is_stale_index(path: Path) -> bool:
+    """Whether a file is the index of weights that are not merged, or of shards beside a whole file."""
+    if not path.name.endswith(".index.json"):
+        return False
+    return path.name != INDEX or (path.parent / "model.safetensors").exists()
 
 
 def default_threads() -> int:

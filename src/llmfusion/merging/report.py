@@ -110,8 +110,13 @@ def _without_infinities(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def write_card(folder: Path, options: MergeOptions, pivot: str, models: list[str], facts: dict[str, Any]) -> None:
-    """README.md of a merged checkpoint: method, parents, every option in force, and what the merge changed."""
+def write_card(
+    folder: Path, options: MergeOptions, pivot: str, models: list[str], facts: dict[str, Any], licences: Sequence[str]
+) -> None:
+    """README.md of a merged checkpoint: method, parents, every option in force, what the merge changed, licences.
+
+    ``licences``: a line for each, with what it comes with.
+    """
     effect = (
         f"{facts['parameters']:,} values in {facts['tensors']} tensors; {facts['changed']:.2%} of them differ "
         f"from the pivot's, and {facts['kept']:.2%} of the"
@@ -135,6 +140,9 @@ def write_card(folder: Path, options: MergeOptions, pivot: str, models: list[str
         "sum of squares of the models' differences took part. `merge_report.csv` and `merge_report.json` say so for "
         "each tensor.",
         *(["", f"**Warning**: {facts['warning']}."] if "warning" in facts else []),
+        "",
+        "Licences stated for what it was made from:",
+        *licences,
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines))

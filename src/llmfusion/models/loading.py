@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,26 @@ from llmfusion.artifacts.store import Artifact
 from llmfusion.data.chat import TEMPLATES, chat_format, closing_tokens
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io import progress_bars
-from llmfusion.io.files import read_json_object
-from llmfusion.io.safetensors import FLOATS, TensorInfo, read_headers, weight_files
+from llmfusion.io.safetensors import FLOATS, TensorInfo, read_headers
+from llmfusion.models.folder import (
+    ModelFolder,
+    check_layers,
+    clean_config,
+    explain_failure,
+    is_method,
+    loadable_files,
+    private_folder,
+    text_config,
+    tokenizer_files,
+)
+
+MOST_BUFFERS = 2**28  # values of a model that are no weights: frequencies, masks
 
 
 def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
     """The model's tokenizer; without a chat template of its own it gets the study's (a name, or Jinja text)."""
-    import transformers
-
     folder = model.folder if isinstance(model, Artifact) else model
-    if (settings := folder / "tokenizer_config.json").exists():
-        read_json_object(settings)
-    # tokenizer.json as it is: the class that tokenizer_config.json names may rebuild it (a byte-level one declared as
-    # LlamaTokenizerFast would lose its spaces)
-    is_fast = (folder / "tokenizer.json").exists()
-    tokenizer_class: Any = transformers.PreTrainedTokenizerFast if is_fast else transformers.AutoTokenizer
-    try:
-        tokenizer = tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare ones
-        raise _loading_error(folder, "tokenizer", error) from error
+    tokenizer = read_tokenizer(model)
     require(tokenizer.eos_token_id is not None, f"{folder}: the tokenizer has no end token (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: labels are marked by position, never by id
@@ -48,15 +50,26 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
     return tokenizer
 
 
-def _loading_error(folder: Path, what: str, error: Exception) -> UserError:
-    """The error where transformers fails: names the file that is no JSON if there is one, else quotes transformers."""
-    for file in sorted(folder.glob("*.json")):
-        try:
-            json.loads(file.read_bytes())
-        except ValueError as wrong:
-            return DamagedError(f"{file}: expected JSON: {wrong}")
-    reason = " ".join(str(error).split())[:400]
-    return UserError(f"{folder}: the {what} cannot be loaded: {type(error).__name__}: {reason}")
+def read_tokenizer(model: Artifact | Path) -> Any:
+    """The tokenizer of a folder, whose files are checked first.
+
+    ``tokenizer.json`` as it is: the class that ``tokenizer_config.json`` names may rebuild it (a byte-level one
+    declared as ``LlamaTokenizerFast`` would lose its spaces). Raises :class:`UserError` for what cannot be read.
+    """
+    import transformers
+
+    model_folder = ModelFolder.of(model)
+    with explain_failure(model_folder.folder, "tokenizer"):
+        files = tokenizer_files(model_folder)
+        is_fast = files["tokenizer.json"] is not None
+        tokenizer_class: Any = transformers.PreTrainedTokenizerFast if is_fast else transformers.AutoTokenizer
+        with private_folder(files) as private:
+            tokenizer = tokenizer_class.from_pretrained(private, local_files_only=True, trust_remote_code=False)
+        tokenizer.name_or_path = str(model_folder.folder)
+        if getattr(tokenizer, "vocab_file", None) is not None:
+            tokenizer.vocab_file = str(model_folder.folder / Path(tokenizer.vocab_file).name)
+        len(tokenizer)  # fails here, if it is going to
+    return tokenizer
 
 
 def load_model(model: Artifact, dtype: str) -> Any:
@@ -69,21 +82,22 @@ def load_model(model: Artifact, dtype: str) -> Any:
     import torch
 
     progress_bars.show_only_in_terminals()
-    model_class = _model_class(model)
-    stored = _stored_weights(model)
-    try:
-        loaded, info = model_class.from_pretrained(
-            model.folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are in ``info``, and refused below with everything else
-            output_loading_info=True,
-        )
-    except Exception as error:  # of many types, from many layers
-        raise _loading_error(model.folder, "model", error) from error
-    _require_sound(model, loaded, info, stored)
+    folder = ModelFolder.of(model)
+    with explain_failure(model.folder, "model"):
+        model_class = model_class_of(folder)
+        require_possible_size(folder, model_class)
+        with private_folder(loadable_files(folder, model_class.config_class)) as private:
+            loaded, info = model_class.from_pretrained(
+                private,
+                dtype=getattr(torch, dtype),
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in ``info``, and refused below with everything else
+                output_loading_info=True,
+            )
+        loaded.config.name_or_path = loaded.name_or_path = str(model.folder)
+        _require_sound(model, loaded, info, folder.weights)
     return loaded.eval()
 
 
@@ -105,12 +119,14 @@ def empty_model(model: Artifact) -> Any:
 
     For a process that receives its part of the weights from another process.
     """
-    model_class = _model_class(model)
-    try:
-        config = model_class.config_class.from_pretrained(model.folder, local_files_only=True)
+    folder = ModelFolder.of(model)
+    with explain_failure(model.folder, "model"):
+        model_class = model_class_of(folder)
+        require_possible_size(folder, model_class)
+        with private_folder(loadable_files(folder, model_class.config_class)) as private:
+            config = model_class.config_class.from_pretrained(private, local_files_only=True)
+        config.name_or_path = str(model.folder)
         empty = _without_weights(model_class, config)
-    except Exception as error:  # of many types, from many layers
-        raise _loading_error(model.folder, "model", error) from error
     return empty.eval()
 
 
@@ -130,32 +146,93 @@ def _without_weights(model_class: Any, config: Any) -> Any:
     return empty
 
 
-def _model_class(model: Artifact) -> Any:
-    """The class of transformers that ``config.json`` names; an auto_map beside it is never followed."""
+def model_class_of(model: ModelFolder) -> Any:
+    """The class of transformers that ``config.json`` names; an auto_map beside it is never followed.
+
+    Raises :class:`UserError` unless it is a causal language model's.
+    """
     import transformers
 
-    config = read_json_object(model.file("config.json"))
-    for file in ("generation_config.json", "model.safetensors.index.json"):
-        if (model.folder / file).exists():
-            read_json_object(model.file(file))  # transformers ignores settings that it cannot read
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else "?"
-    model_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    name = model.config["architectures"][0]
+    model_class: Any = getattr(transformers, name, None)
     is_model = isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)
-    code = "; code from its repository (auto_map) is never run" if "auto_map" in config else ""
+    code = "; code from its repository (auto_map) is never run" if "auto_map" in model.config else ""
     require(
         is_model,
-        f"{model.folder}: transformers {transformers.__version__} has no class {name!r}{code}; "
+        f"{model.folder}: transformers {transformers.__version__} has no class {name[:80]!r}{code}; "
         "take a model transformers knows",
+    )
+    require(
+        model_class.can_generate() and model_class.config_class is not None,
+        f"{model.folder}: {name} (config.json: architectures) is no causal language model; take one, "
+        "e.g. a LlamaForCausalLM",
     )
     return model_class
 
 
-def _stored_weights(model: Artifact) -> dict[str, TensorInfo]:
-    """Headers of the weights that transformers would read: one file, else those of the index."""
-    files = weight_files(model.folder)
-    require(bool(files), f"{model.folder}: has no .safetensors weights; pickled weights are never read")
-    return read_headers([model.file(path.name) for path in files])
+class SizeLimit:
+    """Counts the weights that a model registers, and raises :class:`DamagedError` once they are too many.
+
+    ``stored`` values in ``tensors`` tensors are what there is for them; ``path`` is the file to blame.
+    """
+
+    def __init__(self, stored: int, tensors: int, path: Path):
+        self.stored = stored
+        self.path = path
+        self.values_left = 4 * stored  # a weight may be tied, and may be registered twice
+        self.tensors_left = 16 * tensors + 1000  # one may be stored for several
+
+    def __call__(self, module: Any, name: str, parameter: Any) -> None:
+        if parameter is not None:
+            self.values_left -= parameter.numel()
+            self.tensors_left -= 1
+        if self.values_left < 0 or self.tensors_left < 0:
+            described = f"describes a model of more values than the {self.stored:,} of the weights"
+            raise DamagedError(f"{self.path}: {described}; take config.json and weights of the same model")
+
+
+def require_possible_size(model: ModelFolder, model_class: Any) -> int:
+    """Raise :class:`DamagedError` where the model that ``config.json`` describes has more values than the weights.
+
+    Returns the values of the model, tied ones once.
+    """
+    stored = sum(math.prod(tensor.shape) for tensor in model.weights.values())
+    path = model.folder / "config.json"
+    check_layers(model.config, len(model.weights), path)
+    config = model_class.config_class(**clean_config(model.config, is_method(model_class.config_class)))
+    return count_values(model_class, config, SizeLimit(stored, len(model.weights), path))
+
+
+def count_values(model_class: Any, config: Any, limit: SizeLimit) -> int:
+    """How many values a model of ``config`` has, tied ones once: it is made without any, so that none takes memory.
+
+    Raises :class:`DamagedError` as soon as it has more than the ``limit`` allows.
+    """
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    require(not getattr(config, "is_encoder_decoder", False), f"{limit.path}: is_encoder_decoder: take a decoder only")
+    handle = register_module_parameter_registration_hook(limit)
+    try:
+        empty = _without_values(model_class, config)
+    finally:
+        handle.remove()
+    empty.tie_weights()
+    buffers = sum(buffer.numel() for buffer in empty.buffers())
+    if buffers > 2 * limit.stored + MOST_BUFFERS:
+        raise DamagedError(
+            f"{limit.path}: describes a model with {buffers:,} values that are no weights; fetch it again"
+        )
+    return sum(parameter.numel() for parameter in empty.parameters())
+
+
+def _without_values(model_class: Any, config: Any) -> Any:
+    """The model as transformers makes it before it loads weights: all on the meta device, buffers too."""
+    import torch
+
+    with ExitStack() as stack:
+        for context in model_class.get_init_context(torch.float32, False, False, False):
+            stack.enter_context(context)
+        return model_class(config)
 
 
 def _wrong_names(loaded: Any, info: dict[str, Any]) -> list[str]:
@@ -218,15 +295,15 @@ def save_model(model: Any, tokenizer: Any, folder: Path, dtype: str) -> dict[str
 
 def model_facts(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """Facts for the manifest that later steps and checks need without loading the model."""
-    config = read_json_object(folder / "config.json")
-    text = config.get("text_config", config)
+    model = ModelFolder.of(folder)
+    text = text_config(model.config)
     return {
-        "architecture": (config.get("architectures") or ["?"])[0],
+        "architecture": model.config["architectures"][0],
         "hidden_size": text.get("hidden_size", text.get("n_embd")),
         "vocabulary_size": text.get("vocab_size"),
         "vocabulary_sha256": vocabulary_sha256(tokenizer),
         "tokenizer_size": len(tokenizer),
-        "parameters": sum(count_parameters(path) for path in weight_files(folder)),
+        "parameters": sum(math.prod(tensor.shape) for tensor in model.weights.values()),
         "eos_token": tokenizer.eos_token,
         "max_positions": text.get("max_position_embeddings"),
     }

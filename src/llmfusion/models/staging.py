@@ -4,10 +4,21 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion import ROOT
-from llmfusion.errors import UserError, require
+from llmfusion.data import hub
+from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io import progress_bars
-from llmfusion.io.files import link_or_copy
-from llmfusion.models.loading import load_tokenizer, model_facts
+from llmfusion.io.files import link_or_copy, model_file
+from llmfusion.io.gguf import read_gguf_header
+from llmfusion.io.safetensors import FLOATS
+from llmfusion.models.folder import ModelFolder, explain_failure, generation_settings, private_folder
+from llmfusion.models.loading import (
+    SizeLimit,
+    count_values,
+    load_tokenizer,
+    model_class_of,
+    model_facts,
+    require_possible_size,
+)
 from llmfusion.study.schema.base_models import MODEL_FILES, GgufModel, HubModel, PathModel
 
 
@@ -19,9 +30,10 @@ def stage_hub(base: HubModel, folder: Path, chat_template: str | None) -> dict[s
     from huggingface_hub import snapshot_download
 
     progress_bars.show_only_in_terminals()
+    hub.require_room(base, folder)
     try:
         downloaded = snapshot_download(
-            base.repo, revision=base.revision, allow_patterns=list(MODEL_FILES), ignore_patterns=["original/*"]
+            base.repo, revision=base.revision, allow_patterns=hub.MODEL_ALLOWED, ignore_patterns=hub.MODEL_IGNORED
         )
     except Exception as error:  # of many types, from many layers; the user needs its message and what to do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -39,44 +51,97 @@ def stage_folder(base: PathModel, folder: Path, chat_template: str | None) -> di
 
 def stage_gguf(base: GgufModel, folder: Path, chat_template: str | None) -> dict[str, Any]:
     """Convert a GGUF file into a float32 checkpoint (quantised weights are expanded). Returns the manifest's facts."""
-    import torch
-    import transformers
-
     progress_bars.show_only_in_terminals()
     file = ROOT / base.path
-    require(file.is_file() and file.suffix == ".gguf", f"{file}: is no .gguf file")
-    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, local_files_only=True, dtype=torch.float32
-    )
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = type(loaded)(config)  # a fresh model of the same shape: the loaded one is marked as quantised
-    plain.load_state_dict(loaded.state_dict())
-    plain.save_pretrained(folder, max_shard_size="4GB")
+    require(file.suffix == ".gguf" and not file.is_dir(), f"{file}: is no .gguf file")
+    model, tokenizer = _read_gguf(file)
+    model.save_pretrained(folder, max_shard_size="4GB")
     tokenizer.save_pretrained(folder)
     return _facts(base, folder, chat_template)
 
 
+def _read_gguf(file: Path) -> tuple[Any, Any]:
+    """Model (float32) and tokenizer of a GGUF file, whose header is checked before transformers sees the file.
+
+    Raises :class:`UserError` for what is no complete model.
+    """
+    import torch
+    import transformers
+
+    header = read_gguf_header(file)
+    with explain_failure(file, "model"), private_folder({"model.gguf": file}) as private:
+        given: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
+        config = transformers.AutoConfig.from_pretrained(private, **given)
+        mapping: Any = transformers.AutoModelForCausalLM
+        model_class = mapping._model_mapping[type(config)]
+        count_values(model_class, config, SizeLimit(header.values, len(header.tensors), file))
+        given |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded, info = model_class.from_pretrained(private, **given)
+        tied = set(getattr(loaded, "all_tied_weights_keys", None) or [])
+        wrong = sorted(set(info["missing_keys"]) - tied) + [name for name, *_ in sorted(info["mismatched_keys"])]
+        if wrong:
+            needed = f"tensors that the model needs are missing or of another shape: {', '.join(wrong[:5])}"
+            raise DamagedError(f"{file}: {needed}; fetch the file again, or convert the model again with llama.cpp")
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = type(loaded)(config)  # a fresh model of the same shape: the loaded one is marked as quantised
+        plain.load_state_dict(loaded.state_dict())
+        tokenizer = transformers.AutoTokenizer.from_pretrained(private, gguf_file="model.gguf", local_files_only=True)
+    return plain, tokenizer
+
+
+def taken_files(source: Path) -> list[Path]:
+    """The files of a folder that are staged, by name. Raises :class:`UserError` for one that is no plain file."""
+    require(source.is_dir(), f"{source}: is no folder")
+    names = sorted({path.name for pattern in MODEL_FILES for path in source.glob(pattern)})
+    for name in names:
+        require(name.isprintable(), f"{source}: the file {name!r} has a name that cannot be printed; rename it")
+    return [model_file(source, name) for name in names]
+
+
 def _link_files(source: Path, base: HubModel | PathModel, folder: Path, chat_template: str | None) -> dict[str, Any]:
     """Take over a checkpoint's files. Raises :class:`UserError` where weights or ``config.json`` are missing."""
-    require(source.is_dir(), f"{source}: is no folder")
-    files = sorted({path for pattern in MODEL_FILES for path in source.glob(pattern)})
-    if not any(path.suffix == ".safetensors" for path in files):
+    with explain_failure(source, "model"):
+        files = taken_files(source)
+    names = {file.name for file in files}
+    if not any(name.endswith(".safetensors") for name in names):
         pickles = sorted(path.name for path in source.glob("*.bin"))
         refused = f" (pickled weights are refused: {pickles[0]})" if pickles else ""
         raise UserError(f"{source}: has no .safetensors weights{refused}")
-    require((source / "config.json").exists(), f"{source}: has no config.json")
+    require("config.json" in names, f"{source}: has no config.json")
     for file in files:
-        link_or_copy(file.resolve(), folder / file.name)
-    return _facts(base, folder, chat_template)
+        with explain_failure(source, "model"):
+            link_or_copy(file.resolve(), folder / file.name)
+    try:
+        return _facts(base, folder, chat_template)
+    except UserError as error:  # what the user has is the source
+        raise type(error)(str(error).replace(str(folder), str(source))) from error
 
 
 def _facts(base: HubModel | PathModel | GgufModel, folder: Path, chat_template: str | None) -> dict[str, Any]:
-    tokenizer = load_tokenizer(folder, chat_template)
-    facts = model_facts(folder, tokenizer)
-    tokens = facts["tokenizer_size"]
+    model = ModelFolder.of(folder)
+    with explain_failure(folder, "model"):
+        _require_known_dtypes(model)
+        generation_settings(model)
+        needed = require_possible_size(model, model_class_of(model))
+        tokenizer = load_tokenizer(folder, chat_template)
+        facts = model_facts(folder, tokenizer)
+        largest_id = max(tokenizer.get_vocab().values(), default=0)
+    stored = facts["parameters"]
+    require(
+        needed <= stored,
+        f"{folder / 'config.json'}: describes a model of {needed:,} values, the weights beside it have {stored:,}; "
+        "take config.json and weights of the same model",
+    )
+    tokens = max(facts["tokenizer_size"], largest_id + 1)
     rows = facts["vocabulary_size"]
     require(tokens <= (rows or 0), f"the tokenizer has {tokens} tokens, the model only {rows} rows for them")
     return {**facts, "license": base.license}
+
+
+def _require_known_dtypes(model: ModelFolder) -> None:
+    """Raise :class:`UserError` for weights in numbers that no training and no merge computes with."""
+    for name, tensor in model.weights.items():
+        is_weight = tensor.dtype in FLOATS or tensor.dtype[0] in "IUB"  # integers and flags: buffers
+        expected = f"expected {' or '.join(FLOATS)}; take the weights in one of these"
+        require(is_weight, f"{tensor.file}: tensor {name} is {tensor.dtype[:80]}, {expected}")

@@ -1,8 +1,8 @@
 """What each row of a table took, so that rows can be compared by cost.
 
 A row's jobs are all those behind it, from its cells to the base models, as the manifests say; rows share jobs, so
-that rows do not add up. Seconds and memory come from Snakemake's benchmark files in ``logs/benchmarks``. A job
-without one is counted under ``not_measured``, and one that was interrupted counts with its last attempt.
+that rows do not add up. Seconds and memory are what each job recorded in its provenance. A job without such a
+record is counted under ``not_measured``, and one that was interrupted counts with its last attempt.
 """
 
 import json

@@ -3,7 +3,7 @@
 from html import escape
 from pathlib import Path
 
-from llmfusion.reporting.tables import MINIATURE
+from llmfusion.study.scales import SCALES
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; }
@@ -19,8 +19,8 @@ def report_html(title: str, scale: str, tables: dict[str, Path], missing: list[s
     import pandas
 
     parts = [f"<h1>{escape(title)}</h1>"]
-    if scale == "miniature":
-        parts.append(f'<p class="label">{escape(MINIATURE)}</p>')
+    if (label := SCALES[scale].label) is not None:
+        parts.append(f'<p class="label">{escape(label)}</p>')
     for name, path in tables.items():
         frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
         parts += [f"<h2>{escape(name)}</h2>", frame.to_html(index=False, border=0, justify="right")]

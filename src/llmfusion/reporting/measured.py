@@ -1,15 +1,14 @@
-"""Coefficients from finished jobs: Snakemake's benchmark files say what a job took, its work is known."""
+"""Coefficients from finished jobs: each recorded what it took, and its work is known."""
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from llmfusion.io.files import json_object_or_empty
-from llmfusion.study.addresses import output_of
+from llmfusion.study.addresses import is_shard, output_of, provenance_of, whole_of
 from llmfusion.study.workload import Workload
 
 SHARED_RATES = {"pretrain": "train"}  # one training loop, whatever it starts from: both are fitted together
@@ -27,24 +26,29 @@ class Measurement:
 
 
 def read_measurement(directory: Path, address: str) -> Measurement | None:
-    """What the job that made ``address`` took, from its benchmark file; None where there is none.
+    """What the job that made ``address`` took, as it recorded beside its manifest; None where nothing is recorded.
 
-    A training that was interrupted is measured by its last attempt only.
+    What a shard took stands also beside the cache that it became a part of. A training that was interrupted is
+    measured by its last attempt only.
     """
-    try:
-        with open(directory / f"logs/benchmarks/{address}.tsv") as file:
-            row = next(csv.DictReader(file, delimiter="\t"))
-        seconds = float(row["s"])
-    except (OSError, StopIteration, KeyError, ValueError):
+    record = _provenance(directory, address)
+    if not record and is_shard(address):
+        shards = _provenance(directory, whole_of(address)).get("shards")
+        record = shards.get(address, {}) if isinstance(shards, dict) else {}
+    seconds = record.get("seconds")
+    memory = record.get("memory_mb")
+    if not _is_positive(seconds):
         return None
-    output = directory / output_of(address)
-    in_folder = output.name == "manifest.json"
-    record = output.with_name("provenance.json") if in_folder else output.with_suffix(".provenance.json")
-    try:
-        memory = float(row.get("max_rss") or 0)
-    except ValueError:  # "NA" or "-": the job was too short to be looked at
-        memory = 0.0
-    return Measurement(seconds, memory, json_object_or_empty(record))
+    return Measurement(float(seconds), float(memory) if _is_positive(memory) else 0.0, record)
+
+
+def _provenance(directory: Path, address: str) -> dict[str, Any]:
+    return json_object_or_empty(provenance_of(directory / output_of(address)))
+
+
+def _is_positive(value: Any) -> TypeGuard[float]:
+    """Whether a record holds a number that something can have taken."""
+    return type(value) in (int, float) and 0 < value < float("inf")
 
 
 def fit_coefficients(assumed: Coefficients, workload: Workload) -> tuple[Coefficients, dict[str, int]]:

@@ -10,10 +10,7 @@ from typing import Any
 import pandas as pd
 
 from llmfusion.reporting.stats import error_of_mean, mean, standard_error
-
-MINIATURE = (
-    "Miniature models on generated tasks: these numbers check the pipeline and are not comparable with any paper's."
-)
+from llmfusion.study.scales import SCALES
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,8 @@ def markdown_of(
     compared = {key: unit for key, unit in (("difference", "points"), ("gain_percent", "%")) if key in frame}
     head = ["", *labels.values(), "average", *(f"vs {reference} ({unit})" for unit in compared.values())]
     out = [f"# {title}", ""]
-    out += [f"**{MINIATURE}**", ""] if lines[0]["scale"] == "miniature" else []
+    scale = SCALES[lines[0]["scale"]]
+    out += [f"**{scale.label}**", ""] if scale.label else []
     out += [_cells(head), "|---" + "|---:" * (len(head) - 1) + "|"]
     category = None
     for line in lines:

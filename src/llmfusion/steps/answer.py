@@ -1,11 +1,13 @@
 """Load a model once and let lm-eval ask it a batch of tasks."""
 
 from llmfusion.artifacts.job import Job
+from llmfusion.io.offline import go_offline
 from llmfusion.study.kinds.answer import Spec
 
 
 def build(job: Job) -> None:
-    """Write one file of answers a task."""
+    """Write one file of answers a task. Everything that is asked is on disk: nothing may be fetched."""
+    go_offline()
     import lm_eval.models.huggingface  # noqa: F401 - seconds of the start, not of the work
 
     from llmfusion.evaluation.answers import ask

@@ -5,6 +5,7 @@ import logging
 from itertools import islice
 
 from llmfusion.artifacts.job import Job
+from llmfusion.artifacts.licences import inherited
 from llmfusion.artifacts.resume import ResumeFolder
 from llmfusion.artifacts.store import Artifact
 from llmfusion.errors import require
@@ -21,6 +22,7 @@ def build(job: Job) -> None:
     teacher = job.input(f"models/{spec.model}")
     mix = job.input(f"data/mix/{spec.mix}")
     shards = [artifact for address, artifact in job.inputs.items() if is_shard(address)]
+    job.facts["license"] = inherited({f"models/{spec.model}": teacher, f"data/mix/{spec.mix}": mix})
     if shards:
         _assemble(job, spec, teacher, mix, shards)
     else:

@@ -3,6 +3,7 @@
 import logging
 
 from llmfusion.artifacts.job import Job
+from llmfusion.artifacts.licences import inherited
 from llmfusion.study.kinds.generate_answers import Spec
 
 logger = logging.getLogger(__name__)
@@ -34,4 +35,5 @@ def build(job: Job) -> None:
     if not count:
         raise UserError(f"{spec.model} gave no usable answer to {len(samples)} prompts: {rejected.facts()}")
     job.facts.update(samples=count, asked=len(samples), rejected=rejected.facts(), max_length=max_length)
+    job.facts["license"] = inherited(job.inputs)
     logger.info("%d of %d answers kept; dropped: %s", count, len(samples), dict(rejected.counts) or "none")

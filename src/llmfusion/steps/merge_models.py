@@ -4,6 +4,7 @@ import logging
 import shutil
 
 from llmfusion.artifacts.job import Job
+from llmfusion.artifacts.licences import inherited, licence_lines
 from llmfusion.merging.plan import plan_merge
 from llmfusion.merging.report import summary, write_card
 from llmfusion.study.kinds.merge_models import Spec
@@ -36,11 +37,12 @@ def build(job: Job) -> None:
         max(0, plan.bytes_written - written),
     )
     facts, _ = engine.run(plan, resumed, job.key)
-    write_card(resumed, options, options.pivot, options.parents, facts)
+    licences = inherited(job.inputs)
+    write_card(resumed, options, options.pivot, options.parents, facts, licence_lines(licences))
     for path in sorted(resumed.iterdir()):
         shutil.move(path, job.folder / path.name)
     resumed.rmdir()
-    job.facts.update({key: pivot.facts[key] for key in FACTS_OF_PIVOT} | facts)
+    job.facts.update({key: pivot.facts[key] for key in FACTS_OF_PIVOT} | facts, license=licences)
     logger.info("%s", summary(facts))
     for remark in plan.matching.remarks:
         logger.info("%s", remark)

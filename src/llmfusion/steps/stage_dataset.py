@@ -4,8 +4,9 @@ import logging
 import random
 from collections.abc import Iterator
 
+from llmfusion import ROOT
 from llmfusion.artifacts.job import Job
-from llmfusion.data import sources
+from llmfusion.data import hub, sources
 from llmfusion.data.layout import sample_layouts
 from llmfusion.data.rejections import Rejected
 from llmfusion.data.samples import Sample, check_dataset_sample, sample_id, text_of
@@ -21,6 +22,10 @@ logger = logging.getLogger(__name__)
 def build(job: Job) -> None:
     """Write ``samples.jsonl``; facts: rows read, samples kept, rejected by reason (malformed, duplicate)."""
     dataset = job.parse(Spec).dataset
+    if isinstance(dataset, PathDataset):
+        job.restrict_to_readers_of(ROOT / dataset.path)
+    if isinstance(dataset, HubDataset):
+        hub.require_room(dataset, job.folder)
     rejected = Rejected()
     counts = {"rows": 0}
     samples = (

@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 
+from llmfusion import ROOT
 from llmfusion.artifacts.job import Job
-from llmfusion.data import sources
+from llmfusion.data import hub, sources
 from llmfusion.data.layout import item_layouts
 from llmfusion.data.rejections import Rejected
 from llmfusion.data.samples import check_item
 from llmfusion.errors import UserError
 from llmfusion.io.jsonl import Row, write_jsonl
 from llmfusion.study.kinds.stage_tasks import Spec
-from llmfusion.study.schema.data import GeneratedSource, Source
+from llmfusion.study.schema.data import GeneratedSource, HubSource, PathSource, Source
 
 
 def build(job: Job) -> None:
@@ -19,6 +20,10 @@ def build(job: Job) -> None:
     for source, name in ((spec.items, "items"), (spec.shots_from, "shots")):
         if source is None:
             continue
+        if isinstance(source, PathSource):
+            job.restrict_to_readers_of(ROOT / source.path)
+        if isinstance(source, HubSource):
+            hub.require_room(source, job.folder)
         rejected = Rejected()
         items = ({"item": number, **item} for number, item in enumerate(_items(source, rejected)))
         count = write_jsonl(job.folder / f"{name}.jsonl", items)

@@ -9,7 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from llmfusion.artifacts.job import Job
+from llmfusion.artifacts.licences import inherited, licence_lines
 from llmfusion.artifacts.store import Artifact
+from llmfusion.errors import UserError
 from llmfusion.study.kinds.train_model import Spec
 from llmfusion.study.schema.options import FusionOptions
 from llmfusion.study.schema.training import TrainedModel, Training
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 def build(job: Job) -> None:
     """Refuse what can be refused, then :func:`train` in as many processes as the model asks for."""
     run = job.parse(Spec).run
+    job.facts["license"] = inherited(job.inputs)
     require_disk_of_training(job, job.input(f"models/{run.init}").facts["parameters"], run)
     call_in_processes(job, run, "llmfusion.steps.train_model", train)
 
@@ -75,12 +78,12 @@ def train(job: Job) -> None:
     pivot = job.input(f"models/{run.init}")
     tokenizer = load_tokenizer(pivot, spec.chat_template)
     teachers = [_load_teacher(job, spec, name, tokenizer, pivot.facts["vocabulary_size"]) for name in run.teachers]
+    _require_declared_vocabularies(spec, teachers)
     mixes = [job.input(f"data/mix/{run.mix}")]
     mixes += [job.input(f"data/generated/{model}/{run.mix}") for model in run.generated]
     student = Student(sharding.load(pivot, run), tokenizer)  # last: everything that can be refused is refused before
     require_linear_head(student.model.config, pivot.folder)
     run_training(job, student, run, run.fusion, mixes, teachers)
-    job.facts["license"] = sorted(set(pivot.licences))
     if distributed.rank() == 0:
         _finish(job, run, pivot, mixes[0])
 
@@ -114,7 +117,21 @@ def _finish(job: Job, run: TrainedModel, pivot: Artifact, mix: Artifact) -> None
     settings = "generation_config.json"
     if settings in pivot.manifest["files"]:
         shutil.copyfile(pivot.file(settings), job.folder / settings)
-    write_training_card(job.folder, run, job.facts, list(mix.facts.get("datasets", {})), job.facts["license"])
+    datasets = list(mix.facts.get("datasets", {}))
+    write_training_card(job.folder, run, job.facts, datasets, licence_lines(job.facts["license"]))
+
+
+def _require_declared_vocabularies(spec: Spec, teachers: Sequence[Teacher]) -> None:
+    """Raise :class:`~llmfusion.errors.UserError` for a teacher that would be projected although its word says not."""
+    from llmfusion.fusion.teacher import ProjectedTeacher
+
+    projected = {teacher.name for teacher in teachers if isinstance(teacher, ProjectedTeacher)}
+    for name in sorted(projected - set(spec.projected)):
+        raise UserError(
+            f"teacher {name}: its tokenizer differs from that of {spec.run.init}, but the study gives both the same "
+            "word under vocabulary; give it another word there (llmfusion check names the line), and it is projected "
+            "into the student's space (DSKD)"
+        )
 
 
 def _load_teacher(job: Job, spec: Spec, name: str, tokenizer: Any, vocabulary_size: int) -> Teacher:

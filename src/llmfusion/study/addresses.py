@@ -12,6 +12,7 @@ from llmfusion.errors import UserError
 # of jobs that do a part of another artifact's work: teachers/shards/base/p/mix/1-of-4
 SHARD = re.compile(r"([^/]+)/shards/(.+)/\d+-of-\d+")
 TABLES = "tables/"
+FINGERPRINTS = Path("work/fingerprints.json")  # of all artifacts of the study that Snakemake was last started with
 SINGLE_FILES = "scores/"
 
 
@@ -51,6 +52,25 @@ def results_index(path: str | Path) -> int:
 def manifest_of(output: Path) -> Path:
     """The manifest that goes with a declared output: itself, or for a table the .json beside it."""
     return output if output.name == "manifest.json" else output.with_suffix(".json")
+
+
+def provenance_of(output: Path) -> Path:
+    """The record of how a declared output came to be: beside its manifest."""
+    in_folder = output.name == "manifest.json"
+    return output.with_name("provenance.json") if in_folder else output.with_suffix(".provenance.json")
+
+
+def files_beside_others(address: str) -> list[str]:
+    """All files that an artifact without a folder of its own writes: a score, or a table (CSV and Markdown, too).
+
+    Relative to the study's directory; none for an artifact in a folder.
+    """
+    output = Path(output_of(address))
+    if address.startswith(SINGLE_FILES):
+        return [str(output), str(provenance_of(output))]
+    if address.startswith(TABLES):
+        return [str(path) for path in (output, output.with_suffix(".md"), manifest_of(output), provenance_of(output))]
+    return []
 
 
 def is_shard(address: str) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llmfusion.study.schema.base import REPOSITORY
+
 Key = tuple[str | int, ...]
 Location = tuple[str | int, ...]  # as pydantic gives it: a key with the tags of unions, and "[key]" for a name itself
 Schema = dict[str, Any]
@@ -69,6 +71,8 @@ def from_pydantic(error: ValidationError, raw: Any, schema: Schema) -> list[Prob
 def _problem(error: Any, raw: Any, schema: Schema) -> Problem:
     kind = error["type"]
     key = _plain_key(error["loc"], raw, schema, absent=kind == "missing")
+    if kind == "extra_forbidden" and (sentence := _replaced(error["loc"], schema)) is not None:
+        return Problem(key, sentence)
     if kind == "extra_forbidden":
         return Problem(key, f"unknown key; {nearest(key[-1], _properties(error['loc'][:-1], schema))}")
     if kind == "missing":
@@ -122,7 +126,7 @@ LONG_NAME = "a name has at most 80 characters"
 PATTERNS = {
     r"^[0-9a-f]{40}$": "a commit of 40 hex digits (a branch can change under the study)",
     r"^(base|trained|merged)/[a-z0-9][a-z0-9._-]*$": "the address of a model: base/NAME, trained/NAME or merged/NAME",
-    r"^[^/\s]+/[^/\s]+$": "a repository id: OWNER/NAME",
+    REPOSITORY: "a repository id: OWNER/NAME, of letters, digits, '.', '_' and '-'",
     r"^[a-z0-9][a-z0-9._-]*$": "a name of lower-case letters, digits, '.', '_' and '-'",
 }
 
@@ -153,10 +157,21 @@ def _plain_key(loc: Location, raw: Any, schema: Schema, absent: bool) -> Key:
 
 def _properties(loc: Location, schema: Schema) -> list[str]:
     """Keys allowed at a pydantic location, read from the JSON schema."""
+    return list(_node(loc, schema).get("properties", {}))
+
+
+def _replaced(loc: Location, schema: Schema) -> str | None:
+    """What to write instead of a key that there was in earlier versions, or None."""
+    sentence: str | None = _node(loc[:-1], schema).get("x-replaced", {}).get(loc[-1])
+    return sentence
+
+
+def _node(loc: Location, schema: Schema) -> Schema:
+    """The JSON schema of what is at a pydantic location."""
     node = schema
     for part in loc:
         node = _inner(_resolve(node, schema), part)
-    return list(_resolve(node, schema).get("properties", {}))
+    return _resolve(node, schema)
 
 
 def _resolve(node: Schema, schema: Schema) -> Schema:
@@ -175,6 +190,8 @@ def _inner(node: Schema, part: str | int) -> Schema:
     if "discriminator" in node:
         reference = node["discriminator"]["mapping"].get(part)
         inner = {} if reference is None else {"$ref": reference}
+    elif "oneOf" in node:  # a number or a mapping: only the mapping has something inside
+        inner = next((option for option in node["oneOf"] if "$ref" in option), {})
     elif isinstance(part, int):
         inner = node.get("items")
     elif part in node.get("properties", {}):

@@ -10,7 +10,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
-from llmfusion.study.plugins import PluginError, load_plugin, plugin_names
+from llmfusion.study.plugins import PluginError, call_mismatch, load_plugin, plugin_names
 from llmfusion.study.schema.options import FusionOptions
 
 if TYPE_CHECKING:
@@ -64,7 +64,5 @@ def _class_faults(target: Any, base: Any) -> Iterator[str]:
         yield "whole numbers for Target.min_teachers and max_teachers"
     elif target.min_teachers < 1 or (most is not None and most < target.min_teachers):
         yield f"1 <= Target.min_teachers <= max_teachers, which are {target.min_teachers} and {most}"
-    try:
-        inspect.signature(target.__init__).bind(None, None, 2, 8)
-    except TypeError:
+    if call_mismatch(target.__init__, None, None, 2, 8):
         yield "Target.__init__(self, options, teachers, hidden_size)"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmfusion import ROOT
-from llmfusion.io.digests import canonical, digest
+from llmfusion.io.digests import canonical, fingerprint_of
 from llmfusion.study.addresses import output_of
 from llmfusion.study.kinds import all_kinds, kind_of, wildcards_of
 
@@ -51,7 +51,7 @@ class ArtifactGraph:
             outside = [str(ROOT / file) for file in declared.files]
             files = [*map(output_of, inputs), *outside, *map(output_of, declared.shards)]
             spec = self._spec(kind.step, kind.recipe, declared.body)
-            fingerprint = self._fingerprint(spec, fingerprints)
+            fingerprint = fingerprint_of(spec, fingerprints)
             self.artifacts[address] = PlannedArtifact(files, spec, fingerprint, declared.shards)
         return self.artifacts[address]
 
@@ -67,7 +67,7 @@ class ArtifactGraph:
         Asking for another number of shards then does not make it again.
         """
         spec = self._spec(step, recipe, body)
-        fingerprint = self._fingerprint(spec, [self.fingerprint(source) for source in inputs])
+        fingerprint = fingerprint_of(spec, [self.fingerprint(source) for source in inputs])
         output = ROOT / self.study.directory / output_of(address)
         try:
             if json.loads(output.read_bytes())["fingerprint"] != fingerprint:
@@ -79,11 +79,6 @@ class ArtifactGraph:
     @staticmethod
     def _spec(step: str, recipe: int, body: dict[str, Any]) -> str:
         return canonical({"step": step, "recipe": recipe, **body})
-
-    @staticmethod
-    def _fingerprint(spec: str, inputs: Sequence[str]) -> str:
-        """Hash of a spec and of the inputs' fingerprints."""
-        return digest(spec, *sorted(inputs))
 
 
 def build_graph(study: Study) -> ArtifactGraph:

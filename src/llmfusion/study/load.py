@@ -1,5 +1,7 @@
 """Load a study: read, check, and work out every artifact's inputs and spec. Imports no torch."""
 
+import contextlib
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -32,11 +34,20 @@ def read_study(file: str | Path) -> Study:
     return study
 
 
+def refusal(file: str | Path, problems: list[Problem]) -> StudyError:
+    """The error for mistakes that were found after the study was read: as all others, with file and line."""
+    lines: dict[Key, int] = {}
+    with contextlib.suppress(OSError, strict_yaml.YamlError):  # changed or gone since
+        lines = strict_yaml.load(file)[1]
+    return StudyError(report(_short_path(Path(file)), problems, lines))
+
+
 def _short_path(file: Path) -> str:
     """A path for messages: relative to the working directory or the clone if it lies in one of them."""
+    whole = Path(os.path.realpath(file))  # unlike Path.resolve() also of a link to itself
     for base in (Path.cwd(), ROOT):
-        if file.resolve().is_relative_to(base):
-            return str(file.resolve().relative_to(base))
+        if whole.is_relative_to(base):
+            return str(whole.relative_to(base))
     return str(file)
 
 

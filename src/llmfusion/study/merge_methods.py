@@ -10,7 +10,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, get_args
 
-from llmfusion.study.plugins import PluginError, load_plugin, plugin_names, summary_of
+from llmfusion.study.plugins import PluginError, call_mismatch, load_plugin, plugin_names, summary_of
 from llmfusion.study.schema.options import MergeOptions
 
 PACKAGE = "llmfusion.merging.methods"
@@ -45,7 +45,5 @@ def _faults(name: str, module: ModuleType) -> Iterator[str]:
         yield "class Options(MergeOptions)"
     elif get_args(options.model_fields["method"].annotation) != (name,):
         yield f'Options.method: Literal["{name}"], as the file is named'
-    try:
-        inspect.signature(module.merge).bind(None, None)
-    except (TypeError, ValueError):
+    if call_mismatch(module.merge, None, None):
         yield "def merge(tensor, options)"

@@ -3,12 +3,14 @@
 Adding a file adds a fusion target, a merge method, a data layout, an answer format, or a kind of artifact.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from llmfusion.errors import UserError
 
@@ -51,6 +53,15 @@ def summary_of(package: str, name: str) -> str:
     paths = [Path(folder) / f"{name}.py" for folder in _folders(package)]
     text = next(path for path in paths if path.exists()).read_text(encoding="utf-8")
     return (ast.get_docstring(ast.parse(text)) or "").split("\n")[0].rstrip(".")
+
+
+def call_mismatch(function: Callable[..., Any], *arguments: object, **options: object) -> str | None:
+    """Why a plug-in's function cannot be called with these arguments, as its signature says; None where it can."""
+    try:
+        inspect.signature(function).bind(*arguments, **options)
+    except (TypeError, ValueError) as error:  # ValueError: it has no signature
+        return str(error)
+    return None
 
 
 def _folders(package: str) -> Sequence[str]:

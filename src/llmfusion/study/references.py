@@ -5,13 +5,17 @@ concerns several kinds at once is checked here.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from llmfusion.study.addresses import files_beside_others
 from llmfusion.study.data_plugins import layouts
 from llmfusion.study.errors import Key, Problem, nearest
 from llmfusion.study.kinds import all_kinds
+from llmfusion.study.schema.base import started_from
 
 MODEL_KINDS = ("base", "trained", "merged")
+LONGEST_CHAIN = 100  # models that start from one another; the graph follows them by recursion
 
 
 class Declared:
@@ -80,14 +84,26 @@ class Declared:
             yield Problem((*key, "columns"), f"has no meaning with layout {name!r}")
 
 
-def started_from(entry: Any) -> str | None:
-    """Address of the model that a model of a study was trained from, or merged over; None where there is none."""
-    return getattr(entry, "init", None) or getattr(entry, "pivot", None)
-
-
 def problems(declared: Declared) -> list[Problem]:
     """All mistakes between entries."""
-    return [problem for kind in all_kinds().values() for problem in kind.problems(declared)] + list(_cycles(declared))
+    own = [problem for kind in all_kinds().values() for problem in kind.problems(declared)]
+    return [*own, *_colliding_files(declared), *_cycles(declared)]
+
+
+def _colliding_files(declared: Declared) -> Iterator[Problem]:
+    """Tables, and cells of one model, whose files have one name: ``t.provenance`` beside ``t``."""
+    for section, example, what in (("tables", "tables/{}", "table"), ("tasks", "scores/base/x/{}", "cell of a task")):
+        owners: dict[str, str] = {}
+        for key, _ in declared.entries(section):
+            name = str(key[1])
+            files = files_beside_others(example.format(name))
+            if any(Path(file).name == "manifest.json" for file in files):
+                yield Problem(key, f"{name!r} cannot be the name of a {what}: its file would be a manifest.json")
+            taken = next((file for file in files if file in owners), None)
+            if taken is not None:
+                text = f"{name!r} and {owners[taken]!r} would both write {Path(taken).name}; rename one of them"
+                yield Problem(key, text)
+            owners |= dict.fromkeys(files, name)
 
 
 def _names(section: Any) -> set[str]:
@@ -95,10 +111,11 @@ def _names(section: Any) -> set[str]:
 
 
 def _cycles(declared: Declared) -> Iterator[Problem]:
+    """Models that need themselves, and chains of models too long to be planned."""
     edges = {f"{key[1]}/{key[2]}": sorted(_uses(entry, declared)) for key, entry in declared.entries("models")}
-    done: set[str] = set()
+    depth: dict[str, int] = {}  # of models whose needs have all been seen: the longest chain that ends in them
     for start in sorted(edges):
-        yield from _visit(start, edges, [], done)
+        yield from _depth_first(start, edges, depth)
 
 
 def _uses(entry: Any, declared: Declared) -> set[str]:
@@ -110,11 +127,29 @@ def _uses(entry: Any, declared: Declared) -> set[str]:
     return out | set(mix.tokenizers if mix else [])
 
 
-def _visit(node: str, edges: dict[str, list[str]], path: list[str], done: set[str]) -> Iterator[Problem]:
-    if node in path:
-        kind, name = node.split("/")
-        yield Problem(("models", kind, name), "needs itself: " + " <- ".join([*path[path.index(node) :], node]))
-    elif node not in done:
-        for other in edges.get(node, []):
-            yield from _visit(other, edges, [*path, node], done)
-        done.add(node)
+def _depth_first(start: str, edges: dict[str, list[str]], depth: dict[str, int]) -> Iterator[Problem]:
+    """Visit all that ``start`` needs, without recursion: a study may hold more models than Python recurses."""
+    path: dict[str, Iterator[str]] = {start: iter(edges.get(start, []))} if start not in depth else {}
+    while path:
+        node = next(reversed(path))
+        other = next((other for other in path[node] if other not in depth), None)
+        if other is None:
+            path.popitem()
+            depth[node] = 1 + max((depth.get(other, 0) for other in edges.get(node, [])), default=0)
+            if depth[node] == LONGEST_CHAIN + 1:
+                yield Problem(_key(node), f"is at the end of a chain of more than {LONGEST_CHAIN} models")
+        elif other in path:
+            names = list(path)
+            yield Problem(_key(other), f"needs itself: {_arrows([*names[names.index(other) :], other])}")
+        else:
+            path[other] = iter(edges.get(other, []))
+
+
+def _key(address: str) -> Key:
+    kind, name = address.split("/")
+    return ("models", kind, name)
+
+
+def _arrows(names: list[str]) -> str:
+    shown = names if len(names) <= 12 else [*names[:6], f"... ({len(names) - 8} more)", *names[-2:]]
+    return " <- ".join(shown)

@@ -7,17 +7,18 @@ from typing import Any
 from llmfusion import ROOT
 from llmfusion.io.files import json_object_or_empty
 from llmfusion.study.addresses import manifest_of, output_of
-from llmfusion.study.errors import Problem, StudyError, report
+from llmfusion.study.errors import Key, Problem
 from llmfusion.study.graph import ArtifactGraph
+from llmfusion.study.load import refusal
 from llmfusion.study.schema.study import Study
 
 
 def check_staged(file: str | Path, study: Study, graph: ArtifactGraph) -> None:
-    """Compare the study with the manifests that exist. Raises :class:`StudyError`."""
+    """Compare the study with the manifests that exist. Raises :class:`StudyError` with all mistakes, by line."""
     facts = _Facts(study, graph)
     problems = [*_too_few_rows(study, facts), *_tokenizers(study, facts), *_orphans(facts)]
     if problems:
-        raise StudyError(report(str(file), problems, {}))
+        raise refusal(file, problems)
 
 
 class _Facts:
@@ -38,7 +39,7 @@ def _too_few_rows(study: Study, facts: _Facts) -> list[Problem]:
     for name, mix in study.mixes.items():
         for dataset, count in mix.datasets.items():
             rows = facts(f"data/dataset/{dataset}").get("samples")
-            if rows is not None and rows < count:
+            if rows is not None and isinstance(count, int) and rows < count:
                 text = f"asks for {count} samples; the dataset staged has {rows}"
                 out.append(Problem(("mixes", name, "datasets", dataset), text))
     return out
@@ -55,9 +56,20 @@ def _tokenizers(study: Study, facts: _Facts) -> list[Problem]:
         other, expected = first.setdefault(vocabulary, (name, sha256))
         if sha256 != expected:
             models = f"base/{name} and base/{other} both say vocabulary {vocabulary!r}"
-            text = f"{models}, but their tokenizers differ; give them different words"
+            sizes = " and ".join(_described(facts, one) for one in (name, other))
+            text = f"{models}, but their tokenizers differ: {sizes}; give them different words"
             out.append(Problem(("models", "base", name, "vocabulary"), text))
     return out
+
+
+def _described(facts: "_Facts", base: str) -> str:
+    """A base model with the size that its manifest says: ``base/pivot (135M parameters, 49,152 tokens)``."""
+    known = facts(f"models/base/{base}")
+    parameters = known.get("parameters")
+    tokens = known.get("tokenizer_size")
+    sizes = [f"{parameters / 1e6:,.0f}M parameters"] if isinstance(parameters, int) else []
+    sizes += [f"{tokens:,} tokens"] if isinstance(tokens, int) else []
+    return f"base/{base}" + (f" ({', '.join(sizes)})" if sizes else "")
 
 
 def _orphans(facts: _Facts) -> list[Problem]:
@@ -74,5 +86,6 @@ def _orphans(facts: _Facts) -> list[Problem]:
         if manifest.get("spec") not in (None, artifact.spec):
             settings = f"{address} lies in {facts.directory} with other settings than this study's"
             record = "Snakemake has no record of how it was made (it was killed, perhaps)"
-            out.append(Problem((), f"{settings}, and {record}; remove {path} to have it made again"))
+            key: Key = tuple(address.split("/")) if address.startswith("models/") else ()
+            out.append(Problem(key, f"{settings}, and {record}; remove {path} to have it made again"))
     return out

@@ -15,10 +15,10 @@ from typing import Any
 from llmfusion.artifacts.resume import note_path
 from llmfusion.data.rejections import Rejected
 from llmfusion.errors import require
-from llmfusion.io.files import link_or_copy
+from llmfusion.io.files import link_or_copy, read_json_object
 from llmfusion.teachers.cache_format import CHUNK_SAMPLES, HEAD_FILE, INDEX_FILE, chunk_file_name
 
-ChunkNote = dict[str, Any]  # key, sha256, index, moments, gap, sums, rejected; see capture.py
+ChunkNote = dict[str, Any]  # key, name, sha256, index, moments, gap, sums, rejected; see capture.py
 CHUNK_NOTES = "piece-*.json"
 
 
@@ -73,7 +73,7 @@ def _collect_chunks(folders: Sequence[Path], folder: Path, total: int) -> list[C
                 number not in notes and number < total,
                 f"{path}: one chunk too many: {total} were expected, each once; remove the folder and run again",
             )
-            notes[number] = json.loads(path.read_bytes())
+            notes[number] = _chunk_note(path, number)
             if notes[number]["sha256"] is not None:
                 link_or_copy(place / chunk_file_name(number), folder / chunk_file_name(number))
     missing = [number for number in range(total) if number not in notes]
@@ -83,6 +83,14 @@ def _collect_chunks(folders: Sequence[Path], folder: Path, total: int) -> list[C
         f"{min(missing, default=0)}; make its shard again",
     )
     return [notes[number] for number in range(total)]
+
+
+def _chunk_note(path: Path, number: int) -> ChunkNote:
+    """A chunk's note, which must be that of the chunk whose place it has; notes of earlier versions do not say."""
+    note: ChunkNote = read_json_object(path)
+    name = note.get("name", chunk_file_name(number))
+    require(name == chunk_file_name(number), f"{path}: is the note of {name}; remove the folder and run again")
+    return note
 
 
 def _write_index(notes: list[ChunkNote], folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Model cards: what a checkpoint is and where it comes from, readable where the folder ends up."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 
 def write_training_card(
-    folder: Path, run: TrainedModel, facts: dict[str, Any], datasets: list[str], licences: list[str]
+    folder: Path, run: TrainedModel, facts: dict[str, Any], datasets: list[str], licences: Sequence[str]
 ) -> None:
     """Write README.md of a trained checkpoint, from its spec ``run`` and its ``facts``: the same bytes at every run.
 
-    ``datasets``: those of the mix; ``licences``: the pivot's.
+    ``datasets``: those of the mix; ``licences``: a line for each licence of what it was made from.
     """
     method, title = _method(run)
     lines = [
@@ -39,7 +40,10 @@ def write_training_card(
         "",
         f"{title}, trained with llm-fusion-workflow after {PAPER}.",
         "",
-        *_origin(run, facts, datasets, licences),
+        *_origin(run, facts, datasets),
+        "",
+        "Licences stated for what it was made from:",
+        *licences,
         "",
         "Options that are not the default:",
         *[f"- {key}: {value}" for key, value in sorted(_options(run).items())],
@@ -58,7 +62,7 @@ def _method(run: TrainedModel) -> tuple[str, str]:
     return "sft", "Supervised fine-tuning"
 
 
-def _origin(run: TrainedModel, facts: dict[str, Any], datasets: list[str], licences: list[str]) -> list[str]:
+def _origin(run: TrainedModel, facts: dict[str, Any], datasets: list[str]) -> list[str]:
     """One line for each thing it was made from."""
     of_datasets = f" (datasets {', '.join(datasets)})" if datasets else ""
     rate = f"a peak learning rate of {run.lr:g}"
@@ -68,7 +72,6 @@ def _origin(run: TrainedModel, facts: dict[str, Any], datasets: list[str], licen
         f"- data: {facts['samples']:,} samples of the mix {run.mix}{of_datasets}",
         *(f"- answers to it that were trained on as well: {name}'s" for name in run.generated),
         f"- {facts['steps']:,} steps of {run.batch_size} samples at {rate}; last loss {facts['loss']:.4f} nats a token",
-        f"- licence of the pivot: {', '.join(licences) or 'none declared'}; teachers and data have their own",
     ]
 
 

@@ -2,9 +2,9 @@
 
 The process that was started keeps the lease, the draft and the publication; the processes it starts only compute, and
 the first of them writes resume state and weights. They live in sessions of their own, so that a signal to the job's
-process group reaches only this process, which passes SIGTERM on to them; torchrun ignores it and so does not cut
-their last save short after 30 s. When this process is killed they are killed with it: a lease whose process is gone
-has nobody writing behind it.
+process group reaches only this process, which passes SIGTERM, or SIGINT (Ctrl-C) as SIGTERM, on to them; torchrun
+ignores it and so does not cut their last save short after 30 s. When this process is killed they are killed with it: a
+lease whose process is gone has nobody writing behind it.
 """
 
 import ctypes
@@ -22,12 +22,14 @@ from typing import Any
 
 from llmfusion.errors import UserError
 from llmfusion.io.files import write_file
-from llmfusion.io.logs import log_to_stdout
+from llmfusion.io.logs import log_to_stdout, redact_output
+from llmfusion.io.redaction import redacted
 
 logger = logging.getLogger(__name__)
 LIBC = ctypes.CDLL(None)  # loaded before a fork, not after
 PR_SET_PDEATHSIG = 1
-STOPPED = 143  # exit status of processes that SIGTERM ended
+STOPPED = 143  # exit status of processes that SIGTERM or SIGINT ended
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_processes(entry: str, number: int, state: dict[str, Any], folder: Path) -> Any:
@@ -70,16 +72,17 @@ def _torchrun(number: int, exchange: Path) -> int:
             command, stderr=log, env=environment, start_new_session=True, preexec_fn=_prepare_torchrun
         )
         stopped: list[bool] = []
-        previous_handler = signal.signal(signal.SIGTERM, lambda *_: _pass_on_sigterm(exchange, stopped))
+        previous = {n: signal.signal(n, lambda *_: _pass_on_sigterm(exchange, stopped)) for n in STOPPING}
         try:
             return child.wait()
         finally:
-            signal.signal(signal.SIGTERM, previous_handler)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             if child.poll() is None:  # an exception here: nobody may go on writing
                 child.kill()
                 child.wait()
             if stopped:
-                logger.info("stopped by SIGTERM")
+                logger.info("stopped by a signal")
 
 
 def _pass_on_sigterm(exchange: Path, stopped: list[bool]) -> None:
@@ -141,7 +144,9 @@ def main(exchange: Path) -> int:
     _die_with_parent()
     os.dup2(1, 2)  # torchrun's stderr is read only by the process that started it
     rank = int(os.environ["RANK"])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    for number in STOPPING:
+        signal.signal(number, lambda *_: sys.exit(STOPPED))
+    redact_output()
     log_to_stdout()
     write_file(exchange / f"{rank}.pid", str(os.getpid()).encode())
     status = 1
@@ -159,7 +164,7 @@ def main(exchange: Path) -> int:
         end = {"traceback": f"process {rank}:\n{traceback.format_exc()}"}
         if isinstance(error, OSError) and error.errno:
             end = {"errno": error.errno, "message": str(error)}
-    _end_path(exchange, rank).write_text(json.dumps(end))
+    _end_path(exchange, rank).write_text(redacted(json.dumps(end)))
     return status
 
 

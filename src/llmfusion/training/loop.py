@@ -23,6 +23,7 @@ from llmfusion.fusion.student import StudentBatch
 from llmfusion.fusion.teacher import Teacher
 from llmfusion.models.batches import default_device, label_positions, pad
 from llmfusion.models.loading import save_model
+from llmfusion.study.hints import untrained_projectors
 from llmfusion.study.schema.options import FusionOptions
 from llmfusion.study.schema.training import Training
 from llmfusion.training import distributed, resume_state, sharding
@@ -35,7 +36,7 @@ from llmfusion.training.save_deadline import SaveDeadline, TimeLimit
 logger = logging.getLogger(__name__)
 SAVE_SECONDS = 900.0  # between saves, and so the most a killed job can lose
 RECORD_EVERY = 10  # steps between records of metrics.jsonl
-STOPPED = 143  # exit status of a training that SIGTERM or its time limit ended
+STOPPED = 143  # exit status of a training that SIGTERM, SIGINT or its time limit ended
 
 
 @dataclass
@@ -74,9 +75,9 @@ def train(
     """Train ``student.model`` as ``run`` says, with ``fusion`` of the ``teachers`` where there are any.
 
     Resume states lie in the folder ``state`` and belong to ``key`` (one spec over the very content of its inputs).
-    Stops within a step at a loss that is not finite (:class:`UserError`). SIGTERM and the end of the time limit save
-    the resume state and end the process with status 143; the next call goes on bit for bit. ``on_start`` is called
-    when everything is loaded.
+    Stops within a step at a loss that is not finite (:class:`UserError`). SIGTERM, SIGINT (Ctrl-C) and the end of the
+    time limit save the resume state and end the process with status 143; the next call goes on bit for bit.
+    ``on_start`` is called when everything is loaded.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older versions of torch ask for it on GPUs
     torch.use_deterministic_algorithms(True)
@@ -134,8 +135,13 @@ class _Loop:
 
     def train(self) -> None:
         """Go on from the newest resume state, or begin, and make all steps that are left."""
-        signal.signal(signal.SIGTERM, self._request_stop)
+        for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT: Ctrl-C where Snakemake runs in a terminal
+            signal.signal(number, self._request_stop)
         done = self._restore()
+        if not done and len(self.objective.projectors) and not self.projector_steps:
+            projected = zip(self.teachers, self.objective.projectors_of, strict=True)
+            names = [teacher.name for teacher, projectors in projected if projectors is not None]
+            self._log(f"note: {untrained_projectors(names)}")
         self._train_projectors(done)
         first = max(0, done - self.projector_steps)
         self.progress.begin(first)
@@ -189,7 +195,7 @@ class _Loop:
 
         Projections of random states would damage the student.
         """
-        self._set_lr(self.run.lr)
+        self._set_lr(None)
         seed = -1 - self.run.seed
         batches = self.corpus.batches(self.run.model_copy(update={"seed": seed}), done, self.projector_steps)
         for step, indices in batches:
@@ -206,7 +212,7 @@ class _Loop:
 
     def _step(self, step: int, indices: list[int]) -> None:
         """One optimizer step over the samples with these indices."""
-        self._set_lr(self._scheduled_lr(step))
+        self._set_lr(step)
         distributed.seed_step(self.run.seed, step)
         with self.progress.step(*self._tokens_and_padding(indices)):
             record = self._forward_backward(indices)
@@ -279,13 +285,14 @@ class _Loop:
             torch.bfloat16 if is_bfloat16 else None,
         )
 
-    def _scheduled_lr(self, step: int) -> float:
+    def _set_lr(self, step: int | None) -> None:
+        """Set each group's rate of ``step``: from its own peak to the ``lr_min`` of all; of None its peak."""
         run = self.run
-        return learning_rate(step, self.steps, run.lr, run.lr_min, run.warmup, run.schedule)
-
-    def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["rate"]
+            peak = group["peak_lr"]
+            lowest = min(run.lr_min, peak)  # a group whose peak is below lr_min stays at its peak
+            schedule = (run.warmup, run.schedule)
+            group["lr"] = peak if step is None else learning_rate(step, self.steps, peak, lowest, *schedule)
 
     def _update(self, step: int, indices: list[int]) -> float:
         """Clip student and projectors, each by its own norm, and update them. Returns the student's norm before."""
@@ -317,7 +324,7 @@ class _Loop:
 def _optimizer(model: Any, objective: Objective, run: Training) -> CautiousAdamW:
     """The optimizer of the student and, at rates of their own, of projectors and the target's parameters."""
     return CautiousAdamW(
-        [{"params": list(model.parameters()), "rate": 1.0}, *objective.parameter_groups(run)],
+        [{"params": list(model.parameters()), "peak_lr": run.lr}, *objective.parameter_groups(run)],
         run.lr,
         (run.betas[0], run.betas[1]),
         run.eps,

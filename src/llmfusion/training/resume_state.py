@@ -2,7 +2,8 @@
 
 One file of a :class:`~llmfusion.artifacts.resume.ResumeFolder`, written by the first process; of a sharded model one
 file (a part) of each process with its shards. A state counts when all its parts do, and all processes take the same
-one.
+one. Its header, which is hashed with the weights, holds its name, the key of its training and the sha256 of the state
+before it: a state under another step's name, of another training, or that does not follow the one before is not taken.
 """
 
 import hashlib
@@ -85,7 +86,8 @@ def save(
         _make_room(folder, parts * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
     _wait_for_other_parts(parts)
     name = _file_name(step, parts)
-    metadata = {"name": name, "progress": json.dumps(progress)}
+    previous = _sha256_of_last(folder, step, parts)
+    metadata = {"name": name, "key": folder.key, "previous": previous, "progress": json.dumps(progress)}
     folder.put(name, lambda path: write_tensors(tensors, path, metadata), {})
     _wait_for_other_parts(parts)
     if rank() == 0:
@@ -110,7 +112,7 @@ def restore(folder: ResumeFolder, model: Any, optimizer: torch.optim.Optimizer) 
     for step in reversed(steps):
         _require_number_of_parts(folder, step, parts)
         name = _file_name(step, parts)
-        problem = _problem(folder, name)
+        problem = _problem(folder, name, _sha256_of_last(folder, step, parts), model)
         if problem and (parts > 1 or rank() == 0):
             logger.info("%s %s", folder.folder / name, problem)
         [is_unusable] = any_across_ranks(problem is not None)
@@ -137,14 +139,19 @@ def _file_name(step: int, parts: int) -> str:
 
 
 def _steps(folder: ResumeFolder) -> list[int]:
-    """Steps after which a state, or a part of one, is there."""
-    names = [path.name for path in folder.folder.glob("step-*")]
-    matches = [re.fullmatch(r"step-(\d{8})\.(\d+-of-\d+\.)?safetensors", name) for name in names]
-    return sorted({int(match[1]) for match in matches if match})
+    """Steps after which a state, a part of one, or the note of one is there."""
+    return sorted({step for step, _ in _states(folder)})
 
 
 def _files(folder: ResumeFolder, step: int) -> list[str]:
-    return [path.name for path in folder.folder.glob(f"step-{step:08d}.*safetensors")]
+    return [name for other, name in _states(folder) if other == step]
+
+
+def _states(folder: ResumeFolder) -> list[tuple[int, str]]:
+    """Step and name of every state, or part of one, that is there or of which there is a note."""
+    names = [path.name for path in folder.folder.glob("step-*")]
+    matches = [re.fullmatch(r"(step-(\d{8})\.(?:\d+-of-\d+\.)?)(?:safetensors|json)", name) for name in names]
+    return sorted({(int(match[2]), f"{match[1]}safetensors") for match in matches if match})
 
 
 def _remove(folder: ResumeFolder, step: int) -> None:
@@ -177,20 +184,49 @@ def _require_number_of_parts(folder: ResumeFolder, step: int, parts: int) -> Non
             )
 
 
-def _problem(folder: ResumeFolder, name: str) -> str | None:
-    """Why a training cannot go on from a state, in words; None where it can."""
+def _sha256_of_last(folder: ResumeFolder, step: int, parts: int) -> str:
+    """sha256 of the last state before ``step``, as it was noted; empty where there is none."""
+    before = [other for other in _steps(folder) if other < step]
+    name = _file_name(before[-1], parts) if before else ""
+    return str(folder.note(name).get("sha256", "")) if before and folder.is_ours(name) else ""
+
+
+def _problem(folder: ResumeFolder, name: str, last: str, model: Any) -> str | None:
+    """Why a training cannot go on from a state, in words; None where it can. ``last``: sha256 of the one before it."""
     if folder.note(name) and not folder.is_ours(name):
         return "belongs to another spec or other inputs; removed"
-    is_sound = folder.is_whole(name) and _metadata(folder.folder / name).get("name") == name
-    return None if is_sound else "is damaged or was not finished; taking the one before"
+    if not folder.is_whole(name):
+        return "is damaged or was not finished; taking the one before"
+    header = _header(folder.folder / name)
+    if header.get("name") != name:
+        return f"is the state {header.get('name')} under another name; taking the one before"
+    if header.get("key") != folder.key or not _fits(folder.folder / name, model):
+        return "is the state of another training; taking the one before"
+    if last and header.get("previous") not in ("", last):
+        return "does not follow the state before it; taking that one"
+    return None
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a state, its progress as data; empty where it is not one that a training wrote."""
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):
+            header: dict[str, Any] = file.metadata() or {}
+        progress = json.loads(header["progress"])
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
         return {}
+    return {**header, "progress": progress} if isinstance(progress, dict) else {}
+
+
+def _fits(path: Path, model: Any) -> bool:
+    """Whether a state holds each parameter of the model in its shape."""
+    with safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        return "rng" in names and all(
+            f"model.{name}" in names
+            and file.get_slice(f"model.{name}").get_shape() == list(local_shard(parameter).shape)
+            for name, parameter in model.named_parameters()
+        )
 
 
 def _state_tensors(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -241,4 +277,4 @@ def _load(path: Path, model: Any, optimizer: torch.optim.Optimizer) -> dict[str,
         torch.set_rng_state(file.get_tensor("rng"))
         if "rng_cuda" in names and torch.cuda.is_available():
             torch.cuda.set_rng_state(file.get_tensor("rng_cuda"))
-        return json.loads(file.metadata()["progress"])
+    return _header(path)["progress"]

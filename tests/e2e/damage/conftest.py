@@ -41,10 +41,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, originals: Copy) -> Path:
 def study(originals: Copy, place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the finished study, as the working directory; damage it at will."""
     monkeypatch.chdir(place)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     began = time.time()
     yield place
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
     put_back(originals, place, began - 1)
 
 

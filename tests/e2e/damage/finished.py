@@ -84,8 +84,11 @@ def remake(address: str, change: Spoil = lambda folder: None, **facts: Any) -> N
 
 
 def command_of(address: str) -> list[str]:
-    """The command that made an artifact, from its log: python, -m, llmfusion, step, ..."""
-    return shlex.split(command_in(Path(f"logs/{address}.log")))
+    """The command that made an artifact, from its log: python, -m, llmfusion, step, ...; it prints what it says."""
+    *words, _, spec = shlex.split(command_in(Path(f"logs/{address}.log")))  # ends with <<< SPEC
+    words[words.index("--spec") + 1] = spec
+    at = words.index("--log")
+    return words[:at] + words[at + 2 :]
 
 
 def remove_artifact(address: str) -> None:

@@ -24,7 +24,7 @@ from llmfusion.study.addresses import output_of
 from llmfusion.study.kinds import all_kinds
 from tests.unit.stand_ins import ARCHITECTURE
 
-MIX, MODEL, CACHE = "data/mix/m", "models/base/p", "teachers/base/p/m"
+MIX, MODEL, CACHE, MERGED = "data/mix/m", "models/base/p", "teachers/base/p/m", "models/merged/m"
 STATE = f"work/{MODEL}/state"  # of a training
 STATE_FILE = "step-00000003"  # of the state after three steps, with one of the two suffixes
 STATE_SUFFIXES = ("safetensors", "json")  # the state, and the note without which it does not count
@@ -103,6 +103,17 @@ def capture(place: Path, kill_at: int = 0) -> Ended:
         _watch_writer(watch, safetensors.torch, "save_file")
         options = {"capture": {"batch_size": 2}, "mix": "m", "model": "base/p"}
         return main(step_words("capture_teacher", CACHE, [MODEL, MIX], **options))
+
+    return forked(place, build, kill_at)
+
+
+def merge(place: Path, kill_at: int = 0) -> Ended:
+    """Merge the models ``base/a`` and ``base/b`` in ``place`` over ``base/p``, tensor by tensor."""
+
+    def build(watch: Watch) -> int:
+        options = {"method": "rsaf", "pivot": "base/p", "parents": ["base/a", "base/b"], "out_dtype": "float32"}
+        inputs = [MODEL, "models/base/a", "models/base/b"]
+        return main(step_words("merge_models", MERGED, inputs, merge=options))
 
     return forked(place, build, kill_at)
 

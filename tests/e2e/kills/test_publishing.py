@@ -1,14 +1,29 @@
 """Captures and tables killed at any moment: one chunk at most is read twice, and nobody sees a mixture."""
 
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from llmfusion.artifacts.store import read
+from llmfusion.artifacts.store import Draft, draft_folder, publish, read
 from llmfusion.errors import DamagedError
-from llmfusion.study.addresses import manifest_of
-from tests.e2e.kills.child import CACHE, MODEL, capture, copied, files_of, kill_and_go_on, left_over, table, train
+from llmfusion.study.addresses import manifest_of, output_of
+from tests.e2e.kills.child import (
+    CACHE,
+    MERGED,
+    MODEL,
+    Ended,
+    capture,
+    copied,
+    files_of,
+    kill_and_go_on,
+    left_over,
+    merge,
+    table,
+    train,
+)
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
@@ -50,6 +65,73 @@ def test_a_kill_while_a_table_is_published_shows_no_mixture(tmp_path: Path, ther
         assert table(place, "new").status == 0
         assert contents(place) == contents(whole)
     assert number > 20
+
+
+def test_a_kill_while_a_dead_writers_lease_is_taken_over_leaves_one_writer_and_no_lease(tmp_path: Path) -> None:
+    """Killed before each thing that is done to a file, then by another run before each thing that it does."""
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    done = table(whole, "new")
+    dead = tmp_path / "dead"
+    dead.mkdir()
+    held = done.first("os.link") + 1  # the lease is there from here on
+    assert table(dead, "new", kill_at=held + 3).status == -signal.SIGKILL
+    assert (dead / "work/tables/table2/lease").exists()
+    number = 0
+    while True:
+        number += 1
+        place = copied(dead, f"again-{number}")
+        killed = table(place, "new", kill_at=number)
+        if killed.status == 0:
+            break
+        assert table(place, "new").status == 0
+        assert contents(place) == contents(whole), killed.events[-1]
+        assert not (place / "work/tables/table2/lease").exists()
+    assert any("stale-" in event for event in killed.events)
+    assert number > 31
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.long)])
+def test_a_merge_that_is_killed_goes_on_to_the_same_bytes_and_repeats_at_most_one_tensor(
+    start: Callable[[str], Path], every: int
+) -> None:
+    with_models = with_three_models(start(f"merge-{every}"))
+    done = merge(copied(with_models, f"merged-{every}"))
+    assert done.status == 0, done.output
+    expected = files_of(with_models.with_name(f"merged-{every}"), MERGED)
+    assert len(done.events) > 31
+    assembled = done.first("os.remove", "journal.jsonl")  # all tensors are there; a kill from here on begins anew
+    for number in range(1, len(done.events) + 1, every):
+        place = copied(with_models, f"merge-killed-{every}-{number}")
+        killed, again = kill_and_go_on(merge, place, number, MERGED, expected)
+        assert left_over(place, MODEL, "models/base/a", "models/base/b", MERGED) == [], number
+        if number <= assembled:
+            assert tensors_of(killed) + tensors_of(again) <= tensors_of(done) + 1, number
+
+
+def tensors_of(ended: Ended) -> int:
+    """Tensors that a merge has noted in its journal."""
+    return sum(event == f"open work/{MERGED}/merge/journal.jsonl" for event in ended.events)
+
+
+def with_three_models(place: Path) -> Path:
+    """A folder with a pivot and two models around it."""
+    from safetensors.torch import load_file, save_file
+
+    assert train(place).status == 0
+    pivot = (place / output_of(MODEL)).parent
+    facts = read(pivot / "manifest.json", None).facts
+    for number, name in enumerate("ab", 1):
+        output = place / output_of(f"models/base/{name}")
+        draft = Draft(f"models/base/{name}", "{}", {}, draft_folder(output, "token"), dict(facts))
+        shutil.copytree(pivot, draft.folder)
+        for record in ("manifest.json", "provenance.json"):
+            (draft.folder / record).unlink()
+        weights = draft.folder / "model.safetensors"
+        tensors = {key: tensor + number * 0.01 * tensor.sin() for key, tensor in load_file(weights).items()}
+        save_file(tensors, weights, metadata={"format": "pt"})
+        publish(draft, output, {})
+    return place
 
 
 def text_of_table(place: Path) -> str:

@@ -7,15 +7,16 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from llmfusion.artifacts import lease
 from llmfusion.artifacts.job import Job
 from llmfusion.artifacts.lease import Lease
-from llmfusion.artifacts.store import draft_folder, read
+from llmfusion.artifacts.store import Draft, draft_folder, publish, read
 from llmfusion.cli.main import main
 from llmfusion.errors import UserError
 from llmfusion.io.digests import digest
@@ -25,11 +26,8 @@ WORK = Path("work/models/base/p")
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -97,12 +95,41 @@ def test_what_a_job_measured_stands_in_its_provenance_and_changes_no_manifest(st
     assert manifests[0] == manifests[1]
 
 
-def test_a_finished_artifact_is_adopted_unchanged(start: Callable, capsys: pytest.CaptureFixture[str]) -> None:
-    start(good)
-    before = OUT.stat().st_mtime_ns
+@pytest.mark.parametrize("there", [False, True], ids=["first", "replaced"])
+def test_what_was_finished_while_the_job_waited_is_adopted_unchanged(
+    start: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    """Another writer of the same artifact holds the lease and publishes; also where an older one is being replaced."""
+    if there:
+        start(good)
+    other = Lease(WORK / "lease")
+    other.__enter__()
+
+    def publish_and_release(_: float) -> None:
+        if other is not None and not published:
+            made = Draft("models/base/p", '{"n":1}', {}, draft_folder(OUT, other.token), {"n": 1})
+            made.folder.mkdir(parents=True)
+            (made.folder / "a.txt").write_text("n=1")
+            publish(made, OUT, {})
+            published.append(OUT.stat().st_ino)
+            other.__exit__()
+
+    published: list[int] = []
+    monkeypatch.setattr(lease.time, "sleep", publish_and_release)
     assert start(never) == 0
-    assert OUT.stat().st_mtime_ns == before
+    assert [OUT.stat().st_ino] == published
     assert "adopted" in capsys.readouterr().out
+
+
+def test_what_was_there_when_the_job_began_is_made_again(start: Callable) -> None:
+    """Snakemake's -f leaves the old artifact in place, and a job that fails does not lose it."""
+    start(good)
+    before = OUT.stat().st_ino
+    assert start(failing(UserError("no"))) == 1
+    assert OUT.stat().st_ino == before
+    assert start(good) == 0
+    assert OUT.stat().st_ino != before
+    assert read(OUT).facts == {"n": 1}
 
 
 def test_another_spec_or_damage_is_made_again(start: Callable) -> None:
@@ -184,15 +211,26 @@ def test_a_defect_keeps_its_traceback_but_leaves_nothing(
     assert nothing_half_visible()
 
 
-def test_sigterm_ends_with_143_and_leaves_nothing(start: Callable) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_ends_a_step_without_a_traceback_and_leaves_nothing_also_if_it_comes_twice(
+    start: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def build(job: Job) -> None:
         (job.folder / "half").write_text("")
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
+    rmtree = shutil.rmtree
+
+    def interrupted(*arguments: object, **given: object) -> None:
+        os.kill(os.getpid(), number)
+        rmtree(*arguments, **given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
     with pytest.raises(SystemExit) as caught:
         start(build)
-    assert caught.value.code == 143
+    assert caught.value.code == 128 + number
     assert nothing_half_visible()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_draft_that_a_killed_job_left_is_not_part_of_the_next(start: Callable) -> None:
@@ -369,7 +407,9 @@ def test_what_a_writer_killed_after_publishing_left_goes_with_the_next_reader_or
         (WORK / "state/step-00000007.safetensors").write_text("moments")
         (OUT.parent.with_name(f".{OUT.parent.name}.0123456789ab.draft.old")).mkdir()
         (WORK / "lease").write_text(
-            json.dumps({"host": socket.gethostname(), "pid": 2**22 + 1, "started": "1", "token": "killed"})
+            json.dumps(
+                {"host": socket.gethostname(), "pid": 2**22 + 1, "started": "1", "token": "killed", "note": None}
+            )
         )
         assert start(build, out, '{"n":1}', *inputs) == 0
         assert list(WORK.iterdir()) == []

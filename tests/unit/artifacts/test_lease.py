@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,113 @@ def test_an_unreadable_lease_is_stale_by_age_alone(tmp_path: Path, content: byte
     (tmp_path / "lease").write_bytes(content)
     os.utime(tmp_path / "lease", (time.time() - age,) * 2)
     assert is_free(tmp_path / "lease") is free
+
+
+@pytest.mark.parametrize("ahead", [60, 86_400, 10**9])
+def test_a_lease_from_the_future_is_waited_for_and_neither_stolen_nor_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    """Another host's clock goes ahead, or a hand set the time: who waits looks whether it changes."""
+    path = tmp_path / "lease"
+    hold(path, age=-ahead, host="elsewhere")
+    assert not is_free(path)
+    hold(path, age=-ahead, host="elsewhere")
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.1)
+    assert is_free(path)
+
+
+def test_a_living_writer_whose_clock_goes_ahead_keeps_its_lease(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.2)
+    path = tmp_path / "lease"
+    hold(path, age=-1000, host="elsewhere")
+    stop = threading.Event()
+
+    def touch() -> None:
+        ahead = 1000.0
+        while not stop.wait(0.02):
+            ahead += 0.02
+            if path.exists():
+                os.utime(path, (time.time() + ahead,) * 2)
+
+    writer = threading.Thread(target=touch)
+    writer.start()
+    got = threading.Event()
+
+    def take() -> None:
+        with Lease(path):
+            got.set()
+
+    waiting = threading.Thread(target=take, daemon=True)
+    waiting.start()
+    assert not got.wait(1.0)  # five times as long as a dead one is waited for
+    stop.set()
+    writer.join()
+    assert got.wait(5)
+    waiting.join(5)
+
+
+def test_the_age_of_a_lease_is_told_by_the_clock_that_stamps_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This host's clock goes an hour ahead of the file server's: that makes nobody's lease stale."""
+    hold(tmp_path / "lease", host="elsewhere")
+    now = time.time
+    monkeypatch.setattr(lease.time, "time", lambda: now() + 3600)
+    assert not is_free(tmp_path / "lease")
+
+
+NO_LEASES = {
+    "a folder": lambda path: (path / "deep").mkdir(parents=True),
+    "a FIFO": os.mkfifo,
+    "a dangling link": lambda path: path.symlink_to("/nowhere"),
+    "a link to itself": lambda path: path.symlink_to(path.name),
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("make", NO_LEASES.values(), ids=NO_LEASES)
+def test_what_is_no_lease_is_removed_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, make: Callable[[Path], object]
+) -> None:
+    make(tmp_path / "lease")
+    with Lease(tmp_path / "lease") as held:
+        held.check()
+    assert list(tmp_path.iterdir()) == []
+    assert "no lease; removed" in caplog.text
+
+
+GARBAGE = [b"[]", b'"x"', b"[" * 100_000, b"9" * 10_000, b'{"host": 3, "pid": "x"}', b'{"token": null}', b"\xff"]
+
+
+@pytest.mark.parametrize("content", GARBAGE, ids=range(len(GARBAGE)))
+def test_garbage_is_waited_for_as_long_as_a_silent_writer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    (tmp_path / "lease").write_bytes(content)
+    assert not is_free(tmp_path / "lease")
+    assert "held by a writer that cannot be read" in caplog.text or content.startswith(b'{"host"')
+    (tmp_path / "lease").write_bytes(content)
+    monkeypatch.setattr(lease, "STALE_SECONDS", 0.05)
+    assert is_free(tmp_path / "lease")
+
+
+@pytest.mark.parametrize("pid", [0, -1, 2**70, True])
+def test_a_process_that_cannot_be_is_dead(tmp_path: Path, pid: int) -> None:
+    hold(tmp_path / "lease", pid=pid, started=None)
+    assert is_free(tmp_path / "lease")
+
+
+def test_what_a_killed_writer_noted_reaches_the_one_that_takes_over(tmp_path: Path) -> None:
+    path = tmp_path / "lease"
+    for noted in ([1, 2, 3], None):
+        hold(path, pid=dead_pid(), note=noted)
+        with Lease(path, "own") as held:
+            assert held.taken_over == {"note": noted}
+            assert json.loads(path.read_text())["note"] == "own"
+    with Lease(path) as held:
+        assert held.taken_over is None
 
 
 def test_whoever_lost_the_lease_finds_out_before_publishing(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ def test_only_the_job_and_the_threads_come_from_the_environment(monkeypatch: pyt
 def test_times_and_versions_are_those_of_this_process() -> None:
     found = provenance.collect(0.0)
     assert found["started"] == "1970-01-01T00:00:00Z"
-    assert found["seconds"] == pytest.approx(time.time(), abs=60)
     assert found["versions"]["pydantic"] == metadata.version("pydantic")
     assert None not in found["versions"].values()
 

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from llmfusion.artifacts.resume import ResumeFolder
+from llmfusion.io.digests import canonical, digest
 from llmfusion.io.files import sha256_file
 
 NAME = "rows.safetensors"
@@ -19,7 +20,8 @@ def test_a_note_is_written_last_and_says_what_was_written(tmp_path):
     folder = ResumeFolder(tmp_path, "key")
     folder.put(NAME, write(b"rows"), {"more": 1})
     note = json.loads((tmp_path / "rows.json").read_bytes())
-    assert note == {"key": "key", "sha256": sha256_file(tmp_path / NAME), "more": 1}
+    assert note.pop("note_sha256") == digest(canonical(note))
+    assert note == {"key": "key", "name": NAME, "sha256": sha256_file(tmp_path / NAME), "more": 1}
     assert folder.has(NAME)
     assert (tmp_path / NAME).stat().st_mode & 0o777 == 0o644
     other = ResumeFolder(tmp_path, "other")
@@ -34,7 +36,7 @@ def test_a_note_alone_says_that_there_was_nothing_to_write(tmp_path):
     folder.put(NAME, None, {"index": []})
     assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]
     assert folder.has(NAME)
-    assert folder.note(NAME) == {"key": "key", "sha256": None, "index": []}
+    assert folder.note(NAME) == {"key": "key", "name": NAME, "sha256": None, "index": []}
 
 
 def test_a_file_that_could_not_be_written_leaves_nothing_and_does_not_count(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from llmfusion.artifacts import store as artifacts
 from llmfusion.artifacts.store import Artifact, Draft, draft_folder, publish, read
 from llmfusion.errors import DamagedError, UserError
+from llmfusion.io.digests import canonical, digest
 from llmfusion.io.files import write_file
 from llmfusion.study.addresses import address_of, manifest_of, results_index
 
@@ -57,7 +58,9 @@ def test_what_was_published_is_read_with_hashes_that_sha256_gives() -> None:
         n: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for n, c in CONTENT.items()
     }
     assert found.file("a.bin").read_bytes() == CONTENT["a.bin"]
-    assert json.loads((manifest.parent / "provenance.json").read_text()) == {"host": "here"}
+    record = json.loads((manifest.parent / "provenance.json").read_text())
+    assert record.pop("sha256") == digest(canonical(record))
+    assert record == {"host": "here", "manifest": found.sha256}
     assert not draft_folder(manifest, "token").exists()
 
 
@@ -158,7 +161,7 @@ def test_a_large_file_is_hashed_once_and_again_after_any_change(monkeypatch: pyt
     manifest = make()
     hashed: list[str] = []
     real = artifacts.sha256_file
-    monkeypatch.setattr(artifacts, "sha256_file", lambda path: hashed.append(path.name) or real(path))
+    monkeypatch.setattr(artifacts, "sha256_file", lambda path, **given: hashed.append(path.name) or real(path, **given))
     read(manifest)
     read(manifest)
     assert hashed.count("a.bin") == 1
@@ -206,15 +209,17 @@ def test_made_already_means_the_same_spec_and_the_same_inputs() -> None:
     output = Path("results/models/base/p/manifest.json")
     source = read(make("results/data/mix/m/manifest.json", address="data/mix/m"))
     inputs = {"data/mix/m": source}
-    assert not draft(output, inputs=inputs).made_already(output)
+    assert not draft(output, inputs=inputs).made_already(output, None)
     publish(draft(output, inputs=inputs), output, {})
-    assert Draft("models/base/p", '{"x":1}', inputs, Path("d")).made_already(output)
-    assert not Draft("models/base/p", '{"x":2}', inputs, Path("d")).made_already(output)
-    assert not Draft("models/base/p", '{"x":1}', {}, Path("d")).made_already(output)
+    assert Draft("models/base/p", '{"x":1}', inputs, Path("d")).made_already(output, None)
+    assert not Draft("models/base/p", '{"x":2}', inputs, Path("d")).made_already(output, None)
+    assert not Draft("models/base/p", '{"x":1}', {}, Path("d")).made_already(output, None)
     other = Artifact(source.folder, source.manifest, "0" * 64)
-    assert not Draft("models/base/p", '{"x":1}', {"data/mix/m": other}, Path("d")).made_already(output)
+    assert not Draft("models/base/p", '{"x":1}', {"data/mix/m": other}, Path("d")).made_already(output, None)
+    there = artifacts.identity(output)
+    assert not Draft("models/base/p", '{"x":1}', inputs, Path("d")).made_already(output, there)
     _flip(output.parent)
-    assert not Draft("models/base/p", '{"x":1}', inputs, Path("d")).made_already(output)
+    assert not Draft("models/base/p", '{"x":1}', inputs, Path("d")).made_already(output, None)
 
 
 def test_addresses_are_read_back_from_paths() -> None:

@@ -1,5 +1,6 @@
 """``llmfusion doctor``: what is missing is told with its remedy, and the token's value never."""
 
+import shutil
 from collections import namedtuple
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from llmfusion.cli import doctor
 from llmfusion.cli.main import main
 from llmfusion.errors import UserError
 from llmfusion.study.load import read_study
+from llmfusion.study.scales import SCALES
 from llmfusion.study.schema.study import Study
 from tests.project import ROOT, study
 
@@ -29,7 +31,7 @@ def test_the_miniature_study_can_be_made_here_and_every_check_says_so(
 
 
 def test_a_mistaken_study_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = study(tmp_path / "bad.yaml", lambda content: content.update(scale="small"))
+    file = study(tmp_path / "bad.yaml", lambda content: content.update(scale="huge"))
     assert main(["doctor", str(file)]) == 2
     captured = capsys.readouterr()
     assert "scale" in captured.err
@@ -56,16 +58,20 @@ def test_a_missing_sandbox_is_an_exit_status_and_only_where_programs_are_run(
     assert main(["doctor", str(study(tmp_path / "plain.yaml", without_code))]) == 0
 
 
-def test_a_disk_that_is_too_small_is_told_with_what_is_needed(mini: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=size))
+
+
+def test_a_disk_that_is_too_small_is_told_as_the_estimate_tells_it(
+    mini: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert doctor.disk(mini).verdict == "ok"
-    known, unknown = doctor._bytes_of_checkpoints(mini, Path(mini.directory))
-    assert unknown == []
-    made = len(mini.models.trained) + len(mini.models.merged)
-    assert made * 118_080 * 4 <= known <= 2 * made * 118_080 * 4  # all in float32; the estimate is from above
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=known - 1))
+    free(monkeypatch, 10**6)
     found = doctor.disk(mini)
     assert found.verdict == "MISSING"
     assert "free some, or set the study's 'directory' to a larger place" in found.text
+    assert main(["estimate", str(tmp_path / "mini.yaml")]) == 1
+    assert f"disk: {found.text}" in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_hold_a_lease_is_refused(mini: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +82,22 @@ def test_a_place_that_cannot_hold_a_lease_is_refused(mini: Study, monkeypatch: p
     assert doctor.disk(mini).verdict == "MISSING"
 
 
-def test_sizes_that_are_not_known_yet_are_named() -> None:
-    found = doctor.disk(read_study(ROOT / "config/config.yaml"))
+def test_sizes_that_are_not_known_yet_are_named(tmp_path: Path) -> None:
+    def unknown(content: dict) -> None:
+        pivot = {"kind": "path", "path": "not-there/pivot", "vocabulary": "v", "license": "mit"}
+        content["models"]["base"]["pivot"] = pivot
+        content["directory"] = str(tmp_path / "runs")
+
+    found = doctor.disk(read_study(study(tmp_path / "own.yaml", unknown)))
     assert found.verdict == "note"
-    assert "without those that start from base/pivot" in found.text
+    assert "not counted: what is made from base/pivot, whose size nothing tells yet" in found.text
+
+
+def test_a_study_of_small_models_expects_no_gpu(mini: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(doctor, "GPU_DRIVER", Path("/nowhere"))
+    verdicts = {scale: doctor.gpu(mini.model_copy(update={"scale": scale})).verdict for scale in SCALES}
+    assert verdicts == {"paper": "note", "small": "ok", "miniature": "ok"}
 
 
 def test_the_token_is_never_printed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_every_cell_of_the_tables_is_on_the_page(study: Path, tmp_path: Path) ->
     results = tmp_path / "run/results"
     results.mkdir(parents=True)
     rows = [["label", "mmlu", "average"], ["SFT <x>", "32.50", "39.47"], ["UDF", "", "1e3"]]
-    for name in ("table2", "cost"):
+    for name in ("table2", "table2.cost"):
         with open(results / f"{name}.csv", "w", newline="") as file:
             csv.writer(file).writerows(rows)
     assert main(["report", str(study)]) == 0

@@ -84,6 +84,13 @@ def test_every_item_is_asked_once_and_answered_in_order(tmp_path: Path, pivot: A
     assert [items[i]["question"] in rows[i]["prompt"] for i in range(3)] == [True] * 3
     assert facts["tasks"]["quiz"] == {"items": 3, "shots": 0, "format": "number", "format_version": 1.0}
     assert json.dumps(facts["tasks"]["code"]["format_version"]) == "1.0"
+    limited = {"quiz": TaskPrompt(format="number", max_new_tokens=4, limit=2)}
+    facts = ask(load_model(pivot, "float32"), tokenizer, limited, data, 2, tmp_path / "out")
+    assert facts["tasks"]["quiz"]["items"] == 2
+    half = list(read_jsonl(tmp_path / "out/quiz.jsonl"))
+    assert [(row["item"], row["prompt"], row["answer"]) for row in half] == [
+        (number, rows[of]["prompt"], rows[of]["answer"]) for number, of in enumerate((0, 1))
+    ]
     with pytest.raises(UserError, match="task quiz: max_new_tokens 9000 fill the model's 512 positions"):
         ask(
             load_model(pivot, "float32"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llmfusion.evaluation.grading import normalise
-from llmfusion.evaluation.task_format import load_format, task_formats
+from llmfusion.evaluation.task_format import TaskFormat, load_format, task_formats
 from llmfusion.evaluation.tasks import boxed, letter, number
 from llmfusion.evaluation.tasks.code import program
 from llmfusion.study import data_plugins, plugins
@@ -291,3 +291,11 @@ def test_a_new_file_is_a_new_format(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     source = f"FORMAT = TaskFormat({COMPLETE}, grade=lambda answer, item: answer == item['q'])"
     monkeypatch.setattr(data_plugins, "FORMATS", write_plugins(tmp_path, monkeypatch, echo=head + source))
     assert data_plugins.task_formats.__wrapped__()["echo"].grade("yes", {"q": "yes"})
+
+
+@pytest.mark.parametrize("key", ["doc_to_text", "doc_to_target"])
+def test_a_format_whose_text_is_no_template_is_incomplete(key):
+    texts = {"doc_to_text": "{{ question }}", "doc_to_target": "{{ answer }}", key: "{{ question"}
+    made = TaskFormat(version=1.0, item_fields={"question": str}, grade=lambda answer, item: True, **texts)
+    [problem] = made.problems()
+    assert problem.startswith(f"{key} is no Jinja template: ")

@@ -282,10 +282,34 @@ def test_projectors_have_a_learning_rate_of_their_own(go, monkeypatch):
         return update(self, *check)
 
     monkeypatch.setattr(module._Loop, "_update", watched)
-    go("job", {"target": "kd", "projector_lr": 5e-2}, ["far"], {"steps": 4})
+    go("job", {"target": "kd", "projector_lr": 5e-2}, ["far"], {"steps": 4, "lr_min": 0.0})
     assert [r[1] / r[0] for r in rates] == pytest.approx([5.0] * 7)
     assert rates[0][1] == pytest.approx(5e-2)  # before the first step, at its peak
     assert rates[-1][1] < rates[3][1]
+
+
+@pytest.mark.parametrize(("projector_lr", "lowest"), [(5e-2, 2e-3), (1e-3, 1e-3)])
+def test_the_rates_of_all_groups_end_at_lr_min_as_dskds_scheduler_ends_them(go, monkeypatch, projector_lr, lowest):
+    """DSKD (code/utils.py) gives torch's scheduler one eta_min for all groups; a lower peak stays where it is."""
+    rates = []
+    update = module._Loop._update
+
+    def watched(self, *check):
+        rates.append([group["lr"] for group in self.optimizer.param_groups])
+        return update(self, *check)
+
+    monkeypatch.setattr(module._Loop, "_update", watched)
+    go("job", {"target": "kd", "projector_lr": projector_lr}, ["far"], {"steps": 5, "lr_min": 2e-3})
+    before, of_steps = rates[:3], rates[3:]
+    assert before == [[1e-2, projector_lr]] * 3  # steps of the projectors alone, at their peak
+    for group, (peak, eta_min) in enumerate([(1e-2, 2e-3), (projector_lr, lowest)]):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5, eta_min=eta_min)
+        for lr in (step[group] for step in of_steps):
+            assert lr == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+            optimizer.step()
+            scheduler.step()
+        assert scheduler.get_last_lr()[0] == pytest.approx(eta_min)
 
 
 def test_the_pivot_may_compete_with_another_teacher_under_mince(go, cache, pivot, tokenizer, mix, tmp_path):
@@ -346,7 +370,7 @@ def test_a_learned_targets_parameters_are_trained_at_its_rate_and_recorded(go, g
     assert set(after) == {"gate.weight", "gate.bias"}
     for name, parameter in after.items():
         assert float((parameter - before[name]).abs().max()) > 1e-3
-    assert rates[-1] == pytest.approx([1.0, 1.0, 5.0])  # student, projectors, target
+    assert rates[0] == pytest.approx([1.0, 1.0, 5.0])  # student, projectors, target, in the first step
     assert records[0]["penalty"] > 0
     assert records[0]["weight"] != records[-1]["weight"]
 
@@ -381,3 +405,15 @@ def test_projectors_are_initialised_alike_under_every_target(foreign, tokenizer,
         found.append(list(Objective(options, teachers, 16).projectors.parameters()))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_training_says_once_that_its_projectors_start_untrained(go, caplog):
+    caplog.set_level("INFO")
+    go("untrained", {"target": "kd", "projector_steps": 0}, ["far"], {"steps": 2})
+    hints = [message for message in caplog.messages if message.startswith("note: projectors of teachers")]
+    assert len(hints) == 1
+    assert "(far)" in hints[0]
+    caplog.clear()
+    go("trained", {"target": "kd", "projector_steps": 2}, ["far"], {"steps": 2})
+    go("same", {"target": "kd", "projector_steps": 0}, ["near"], {"steps": 2})
+    assert not [message for message in caplog.messages if "projectors of teachers" in message]

@@ -278,9 +278,9 @@ def test_micro_batches_change_neither_loss_nor_gradient_of_a_learned_target(gate
 def test_a_learned_target_trains_at_its_own_rate_and_others_at_none(gate):
     run = Training(mix="m", steps=1, lr=1e-3)
     learned = Objective(gate(target="gate"), committee(), D)
-    assert learned.parameter_groups(run) == [{"params": list(learned.target.parameters()), "rate": pytest.approx(20)}]
+    assert learned.parameter_groups(run) == [{"params": list(learned.target.parameters()), "peak_lr": 0.02}]
     learned.target.learning_rate = None
-    assert learned.parameter_groups(run)[0]["rate"] == 1.0
+    assert learned.parameter_groups(run)[0]["peak_lr"] == 1e-3
     assert Objective(fusion_options("udf"), committee(), D).parameter_groups(run) == []
     assert Objective(None, [], D).parameter_groups(run) == []
 

@@ -91,7 +91,7 @@ def test_tensors_at_odd_addresses_are_read(tmp_path):
         (lambda b: b[:5], "no safetensors header"),
         (lambda b: b"", "no safetensors header"),
         (lambda b: b"\xff" * 8 + b[8:], "no safetensors header"),
-        (lambda b: b[:8] + b"\xff" + b[9:], "the header is not JSON"),
+        (lambda b: b[:8] + b"\xff" + b[9:], "the header: expected JSON"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, spoil, message):

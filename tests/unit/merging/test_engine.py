@@ -282,14 +282,21 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path, method, options):
     assert all(other == one for other in more)
 
 
-def test_files_can_be_read_by_others_and_hidden_chat_templates_come_along(tmp_path, models):
+def test_a_merge_has_the_rights_of_its_sources_and_hidden_chat_templates_come_along(tmp_path, models):
     (models[0] / "additional_chat_templates").mkdir()
     (models[0] / "additional_chat_templates" / "tools.jinja").write_text("{{ x }}")
+    for model in models:
+        (model / "model.safetensors").chmod(0o644)
     (models[0] / "config.json").chmod(0o600)
     merged(models[0], models[1:], tmp_path / "out")
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     assert {p.name for p in files} >= {"tools.jinja", "config.json", "model.safetensors"}
-    assert {p.stat().st_mode & 0o777 for p in files} == {0o644}
+    private = {p.name for p in files if p.stat().st_mode & 0o777 == 0o600}
+    assert private == {"config.json"}
+    assert {p.stat().st_mode & 0o777 for p in files if p.name not in private} == {0o644}
+    models[2].joinpath("model.safetensors").chmod(0o640)  # of a model's weights: all that is made from them
+    merged(models[0], models[1:], tmp_path / "more")
+    assert (tmp_path / "more" / "model.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_the_report_tells_what_a_hand_count_finds(tmp_path):
@@ -403,11 +410,10 @@ def test_settings_that_no_shape_shows_are_compared(tmp_path):
     model = folder_of(
         tmp_path / "m",
         {"w": torch.ones(2)},
-        config='{"architectures": ["B"], "num_attention_heads": 8, "rope_theta": 5e5}',
+        config='{"architectures": ["A"], "num_attention_heads": 8, "rope_theta": 5e5}',
     )
     with pytest.raises(UserError) as refused:
         merged(pivot, [model], tmp_path / "out")
-    assert f"architectures is ['B'] in {model} and ['A'] in the pivot {pivot}" in str(refused.value)
     assert f"num_attention_heads is 8 in {model} and 4 in the pivot {pivot}" in str(refused.value)
     (model / "config.json").write_text(
         '{"architectures": ["A"], "num_attention_heads": 4, "head_dim": 1, "rope_theta": 5e5}'
@@ -577,3 +583,20 @@ def test_the_report_of_rsaf_has_skewness_share_and_coefficients_of_each_model(tm
     hand |= {"threshold_0": 8, "threshold_1": 1, "eta_0": 64 / 67, "eta_1": 3 / 67, "kept_energy": 1}
     hand |= {"changed": 1, "sign_conflicts": 0, "values": 4}
     assert {key: float(row[key]) for key in hand} == pytest.approx(hand, rel=1e-6)
+
+
+def test_a_model_of_another_architecture_or_size_is_told_so_instead_of_a_list_of_tensors(tmp_path):
+    settings = {"architectures": ["LlamaForCausalLM"], "hidden_size": 2, "num_hidden_layers": 1}
+    qwen = json.dumps(settings | {"architectures": ["Qwen2ForCausalLM"]})
+    large = json.dumps(settings | {"hidden_size": 4, "num_hidden_layers": 8})
+    pivot = folder_of(tmp_path / "p", {f"w{i}": torch.zeros(2) for i in range(9)}, config=json.dumps(settings))
+    other = folder_of(tmp_path / "q", {f"v{i}": torch.zeros(3) for i in range(9)}, config=qwen)
+    wide = folder_of(tmp_path / "l", {f"w{i}": torch.zeros(4) for i in range(9)}, config=large)
+    with pytest.raises(UserError) as refused:
+        merged(pivot, [other, wide], tmp_path / "out")
+    told = [
+        f"{other} is of another architecture (Qwen2ForCausalLM) than the pivot {pivot} (LlamaForCausalLM)",
+        f"{wide} is of another size than the pivot {pivot}: hidden_size 4 against 2, num_hidden_layers 8 against 1",
+    ]
+    lines = str(refused.value).splitlines()[1:]
+    assert lines == [f"  {line}: merge models that were trained from the pivot" for line in told]

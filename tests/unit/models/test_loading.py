@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from llmfusion.data.chat import TEMPLATES
 from llmfusion.errors import DamagedError, UserError
@@ -256,3 +257,77 @@ def test_an_empty_model_has_the_shape_and_the_ties_but_no_weights(pivot, tied_te
             assert torch.equal(empty.get_buffer(name), buffer)
     assert meta_copy(full.train()).training
     assert meta_copy(full).generation_config is full.generation_config
+
+
+def test_settings_about_loading_and_computing_are_not_the_models(folder, tmp_path):
+    """A config may name a kernel to download and run, another file of weights, code: none of it is looked at."""
+    changes = {
+        "_attn_implementation": "owner/kernel",
+        "attn_implementation": "owner/kernel",
+        "transformers_weights": "../other.safetensors",
+        "auto_map": {"AutoConfig": "own.Own"},
+        "to_dict": 1,
+    }
+    configure(folder, **changes)
+    for made in (load_model(artifact(folder), "float32"), empty_model(artifact(folder))):
+        assert made.config._attn_implementation in ("sdpa", "eager")
+        assert not set(changes) - {"_attn_implementation", "to_dict"} & set(made.config.to_dict())
+        assert made.config.name_or_path == str(folder)
+    load_model(artifact(folder), "float32").save_pretrained(tmp_path / "saved")
+    assert "owner/kernel" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+def test_transformers_sees_the_checked_files_alone(folder):
+    from llmfusion.models.folder import ModelFolder, loadable_files, private_folder, tokenizer_files
+
+    for name in ("adapter_config.json", "pytorch_model.bin", "own.py", "config.1.0.json", "processor_config.json"):
+        (folder / name).write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("x")
+    model = ModelFolder.of(artifact(folder))
+    with private_folder(loadable_files(model, LlamaConfig)) as private:
+        assert {p.name for p in private.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+        assert [p.name for p in private.iterdir() if p.is_symlink()] == ["model.safetensors"]
+    with private_folder(tokenizer_files(model)) as private:
+        assert {p.name for p in private.iterdir()} == {
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "chat_template.jinja",
+        }
+
+
+def test_a_file_that_no_manifest_lists_is_not_read(folder):
+    listed = artifact(folder)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|pad|>"}')
+    with pytest.raises(DamagedError, match=r"special_tokens_map\.json: is not in .*manifest\.json"):
+        load_tokenizer(listed, None)
+
+
+def test_what_is_saved_of_a_loaded_model_names_no_folder_of_ours(folder, tmp_path):
+    (folder / "tokenizer.model").write_bytes(b"x")  # transformers keeps the path of such a file
+    for place in ("a", "b"):
+        made = artifact(folder)
+        tokenizer = load_tokenizer(made, None)
+        assert tokenizer.vocab_file == str(folder / "tokenizer.model")
+        save_model(load_model(made, "float32"), tokenizer, tmp_path / place, "float32")
+    files = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert files == sorted(p.name for p in (tmp_path / "b").iterdir())
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert b"llmfusion-" not in (tmp_path / "a" / name).read_bytes()
+
+
+@pytest.mark.parametrize("error", [RecursionError(), MemoryError(), OverflowError("x"), BaseException("a panic")])
+def test_whatever_a_library_raises_becomes_a_sentence(tmp_path, error):
+    from llmfusion.models.folder import explain_failure
+
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*model"), explain_failure(tmp_path, "model"):
+        raise error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space left on device")])
+def test_a_wish_to_stop_and_a_full_disk_stay_as_they_are(tmp_path, error):
+    from llmfusion.models.folder import explain_failure
+
+    with pytest.raises(type(error)), explain_failure(tmp_path, "model"):
+        raise error

@@ -1,4 +1,4 @@
-"""What rows of a table took, from manifests and benchmark files."""
+"""What rows of a table took, from manifests and provenance."""
 
 import csv
 import json
@@ -28,7 +28,9 @@ def test_rows_cost_what_the_jobs_behind_them_took(tmp_path: Path, shards: int) -
         inputs = [need for need in work.jobs[address].needs if need not in entry.shards]
         manifest.write_text(json.dumps({"inputs": dict.fromkeys(inputs, "0"), "spec": entry.spec}))
         if address.startswith("teachers/"):
-            path.with_name("provenance.json").write_text(json.dumps({"shards": entry.shards}))
+            took = {"seconds": 36.0, "memory_mb": 512}
+            record = {**took, "shards": dict.fromkeys(entry.shards, took)}
+            path.with_name("provenance.json").write_text(json.dumps(record))
     shutil.rmtree(work.directory / "results/teachers/shards", ignore_errors=True)  # what they took is still known
     assert main(["cost", str(work.directory / "results/table2.csv"), "--out", str(tmp_path / "cost.csv")]) == 0
     rows = {row["model"]: row for row in csv.DictReader((tmp_path / "cost.csv").open())}
@@ -51,7 +53,7 @@ def test_rows_cost_what_the_jobs_behind_them_took(tmp_path: Path, shards: int) -
     assert float(rows["merged/ta-homogeneous"]["fusion_gpu_hours"]) == pytest.approx(
         0.02 + 0.02 * shards
     )  # two trainings, two caches: a gathering job has no GPU
-    (work.directory / "logs/benchmarks/models/trained/sft.tsv").unlink()
+    (work.directory / "results/models/trained/sft/provenance.json").unlink()
     assert main(["cost", str(work.directory / "results/table2.csv"), "--out", str(tmp_path / "cost.csv")]) == 0
     assert {row["model"]: row["not_measured"] for row in csv.DictReader((tmp_path / "cost.csv").open())}[
         "trained/sft"

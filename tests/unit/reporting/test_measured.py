@@ -1,5 +1,6 @@
 """Fits against times that were made up from known constants."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,23 @@ def test_what_was_not_measured_keeps_its_assumption(tmp_path: Path) -> None:
     assert read_measurement(work.directory, "models/trained/sft") is None
 
 
-def test_a_benchmark_without_memory_is_read(tmp_path: Path) -> None:
-    file = tmp_path / "logs/benchmarks/scores/base/p/t.tsv"
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"seconds": 0.5}, (0.5, 0.0)),
+        ({"seconds": 2, "memory_mb": 512}, (2.0, 512.0)),
+        ({"seconds": 2, "memory_mb": "NA"}, (2.0, 0.0)),
+        ({"seconds": 0}, None),
+        ({"seconds": True}, None),
+        ({"seconds": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_only_what_a_job_recorded_of_itself_is_a_measurement(
+    tmp_path: Path, record: dict[str, Any], expected: tuple[float, float] | None
+) -> None:
+    file = tmp_path / "results/scores/base/p/t.provenance.json"
     file.parent.mkdir(parents=True)
-    file.write_text("s\th:m:s\tmax_rss\n0.5\t0:00:00\tNA\n")
+    file.write_text(json.dumps(record))
     took = read_measurement(tmp_path, "scores/base/p/t")
-    assert took is not None
-    assert (took.seconds, took.memory_mb, took.provenance) == (0.5, 0.0, {})
+    assert (took and (took.seconds, took.memory_mb)) == expected

@@ -83,17 +83,63 @@ def test_samples_of_a_test_are_counted_and_removed_only_if_asked(tmp_path, input
     assert not [s for s in samples if TEST_QUESTION in text_of(s)]
 
 
-def test_the_share_of_english_letters_is_kept(tmp_path, inputs):
-    samples, _ = build(tmp_path, {"datasets": {"mixed": 6}, "english": 0.9}, inputs)
+def test_the_share_of_ascii_characters_is_kept(tmp_path, inputs):
+    samples, facts = build(tmp_path, {"datasets": {"mixed": {"up_to": 7}}, "min_ascii": 0.9}, inputs)
     assert "foreign" not in {s["id"] for s in samples}
+    assert facts["datasets"]["mixed"]["rejected"] == {"ascii below 0.9": {"count": 1, "first": ["foreign"]}}
 
 
-def test_too_few_usable_rows_are_told_with_what_they_were_lost_to(tmp_path, inputs):
-    spec = {"datasets": {"mixed": 7}, "against": ["gsm8k"], "decontaminate": "remove", "english": 0.9}
-    reason = "'(not english|overlaps a test)': 1"
-    message = rf"dataset mixed: 7 samples asked, 5 of 7 can be used; lost to .*{reason}, {reason}"
-    with pytest.raises(UserError, match=message):
-        build(tmp_path, spec, inputs)
+def test_a_language_is_told_by_its_words_and_not_by_its_characters(tmp_path, inputs):
+    spanish = "Escribe una funcion que sume dos numeros enteros y explica como funciona paso a paso."
+    rows = [question("es", spanish, "def f(a, b): return a + b"), question("en", "Add two numbers.", "a + b")]
+    inputs["data/dataset/languages"] = stored(tmp_path, "languages", rows)
+    assert spanish.isascii()
+    samples, facts = build(tmp_path, {"datasets": {"languages": {"up_to": 9}}, "languages": ["en"]}, inputs)
+    assert [s["id"] for s in samples] == ["en"]
+    assert facts["datasets"]["languages"]["rejected"] == {"language not en": {"count": 1, "first": ["es"]}}
+
+
+def test_too_few_usable_rows_are_told_for_all_datasets_at_once_with_what_they_were_lost_to(tmp_path, inputs):
+    spec = {"against": ["gsm8k"], "decontaminate": "remove", "min_ascii": 0.9}
+    with pytest.raises(UserError) as caught:
+        build(tmp_path, {**spec, "datasets": {"mixed": 7, "short": 31, "again": 5}}, inputs)
+    head, *lines = str(caught.value).splitlines()
+    assert head.startswith("2 datasets have too few samples for this mix")
+    assert "{up_to: NUMBER}" in head
+    assert lines == [
+        "  mixed: 7 samples asked, 5 of 7 can be used; lost to ascii below 0.9 (1), overlaps a test (1)",
+        "  short: 31 samples asked, 30 of 30 can be used; lost to nothing",
+    ]
+
+
+def test_up_to_takes_what_there_is_and_the_mix_tells_how_much(tmp_path, inputs, caplog):
+    caplog.set_level("INFO")
+    samples, facts = build(tmp_path, {"datasets": {"mixed": {"up_to": 7}, "short": 12}, "min_ascii": 0.9}, inputs)
+    assert len(samples) == 18
+    drawn = facts["datasets"]["mixed"]
+    assert (drawn["asked"], drawn["taken"], drawn["visited"], drawn["up_to"]) == (7, 6, 7, True)
+    assert "mixed: 6 samples of up to 7; lost to ascii below 0.9 (1)" in caplog.text
+    assert "up_to" not in facts["datasets"]["short"]
+
+
+def test_up_to_draws_the_same_samples_as_the_exact_number_where_there_are_enough(tmp_path, inputs):
+    exact, _ = build(tmp_path, {"datasets": {"short": 12}}, inputs, "exact")
+    assert build(tmp_path, {"datasets": {"short": {"up_to": 12}}}, inputs, "up_to")[0] == exact
+
+
+def test_a_dataset_without_any_usable_sample_is_refused_even_with_up_to(tmp_path, inputs):
+    with pytest.raises(UserError, match="mixed: 7 samples asked, 0 of 7 can be used"):
+        build(tmp_path, {"datasets": {"mixed": {"up_to": 7}}, "max_length": 2, "tokenizers": ["base/pivot"]}, inputs)
+
+
+def test_every_tokenizer_that_rejects_a_sample_is_named_with_it(tmp_path, inputs, pivot):
+    both = {**inputs, "models/base/other": pivot}
+    spec = {"datasets": {"short": {"up_to": 30}}, "tokenizers": ["base/pivot", "base/other"], "max_length": 40}
+    _, facts = build(tmp_path, spec, both)
+    rejected = facts["datasets"]["short"]["rejected"]
+    assert sorted(rejected) == ["too long (base/other)", "too long (base/pivot)"]
+    assert rejected["too long (base/other)"] == rejected["too long (base/pivot)"]
+    assert all(name.startswith("short") for name in rejected["too long (base/other)"]["first"])
 
 
 def test_a_source_under_two_names_is_refused_where_a_sample_would_be_there_twice(tmp_path, inputs):

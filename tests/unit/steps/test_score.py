@@ -32,7 +32,14 @@ ANSWERS = {
 RIGHT = {"letter": "110", "number": "100", "boxed": "100", "code": "110"}
 
 
-def scored(tmp_path: Path, name: str, answers: list[str], items: list[dict[str, Any]], **facts: Any) -> Job:
+def scored(
+    tmp_path: Path,
+    name: str,
+    answers: list[str],
+    items: list[dict[str, Any]],
+    spec: dict[str, Any] | None = None,
+    **facts: Any,
+) -> Job:
     """The job of a score, run on these answers to these items."""
     for folder in ("answers", "task"):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -44,8 +51,15 @@ def scored(tmp_path: Path, name: str, answers: list[str], items: list[dict[str, 
         "answers/base/pivot/all": artifact(tmp_path / "answers", **facts),
         "data/tasks/quiz": artifact(tmp_path / "task", items=len(items)),
     }
-    spec = {"model": "base/pivot", "task": "quiz", "format": name, "batch": "all", "scale": "miniature"}
-    made = job(tmp_path, spec, inputs)
+    whole = {
+        "model": "base/pivot",
+        "task": "quiz",
+        "format": name,
+        "batch": "all",
+        "scale": "miniature",
+        **(spec or {}),
+    }
+    made = job(tmp_path, whole, inputs)
     score.build(made)
     return made
 
@@ -59,6 +73,19 @@ def test_a_cell_tells_the_score_and_every_verdict(tmp_path: Path, name: str) -> 
     assert facts["reasons"] == {"passed": right, "wrong answer": 3 - right}
     assert facts["scale"] == "miniature"
     assert facts["asked"] == {"items": 3, "format": name, "backend": "lm-eval", "decoding": "greedy"}
+
+
+def test_a_cell_with_a_limit_tells_how_many_of_how_many_items_were_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    items = [{"question": "q", "answer": str(i)} for i in range(9)]
+    facts = scored(tmp_path, "number", ["#### 0", "#### 4", "#### 6"], items, {"limit": 3}).facts
+    assert (facts["right"], facts["k"], facts["n"]) == ("101", 2, 3)  # items 0, 3 and 6
+    assert facts["limit"] == {"asked": 3, "of": 9}
+    assert "(2 of 3)" in caplog.text
+    assert "asked 3 of the test's 9 items" in caplog.text
+    assert "limit" not in scored(tmp_path / "all", "number", ANSWERS["number"], ITEMS["number"]).facts
 
 
 def test_comparisons_count_both_reasons_and_programs_those_there_are(tmp_path: Path) -> None:

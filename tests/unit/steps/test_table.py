@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from llmfusion.artifacts.job import Job
 from llmfusion.artifacts.store import Artifact
 from llmfusion.errors import DamagedError, UserError
-from llmfusion.reporting.tables import MINIATURE
 from llmfusion.steps.table import build
+from llmfusion.study.scales import SCALES
 
 CELLS = {
     ("base/p", "a"): (1, 4, 25.0, 21.650635),
@@ -98,11 +99,13 @@ def test_the_markdown_has_one_line_a_row_under_its_category(tmp_path: Path) -> N
     assert "Task A n=4, Task B n=4" in lines[-1]
 
 
-@pytest.mark.parametrize(("scale", "labelled"), [("miniature", True), ("paper", False)])
-def test_miniature_numbers_are_labelled_as_such(tmp_path: Path, scale: str, labelled: bool) -> None:
+@pytest.mark.parametrize("scale", SCALES)
+def test_numbers_of_models_below_the_papers_scale_are_labelled_as_such(tmp_path: Path, scale: str) -> None:
     table = job(tmp_path, scale)
     build(table)
-    assert (MINIATURE in (table.folder / "table2.md").read_text()) is labelled
+    page = (table.folder / "table2.md").read_text()
+    expected = {"small": "**Small models: ", "miniature": "**Miniature models on generated tasks: "}
+    assert re.findall(r"^\*\*\w+ models.*?: ", page, re.MULTILINE) == ([expected[scale]] if scale != "paper" else [])
     assert f",{scale}," in (table.folder / "table2.csv").read_text()
 
 

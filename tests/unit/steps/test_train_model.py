@@ -3,19 +3,22 @@ import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 from llmfusion.errors import UserError
 from llmfusion.io.jsonl import write_jsonl
-from llmfusion.models.loading import load_model, load_tokenizer
+from llmfusion.models.loading import load_model, load_tokenizer, save_model
+from llmfusion.models.scratch import make_model, make_tokenizer
 from llmfusion.steps import train_model
 from llmfusion.steps.train_model import build
+from llmfusion.study.schema.base_models import Architecture, Tokenizer
 from llmfusion.study.schema.settings import Capture
 from llmfusion.teachers.capture import capture
 from llmfusion.training import loop
-from tests.unit.stand_ins import artifact, job
+from tests.unit.stand_ins import ARCHITECTURE, STAND_IN, artifact, job
 
 RUN = {"init": "base/pivot", "mix": "m", "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
 
@@ -103,7 +106,10 @@ Unified fusion, UDF, trained with llm-fusion-workflow after InfiFusion, arXiv 25
 - teacher: base/two
 - data: 29 samples of the mix m
 - 2 steps of 4 samples at a peak learning rate of 0.001; last loss {loss:.4f} nats a token
-- licence of the pivot: llama3.1; teachers and data have their own
+
+Licences stated for what it was made from:
+- apache-2.0: dataset/chat
+- llama3.1: base/one, base/pivot
 
 Options that are not the default:
 - batch_size: 4
@@ -117,7 +123,16 @@ Options that are not the default:
 
 def test_the_card_tells_what_was_trained_from_what(tmp_path, inputs, pivot):
     spec = fused("udf", "base/one", "base/two", steps=2, fusion={"target": "udf", "lambda": 0.3})
-    staged = {**inputs, "models/base/pivot": artifact(pivot.folder, **{**pivot.facts, "license": "llama3.1"})}
+    licensed = {
+        "models/base/pivot": "llama3.1",
+        "teachers/base/one/m": {"models/base/one": "llama3.1", "data/dataset/chat": "apache-2.0"},
+        "teachers/base/two/m": {"data/dataset/chat": "apache-2.0"},
+        "data/mix/m": {"data/dataset/chat": "apache-2.0"},
+    }
+    staged = {
+        name: replace(one, manifest={**one.manifest, "facts": {**one.facts, "license": licensed[name]}})
+        for name, one in inputs.items()
+    }
     cards = []
     for name in ("first", "second"):
         made = job(tmp_path, spec, staged, name)
@@ -156,6 +171,22 @@ def test_an_online_teacher_is_taken_from_the_inputs_and_a_cache_of_another_teach
         build(job(tmp_path, spec, {**inputs, "teachers/base/one/m": online}, "other"))
 
 
+def test_a_teacher_that_is_projected_although_the_study_says_otherwise_is_refused(tmp_path, inputs, mix):
+    """The study gave it the student's word under vocabulary, and its tokenizer is another one."""
+    tokenizer = make_tokenizer(Tokenizer(vocabulary_size=280), mix.file("samples.jsonl"), None)
+    folder = tmp_path / "foreign"
+    facts = save_model(make_model(Architecture(**ARCHITECTURE), tokenizer, 5), tokenizer, folder, "float32")
+    (tmp_path / "foreign-cache").mkdir()
+    settings = Capture(dtype="float32")
+    facts = capture(artifact(folder, **facts), mix, tmp_path / "foreign-cache", settings, None)
+    inputs = {**inputs, "teachers/base/one/m": artifact(tmp_path / "foreign-cache", **facts)}
+    with pytest.raises(UserError, match=r"base/one: its tokenizer differs from that of base/pivot, but the study"):
+        build(job(tmp_path, fused("kd", "base/one", steps=1), inputs, "same"))
+    declared = job(tmp_path, {**fused("kd", "base/one", steps=1), "projected": ["base/one"]}, inputs, "other")
+    build(declared)
+    assert declared.facts["steps"] == 1
+
+
 def test_generated_answers_double_the_steps_of_the_same_epochs(tmp_path, inputs, samples):
     folder = tmp_path / "generated"
     folder.mkdir()
@@ -180,11 +211,11 @@ def test_a_model_trained_from_a_trained_one_has_its_licences(tmp_path, inputs, p
     staged = artifact(pivot.folder, **{**pivot.facts, "license": "llama3.1"})
     first = job(tmp_path, fused("kd", "base/one", steps=1), {**inputs, "models/base/pivot": staged}, "first")
     build(first)
-    assert first.facts["license"] == ["llama3.1"]
+    assert first.facts["license"] == {"models/base/pivot": "llama3.1", **STAND_IN}
     chain = fused("kd", "base/two", init="trained/first", steps=1)
     second = job(tmp_path, chain, {**inputs, "models/trained/first": artifact(first.folder, **first.facts)}, "second")
     build(second)
-    assert second.facts["license"] == ["llama3.1"]
+    assert second.facts["license"] == first.facts["license"]
     assert second.facts["steps"] == 1
 
 

@@ -78,6 +78,23 @@ def test_a_label_changes_the_table_alone() -> None:
     assert changed(lambda d: d["tasks"]["mmlu"].update(label="other")) == {"tables/table2"}
 
 
+def test_a_limit_asks_again_and_makes_no_data_and_no_model_again() -> None:
+    """A mix is compared with the tests: were the limit one of the staged items, every training would be repeated."""
+
+    def limit(data: dict[str, Any]) -> None:
+        data["tasks"]["mmlu"]["limit"] = 20
+
+    assert {a.split("/")[0] for a in changed(limit)} == {"answers", "scores", "tables"}
+    assert "scores/base/pivot/mmlu" in changed(limit)
+    artifacts = build_graph(small_study(limit)).artifacts
+    assert json.loads(artifacts["answers/base/pivot/all"].spec)["tasks"]["mmlu"]["limit"] == 20
+    assert json.loads(artifacts["scores/base/pivot/mmlu"].spec)["limit"] == 20
+    assert "limit" not in json.loads(artifacts["scores/base/pivot/math"].spec)
+    labels = dict(json.loads(artifacts["tables/table2"].spec)["tasks"])
+    assert labels["mmlu"] == "MMLU-like, 20 items"
+    assert labels["math"] == "MATH-like"
+
+
 def test_writing_out_a_default_changes_nothing() -> None:
     def spell(data: dict) -> None:
         data["models"]["trained"]["kd-code"].update(weight_decay=0.01, seed=42, optimizer="c_adamw")
@@ -89,8 +106,10 @@ def test_writing_out_a_default_changes_nothing() -> None:
 
 
 def test_a_spec_leaves_defaults_out_so_that_a_new_option_re_makes_nothing() -> None:
-    entry = build_graph(small_study(lambda d: d["mixes"]["raw"].update(seed=42, english=0.5))).artifacts["data/mix/raw"]
-    assert json.loads(entry.spec)["mix"] == {"datasets": {"text-facts": 5}, "max_length": 128, "english": 0.5}
+    entry = build_graph(small_study(lambda d: d["mixes"]["raw"].update(seed=42, min_ascii=0.5))).artifacts[
+        "data/mix/raw"
+    ]
+    assert json.loads(entry.spec)["mix"] == {"datasets": {"text-facts": 5}, "max_length": 128, "min_ascii": 0.5}
 
 
 def test_the_order_of_keys_changes_nothing() -> None:
@@ -108,6 +127,21 @@ def test_specs_are_canonical_and_name_step_and_recipe() -> None:
         assert canonical(spec) == entry.spec
         assert isinstance(spec["step"], str)
         assert isinstance(spec["recipe"], int)
+
+
+def test_only_trainings_with_projectors_name_them_in_their_spec() -> None:
+    """Those are made again, for their learning rate ends elsewhere than before; all others are what they were."""
+
+    def other_vocabulary(data: dict) -> None:
+        data["models"]["base"]["code"] = {"kind": "path", "path": "x", "vocabulary": "x", "license": "mit"}
+
+    study = small_study(other_vocabulary)
+    specs = {a: json.loads(entry.spec) for a, entry in build_graph(study).artifacts.items()}
+    with_code = {f"models/trained/{name}" for name, run in study.models.trained.items() if "base/code" in run.teachers}
+    assert with_code
+    named = {a: spec["projected"] for a, spec in specs.items() if "projected" in spec}
+    assert named == {address: ["base/code"] for address in with_code}
+    assert not any("projected" in entry.spec for entry in build_graph(small_study()).artifacts.values())
 
 
 def test_outside_files_are_inputs() -> None:

@@ -156,7 +156,13 @@ MISTAKES: list[tuple[str, str, str, str, list[str]]] = [  # name, replace, by, k
         "models.base.pivot.architecture.tie_word_embeddings",
         ["got 'yes' (str)", "boolean"],
     ),
-    ("no is a word", "scale: miniature", "scale: no", "scale", ["got 'no' (str)", "allowed: 'paper' or 'miniature'"]),
+    (
+        "no is a word",
+        "scale: miniature",
+        "scale: no",
+        "scale",
+        ["got 'no' (str)", "allowed: 'paper', 'small' or 'miniature'"],
+    ),
     (
         "on is a word",
         "tie_word_embeddings: true",

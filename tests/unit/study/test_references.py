@@ -191,3 +191,31 @@ def test_a_table_cannot_have_the_name_of_the_report_of_costs() -> None:
         data["tables"]["cost"] = data["tables"].pop("table2")
 
     assert [key for key, text in found(change) if "results/cost.csv; take another" in text] == ["tables.cost"]
+
+
+def test_a_table_cannot_have_the_name_of_another_tables_costs() -> None:
+    def change(data: dict) -> None:
+        data["tables"]["table2.cost"] = data["tables"]["table2"]
+
+    text = "is the name of the costs of a table 'table2', results/table2.cost.csv; take another"
+    assert ("tables.table2.cost", text) in found(change)
+
+
+@pytest.mark.parametrize("section", ["tables", "tasks"])
+def test_two_names_whose_files_would_be_the_same_are_refused_with_both(section: str) -> None:
+    """``t.provenance`` has its manifest where ``t`` has the record of how it was made."""
+
+    def change(data: dict[str, Any]) -> None:
+        entry = next(iter(data[section].values()))
+        data[section] = {"t": entry, "t.provenance": entry, "other.provenance": entry, **data[section]}
+
+    texts = [text for key, text in found(change) if "would both write" in text]
+    assert len(texts) == 1
+    assert texts[0] == "'t.provenance' and 't' would both write t.provenance.json; rename one of them"
+
+
+@pytest.mark.parametrize(("section", "what"), [("tables", "table"), ("tasks", "cell of a task")])
+def test_a_table_or_a_task_cannot_be_called_manifest(section: str, what: str) -> None:
+    expected = f"'manifest' cannot be the name of a {what}: its file would be a manifest.json"
+    change: Change = lambda data: data[section].update(manifest=next(iter(data[section].values())))  # noqa: E731
+    assert (f"{section}.manifest", expected) in found(change)

@@ -64,14 +64,25 @@ def test_a_damaged_manifest_is_left_to_its_readers(tmp_path: Path, content: str)
 
 @pytest.mark.parametrize(("other", "refused"), [("aa", False), ("bb", True)])
 def test_models_that_declare_one_vocabulary_must_have_one_tokenizer(tmp_path: Path, other: str, refused: bool) -> None:
+    sizes = {"parameters": 135_000_000, "tokenizer_size": 49_152}
     stage(tmp_path, "models/base/left", {"vocabulary_sha256": "aa"})
-    stage(tmp_path, "models/base/right", {"vocabulary_sha256": other})
+    stage(tmp_path, "models/base/right", {"vocabulary_sha256": other, **sizes})
     if not refused:
         return check(tmp_path)
     with pytest.raises(StudyError) as caught:
         check(tmp_path)
     assert "base/right and base/left both say vocabulary 'same'" in str(caught.value)
+    assert "differ: base/right (135M parameters, 49,152 tokens) and base/left; give" in str(caught.value)
     return None
+
+
+def test_a_mistake_that_is_staged_is_told_with_its_line(tmp_path: Path) -> None:
+    stage(tmp_path, "models/base/left", {"vocabulary_sha256": "aa"})
+    stage(tmp_path, "models/base/right", {"vocabulary_sha256": "bb"})
+    file = tmp_path / "s.yaml"
+    file.write_text("models:\n  base:\n    left: {vocabulary: same}\n    right:\n      vocabulary: same\n")
+    with pytest.raises(StudyError, match=r"s\.yaml:5: models\.base\.right\.vocabulary: base/right and base/left"):
+        check_staged(file, study(tmp_path), build_graph(study(tmp_path)))
 
 
 def orphan(folder: Path, address: str, spec: str) -> Path:
@@ -104,3 +115,30 @@ def test_an_orphan_of_the_same_settings_is_kept(tmp_path: Path) -> None:
     address = "models/trained/sft"
     orphan(tmp_path, address, build_graph(study(tmp_path)).artifacts[address].spec)
     check(tmp_path)
+
+
+def test_mistakes_that_staged_files_show_have_their_lines_and_come_all_at_once(tmp_path: Path) -> None:
+    """The file as a user wrote it, one key a line."""
+    import yaml
+
+    data = study(tmp_path).model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(data, sort_keys=False))
+    stage(tmp_path, "models/base/left", {"vocabulary_sha256": "aa"})
+    stage(tmp_path, "models/base/right", {"vocabulary_sha256": "bb"})
+    stage(tmp_path, "data/dataset/own", {"samples": 99})
+    orphan(tmp_path, "models/trained/sft", '{"step":"train","recipe":0}')
+    with pytest.raises(StudyError) as caught:
+        check_staged(file, study(tmp_path), build_graph(study(tmp_path)))
+    first, *rows = str(caught.value).splitlines()
+    assert first.endswith("study.yaml: 3 mistakes; nothing was started")
+    lines = file.read_text().splitlines()
+    shown = {}
+    for row in rows:
+        place, _, text = row.strip().partition(": ")
+        shown[text.partition(": ")[0]] = lines[int(place.rpartition(":")[2]) - 1].strip()
+    assert shown == {
+        "mixes.raw.datasets.own": "own: 100",
+        "models.base.right.vocabulary": "vocabulary: same",
+        "models.trained.sft": "sft:",
+    }

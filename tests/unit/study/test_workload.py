@@ -35,7 +35,8 @@ def test_the_papers_arithmetic_comes_out() -> None:
         110_500 * 500 * 0.6 * 2 * 4400, rel=0.05
     )
     assert work.parameters("base/qwen2.5-math-7b-instruct") == 7e9  # the name tells
-    assert work.parameters("base/deepseek-coder-v2-lite-instruct") == 8e9  # nothing tells: assumed
+    deepseek = "base/deepseek-coder-v2-lite-instruct"  # its name does not tell, the study does
+    assert (work.parameters(deepseek), work.active_parameters(deepseek)) == (15.7e9, pytest.approx(2.4e9))
 
 
 def test_processes_share_the_time_but_not_the_memory(tmp_path: Path) -> None:
@@ -131,4 +132,4 @@ def test_twice_the_steps_and_half_the_items_are_twice_and_half_the_work(tmp_path
 )
 def test_a_mistake_in_an_assumption_is_reported_with_the_word(word: str, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Assumptions.parse(["peak=1e12", word])
+        Assumptions().parse(["peak=1e12", word])

@@ -15,7 +15,7 @@ FACTS = {"samples": 1500, "steps": 20, "loss": 0.25}
 def card(folder: Path, **keys: Any) -> str:
     """The card of a training with these keys."""
     run = TrainedModel.model_validate({"init": "base/pivot", "mix": "m", "steps": 20, "lr": 1e-3, **keys})
-    write_training_card(folder, run, FACTS, ["chat"], ["mit"])
+    write_training_card(folder, run, FACTS, ["chat"], ["- mit: base/pivot"])
     return (folder / "README.md").read_text()
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from llmfusion.artifacts.resume import note_path
+from llmfusion.artifacts.resume import note_path, write_note
 from llmfusion.data.chat import encode
 from llmfusion.errors import UserError
 from llmfusion.fusion.teacher import CachedTeacher
@@ -102,7 +102,7 @@ def test_without_the_optimizers_state_it_would_differ(start, stopped_after_five,
     weights = {name: t for name, t in load_file(state).items() if not name.startswith("exp_avg")}
     save_file(weights, state, metadata=metadata)
     note = json.loads(note_path(state).read_bytes())
-    note_path(state).write_text(json.dumps({**note, "sha256": sha256_file(state)}))
+    write_note(state, {"key": note["key"], "sha256": sha256_file(state)})
     resumed = stopped_after_five()
     monkeypatch.undo()
     assert not equal(resumed.weights, start("whole").weights)

@@ -8,7 +8,6 @@ test of the SLURM profile read it. A new kind is a module here, a rule in ``rule
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from pydantic import Field
 
 from llmfusion.errors import UserError
 from llmfusion.study.addresses import address_of, output_of
-from llmfusion.study.plugins import PluginError, load_plugins, plugin_names
+from llmfusion.study.plugins import PluginError, call_mismatch, load_plugins, plugin_names
 from llmfusion.study.schema.base import Section
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Cost:
     rates: str  # name of its coefficients in Kind.rates
     work: tuple[float, ...]  # amounts of work, one a coefficient after the first (the start)
     disk: float  # bytes of the result
-    resume: float = 0.0  # bytes of resume state
+    resume: float = 0.0  # bytes of one resume state
     gpu_memory: float = 0.0  # bytes in each GPU
 
 
@@ -137,9 +136,7 @@ def _mistakes(name: str, kind: object, others: dict[str, Kind]) -> list[str]:
     out += _rate_mistakes(kind, others)
     wildcards = dict.fromkeys(kind.pattern.groupindex, "")
     for role, function, arguments in (("declare", kind.declare, ("graph",)), ("cost", kind.cost, COST_ARGUMENTS)):
-        try:
-            inspect.signature(function).bind(*arguments, **wildcards)
-        except TypeError as error:
+        if error := call_mismatch(function, *arguments, **wildcards):
             out.append(f"{role}: is called with ({', '.join([*arguments, *wildcards])}): {error}")
     if kind.section is not None:
         taken = [other for other, declared in others.items() if (declared.section or ("",))[0] == kind.section[0]]

@@ -34,20 +34,20 @@ def declare(graph: ArtifactGraph, model: str, batch: str) -> Declaration:
 
 
 def cost(workload: Workload, spec: Spec, shards: int, model: str, batch: str) -> Cost:
-    """Parameters times tokens: generated ones, and those read, of which a pass takes many at once."""
+    """Active parameters times tokens: generated ones, and those read, of which a pass takes many at once."""
     assumed = workload.assumed
     written = read = longest = items = 0.0
     formats = task_formats()
     for name, task in spec.tasks.items():
-        prompt = assumed.prompt_tokens + task.shots * assumed.shot_tokens
+        prompt = workload.prompt_tokens(name)
         answer = 1.0 if formats[task.format].short_answer else assumed.answer_share * task.max_new_tokens
-        items += workload.items(name)
-        written += workload.items(name) * answer
-        read += workload.items(name) * prompt
+        items += workload.items_asked(name)
+        written += workload.items_asked(name) * answer
+        read += workload.items_asked(name) * prompt
         longest = max(longest, prompt + task.max_new_tokens)
-    parameters = workload.parameters(model)
+    active = workload.active_parameters(model)
     memory = workload.inference_bytes(model, spec.answering.dtype, spec.answering.batch_size * longest)
-    return Cost("answer", (parameters * written, 2 * parameters * read), items * 4000, gpu_memory=memory)
+    return Cost("answer", (active * written, 2 * active * read), items * 4000, gpu_memory=memory)
 
 
 def problems(declared: Declared) -> Iterator[Problem]:

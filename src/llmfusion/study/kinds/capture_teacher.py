@@ -75,7 +75,8 @@ def pass_cost(workload: Workload, spec: Spec, share: float) -> Cost:
         + 4 * workload.vocabulary_size(spec.model) * hidden_size
         + batch * hidden_size * 20
     )
-    return Cost(STEP, (2 * parameters * tokens,), cache_bytes(workload, spec) * share, gpu_memory=memory)
+    flops = 2 * workload.active_parameters(spec.model) * tokens
+    return Cost(STEP, (flops,), cache_bytes(workload, spec) * share, gpu_memory=memory)
 
 
 def cost(workload: Workload, spec: Spec, shards: int, model: str, mix: str) -> Cost:

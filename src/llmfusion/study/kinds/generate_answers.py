@@ -34,7 +34,7 @@ def cost(workload: Workload, spec: Spec, shards: int, model: str, mix: str) -> C
     written = samples * tokens * workload.assumed.response_share
     batch_tokens = spec.generation.batch_size * workload.study.mixes[mix].max_length
     memory = workload.inference_bytes(model, spec.generation.dtype, batch_tokens)
-    return Cost("generate", (workload.parameters(model) * written,), samples * tokens * 5, gpu_memory=memory)
+    return Cost("generate", (workload.active_parameters(model) * written,), samples * tokens * 5, gpu_memory=memory)
 
 
 KIND = Kind(

@@ -42,7 +42,7 @@ def problems(declared: Declared) -> Iterator[Problem]:
         for name, count in mix.datasets.items():
             yield from declared.missing((*key, "datasets", name), name, declared.datasets, "dataset")
             rows = getattr(declared.valid.get(("datasets", name)), "rows", None)
-            if rows is not None and rows < count:
+            if rows is not None and isinstance(count, int) and rows < count:
                 yield Problem((*key, "datasets", name), f"asks for {count} samples of a dataset with {rows} rows")
         for i, name in enumerate(mix.against):
             yield from declared.missing((*key, "against", i), name, declared.tasks, "task")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmfusion.study.data_plugins import task_formats
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
@@ -20,24 +20,26 @@ class Spec(StepSpec):
     format: str
     batch: str
     scale: str
+    limit: int | None = None  # items that are asked where these are not all
 
 
 def declare(graph: ArtifactGraph, model: str, task: str) -> Declaration:
     """Made from the stored answers and the staged task."""
     batch = next(name for name, tasks in graph.study.batches.items() if task in tasks)
-    body = {
+    body: dict[str, Any] = {
         "model": model,
         "task": task,
         "format": graph.study.tasks[task].format,
         "batch": batch,
         "scale": graph.study.scale,
     }
+    body |= {"limit": graph.study.tasks[task].limit} if graph.study.tasks[task].limit else {}
     return Declaration(body, [f"answers/{model}/{batch}", f"data/tasks/{task}"])
 
 
 def cost(workload: Workload, spec: Spec, shards: int, model: str, task: str) -> Cost:
     """Items, and items whose programs are run."""
-    items = workload.items(task)
+    items = workload.items_asked(task)
     return Cost("score", (items, items if task_formats()[spec.format].runs_programs else 0.0), items * 200)
 
 

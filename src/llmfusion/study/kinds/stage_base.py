@@ -9,7 +9,7 @@ from llmfusion.study.errors import Problem
 from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 from llmfusion.study.kinds.train_model import training_cost, training_problems, training_rates
 from llmfusion.study.schema.base import dump
-from llmfusion.study.schema.base_models import BaseModelEntry, ScratchModel, model_files
+from llmfusion.study.schema.base_models import SIZE_KEYS, BaseModelEntry, ScratchModel, model_files
 
 if TYPE_CHECKING:
     from llmfusion.study.graph import ArtifactGraph
@@ -28,15 +28,14 @@ def declare(graph: ArtifactGraph, base: str) -> Declaration:
     entry = graph.study.models.base[base]
     inputs = [f"data/mix/{entry.mix}"] if isinstance(entry, ScratchModel) else []
     inputs += [f"models/{entry.init}"] if isinstance(entry, ScratchModel) and entry.init else []
-    return Declaration({"base": dump(entry), **graph.chat_template}, inputs, model_files(entry))
+    return Declaration({"base": dump(entry, *SIZE_KEYS), **graph.chat_template}, inputs, model_files(entry))
 
 
 def cost(workload: Workload, spec: Spec, shards: int, base: str) -> Cost:
-    """A training, or bytes to download in 16 bits a parameter."""
+    """A training, or bytes to download or convert."""
     if isinstance(spec.base, ScratchModel):
         return training_cost(workload, "pretrain", f"base/{base}", spec.base)
-    size = 2 * workload.parameters(f"base/{base}")
-    return Cost("base", (size,), size)
+    return Cost("base", (workload.weight_bytes(f"base/{base}"),), workload.bytes_to_stage(f"base/{base}"))
 
 
 def problems(declared: Declared) -> Iterator[Problem]:

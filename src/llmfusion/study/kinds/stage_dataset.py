@@ -29,9 +29,12 @@ def declare(graph: ArtifactGraph, dataset: str) -> Declaration:
 
 
 def cost(workload: Workload, spec: Spec, shards: int, dataset: str) -> Cost:
-    """Bytes to download: five a token."""
-    largest_draw = max((mix.datasets.get(dataset, 0) for mix in workload.study.mixes.values()), default=0)
-    size = (getattr(spec.dataset, "rows", None) or largest_draw) * workload.assumed.tokens_per_sample * 5
+    """Bytes to read: those of its own file, else five a token."""
+    largest_draw = max((workload.draws(mix).get(dataset, 0) for mix in workload.study.mixes), default=0)
+    if rows := workload.rows(spec.dataset):
+        size = rows.count * rows.bytes_each
+    else:
+        size = (getattr(spec.dataset, "rows", None) or largest_draw) * workload.assumed.tokens_per_sample * 5
     return Cost("dataset", (size,), size)
 
 

@@ -11,6 +11,7 @@ from llmfusion.study.kinds import Cost, Declaration, Kind, StepSpec
 if TYPE_CHECKING:
     from llmfusion.study.graph import ArtifactGraph
     from llmfusion.study.references import Declared
+    from llmfusion.study.schema.data import Task
     from llmfusion.study.schema.study import Study
     from llmfusion.study.workload import Workload
 
@@ -34,10 +35,15 @@ def declare(graph: ArtifactGraph, table: str) -> Declaration:
         model: {task: graph.fingerprint(f"scores/{model}/{task}")[:16] for task in entry.tasks} for model in models
     }
     rows = [[row.models, row.category, row.label, *describe(graph.study, row.models[0])] for row in entry.rows]
-    tasks = [[task, graph.study.tasks[task].label] for task in entry.tasks]
+    tasks = [[task, _column_label(graph.study.tasks[task])] for task in entry.tasks]
     body = {"title": graph.study.title, "scale": graph.study.scale, "tasks": tasks, "rows": rows, "cells": cells}
     body |= {"reference": entry.reference} if entry.reference else {}
     return Declaration(body, [f"scores/{model}/{task}" for model in models for task in entry.tasks])
+
+
+def _column_label(task: Task) -> str:
+    """The label of a task, with its limit: a score on some items is not one on all."""
+    return f"{task.label}, {task.limit} items" if task.limit else task.label
 
 
 def describe(study: Study, model: str) -> tuple[str, str]:
@@ -66,6 +72,9 @@ def problems(declared: Declared) -> Iterator[Problem]:
     for key, table in declared.entries("tables"):
         if key[1] == "cost":
             yield Problem(key, "is the name of the report of costs, results/cost.csv; take another")
+        if str(key[1]).endswith(".cost"):
+            other = str(key[1]).removesuffix(".cost")
+            yield Problem(key, f"is the name of the costs of a table {other!r}, results/{key[1]}.csv; take another")
         yield from declared.repeated((*key, "tasks"), table.tasks, "task")
         for i, task in enumerate(table.tasks):
             yield from declared.missing((*key, "tasks", i), task, declared.tasks, "task")

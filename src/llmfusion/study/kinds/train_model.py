@@ -36,6 +36,7 @@ class Spec(StepSpec):
 
     run: TrainedModel
     captured: Captured | None = Field(None, description="of a training with teachers")
+    projected: list[str] = Field([], description="teachers that have another vocabulary, as the study says")
 
 
 def declare(graph: ArtifactGraph, trained: str) -> Declaration:
@@ -49,6 +50,8 @@ def declare(graph: ArtifactGraph, trained: str) -> Declaration:
     if run.teachers:
         fingerprints = {model: graph.fingerprint(f"models/{model}") for model in run.teachers}
         captured = {"captured": {"capture": dump(graph.study.capture, "shards"), "teachers": fingerprints}}
+    if others := graph.study.other_vocabularies(run):
+        captured["projected"] = others
     return Declaration({"run": dump(run), **captured, **graph.chat_template}, inputs)
 
 
@@ -60,13 +63,14 @@ def cost(workload: Workload, spec: Spec, shards: int, trained: str) -> Cost:
 def training_cost(workload: Workload, rates: str, model: str, run: Training) -> Cost:
     """FLOPs of one process, and the same for each cached teacher of the student's vocabulary and of another."""
     parameters = workload.parameters(model)
+    active = workload.active_parameters(model)
     teachers = getattr(run, "teachers", [])
     samples = workload.samples(run.mix) * (1 + len(getattr(run, "generated", [])))
     steps = run.steps or (run.epochs or 0) * (samples // run.batch_size)
     tokens = steps * run.batch_size * workload.tokens(run.mix) / run.processes
     online = teachers if workload.study.capture.kind == "online" else []
-    flops = FLOPS_PER_PARAMETER_AND_TOKEN * parameters * tokens
-    forward = 2 * tokens * sum(workload.parameters(teacher) for teacher in online)  # teachers that are run again
+    flops = FLOPS_PER_PARAMETER_AND_TOKEN * active * tokens
+    forward = 2 * tokens * sum(workload.active_parameters(teacher) for teacher in online)  # teachers that are run again
     own_vocabulary = workload.vocabulary(model)
     same = sum(workload.vocabulary(teacher) == own_vocabulary for teacher in teachers)
     other = len(teachers) - same
@@ -84,7 +88,7 @@ def training_cost(workload: Workload, rates: str, model: str, run: Training) -> 
         rates,
         (flops + forward, flops * same, flops * other),
         disk=parameters * (4 if run.save_dtype == "float32" else 2),
-        resume=36 * parameters,
+        resume=12 * parameters,  # weights and two moments in float32
         gpu_memory=_state_bytes(workload, model, run)
         + _activation_bytes(workload, model, per_pass, run.activation_checkpointing)
         + caches,
@@ -110,7 +114,7 @@ def _activation_bytes(workload: Workload, model: str, tokens: float, recomputed:
     34 a token, layer and value of the width (Korthikanti et al. 2022).
     """
     width = workload.hidden_size(model)
-    layers = max(1.0, workload.parameters(model) / (12 * width * width))
+    layers = workload.layers(model)
     kept = 2 * width * layers + 34 * width if recomputed else 34 * width * layers  # one layer at a time
     return tokens * (kept + 5 * 4 * workload.vocabulary_size(model) * workload.assumed.response_share)
 

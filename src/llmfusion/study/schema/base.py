@@ -1,5 +1,6 @@
 """What all sections of a study share: strict models, names, addresses."""
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -8,6 +9,9 @@ if TYPE_CHECKING:
     from llmfusion.io.templates import Style
 
 RESERVED = "results"  # the folder that addresses are relative to (llmfusion.study.addresses.results_index)
+LONGEST_PATH = 1000  # bytes; what is made lies below, and Linux has 4096 for all of it
+LONGEST_FILE_NAME = 255
+REPOSITORY = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
 
 def _not_reserved(name: str) -> str:
@@ -16,11 +20,26 @@ def _not_reserved(name: str) -> str:
     return name
 
 
+def _path(text: str) -> str:
+    """A path that a file system can hold and that means the same to every program."""
+    if any(not character.isprintable() for character in text):
+        raise ValueError(f"got {text[:60]!r}: a path has no line breaks, tabs or other control characters")
+    if re.search(r"[{}]", text):
+        raise ValueError(f"got {text[:60]!r}: braces are wildcards to Snakemake; rename the file or the folder")
+    if text.startswith("~"):
+        raise ValueError(f"got {text[:60]!r}: ~ is not expanded; write the whole path")
+    if len(text.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_FILE_NAME for part in text.split("/")):
+        limits = f"{LONGEST_PATH} bytes, and {LONGEST_FILE_NAME} between two slashes"
+        raise ValueError(f"got {len(text.encode())} bytes, {text[:40]!r}...: a path has at most {limits}")
+    return text
+
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80), AfterValidator(_not_reserved)]
 Address = Annotated[str, Field(pattern=r"^(base|trained|merged)/[a-z0-9][a-z0-9._-]*$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
 class Section(BaseModel):
@@ -34,9 +53,16 @@ def dump(section: BaseModel, *leave_out: str) -> dict[str, Any]:
     return section.model_dump(mode="json", by_alias=True, exclude_defaults=True, exclude=set(leave_out))
 
 
+def started_from(entry: Any) -> str | None:
+    """Address of the model that a model of a study was trained from, or merged over; None where there is none."""
+    return getattr(entry, "init", None) or getattr(entry, "pivot", None)
+
+
 class Licensed(Section):
+    """An input from outside, whose licence the study states."""
+
     license: str = Field(
-        min_length=1, description="licence of this input as its owner states it; listed for every result"
+        min_length=1, description="licence of this input as its owner states it; every model made from it inherits it"
     )
 
 

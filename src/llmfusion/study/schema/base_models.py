@@ -5,30 +5,52 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llmfusion import ROOT
-from llmfusion.study.schema.base import Address, Commit, Licensed, Name, Positive, Section
+from llmfusion.study.schema.base import REPOSITORY, Address, Commit, FilePath, Licensed, Name, Positive, Section
 from llmfusion.study.schema.training import Training
 
 
-class HubModel(Licensed):
+class Staged(Licensed):
+    """A base model that is not trained here."""
+
+    parameters: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="how many it has, for estimates while neither its files nor its name (8B, 135M) tell; "
+        "what is made does not depend on it",
+    )
+    active_parameters: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="those that one token passes through, of a mixture of experts; for estimates as well"
+    )
+
+    @model_validator(mode="after")
+    def _experts(self) -> "Staged":
+        if self.active_parameters is not None and self.active_parameters > (self.parameters or 0):
+            raise ValueError("active_parameters are a part of parameters: give both, the larger number as parameters")
+        return self
+
+
+SIZE_KEYS = ("parameters", "active_parameters")  # for estimates only: they are no part of what is made
+
+
+class HubModel(Staged):
     kind: Literal["hub"] = Field(description="a model repository on the Hugging Face hub")
-    repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$", description="repository id, e.g. meta-llama/Llama-3.1-8B")
+    repo: str = Field(pattern=REPOSITORY, description="repository id, e.g. meta-llama/Llama-3.1-8B")
     revision: Commit = Field(description="the repository's commit, 40 hex digits")
     vocabulary: Name = Field(
         description="models with the same word here share one tokenizer (checked when they are staged)"
     )
 
 
-class PathModel(Licensed):
+class PathModel(Staged):
     kind: Literal["path"] = Field(description="a local folder with config.json, tokenizer and safetensors weights")
-    path: str = Field(min_length=1, description="the folder, relative to the repository root, or absolute")
+    path: FilePath = Field(description="the folder, relative to the repository root, or absolute")
     vocabulary: Name = Field(
         description="models with the same word here share one tokenizer (checked when they are staged)"
     )
 
 
-class GgufModel(Licensed):
+class GgufModel(Staged):
     kind: Literal["gguf"] = Field(description="a .gguf file, converted to safetensors when it is staged")
-    path: str = Field(min_length=1, description="the file, relative to the repository root, or absolute")
+    path: FilePath = Field(description="the file, relative to the repository root, or absolute")
     vocabulary: Name = Field(
         description="models with the same word here share one tokenizer (checked when they are staged)"
     )

@@ -2,10 +2,21 @@
 
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from llmfusion.study.data_plugins import format_sentences, layouts, task_formats
-from llmfusion.study.schema.base import Address, Commit, Licensed, Name, Positive, Section, Share, template_fields
+from llmfusion.study.schema.base import (
+    REPOSITORY,
+    Address,
+    Commit,
+    FilePath,
+    Licensed,
+    Name,
+    Positive,
+    Section,
+    Share,
+    template_fields,
+)
 
 # Names of plug-ins: one file each in llmfusion/data/layouts and llmfusion/evaluation/tasks.
 if TYPE_CHECKING:
@@ -28,25 +39,67 @@ class Columns(Section):
     response: str = Field(description="column with what the model should answer")
 
 
+def _inside_repository(pattern: str) -> str:
+    """A file of the repository, or a pattern of some: whoever resolves it must not be led out of the repository."""
+    parts = pattern.split("/")
+    if "" in parts or ".." in parts or "." in parts or any(text in pattern for text in (":", "\\", "~")):
+        raise ValueError(
+            f"got {pattern[:60]!r}; expected a file of the repository, relative to its top, such as "
+            "data/train.parquet; * stands for any characters but /, ** for any"
+        )
+    return pattern
+
+
+def _is_dataset(repo: str) -> str:
+    if repo.startswith("buckets/"):
+        raise ValueError(f"got {repo!r}: a bucket has no commits that a study could name")
+    return repo
+
+
+FilePattern = Annotated[FilePath, AfterValidator(_inside_repository)]
+SPLIT = r"^[A-Za-z0-9_.]+(\[[0-9%:-]*\])?(\+[A-Za-z0-9_.]+(\[[0-9%:-]*\])?)*$"
+
+
 class HubSource(Licensed):
     kind: Literal["hub"] = Field(description="a dataset repository on the Hugging Face hub")
-    repo: str = Field(pattern=r"^[^/\s]+/[^/\s]+$", description="repository id, e.g. meta-math/MetaMathQA")
+    repo: Annotated[str, Field(pattern=REPOSITORY), AfterValidator(_is_dataset)] = Field(
+        description="repository id, e.g. meta-math/MetaMathQA"
+    )
     revision: Commit = Field(
         description="the repository's commit, 40 hex digits: the data cannot change under the study"
     )
-    split: str = Field("train", description="split to read")
+    split: str = Field(
+        "train",
+        pattern=SPLIT,
+        description="split to read; a part of one: `train[:10%]`; several: `train+test`. Only its files are downloaded",
+    )
     subset: str | list[str] | None = Field(
         None,
         description="the repository's configuration (subset), if it has several; a list reads them one after another",
     )
-    files: str | None = Field(None, description="read only this data file of the repository")
+    files: FilePattern | list[FilePattern] | None = Field(
+        None,
+        description="download and read only these data files of the repository: a path or a pattern "
+        "(`data/train_1M-*.parquet`), or a list of them. Default: those that the repository gives for the split",
+    )
     layout: Layout = Field(description="how its columns become samples or items (docs/extending.md)")
     columns: Columns | None = Field(None, description=_COLUMNS)
+
+    @property
+    def split_names(self) -> list[str]:
+        """The splits that ``split`` names, without the parts of them that are read."""
+        return list(dict.fromkeys(part.partition("[")[0] for part in self.split.split("+")))
+
+    @model_validator(mode="after")
+    def _files_of_one_split(self) -> "HubSource":
+        if self.files is not None and len(self.split_names) > 1:
+            raise ValueError(f"files are those of one split, {self.split!r} names {len(self.split_names)}")
+        return self
 
 
 class PathSource(Licensed):
     kind: Literal["path"] = Field(description="a .jsonl or .parquet file of your own")
-    path: str = Field(min_length=1, description="the file, relative to the repository root, or absolute")
+    path: FilePath = Field(description="the file, relative to the repository root, or absolute")
     layout: Layout = Field(description="how its columns become samples or items (docs/extending.md)")
     columns: Columns | None = Field(None, description=_COLUMNS)
 
@@ -92,9 +145,56 @@ Dataset = Annotated[HubDataset | PathDataset | GeneratedDataset, Field(discrimin
 Source = Annotated[HubSource | PathSource | GeneratedSource, Field(discriminator="kind")]
 
 
+class UpTo(Section):
+    """As many samples as there are, and no more than this."""
+
+    up_to: Positive = Field(description="number of samples that is not exceeded; how many there were, the mix tells")
+
+
+def _count_tag(count: object) -> str:
+    return "mapping" if isinstance(count, (dict, UpTo)) else "number"
+
+
+SampleCount = Annotated[
+    Annotated[Positive, Tag("number")] | Annotated[UpTo, Tag("mapping")],
+    Discriminator(_count_tag),
+]
+
+
+def most_samples(count: int | UpTo) -> int:
+    """How many samples a mix draws from a dataset at most."""
+    return count.up_to if isinstance(count, UpTo) else count
+
+
+# ISO 639-1 codes of the languages that llmfusion.data.language tells apart
+_CODES = (
+    "af am an ar as az ba be bg bn br bs ca cs cy da de dz el en eo es et eu fa fi fo fr fy ga gd gl gu "
+    "ha he hi hr ht hu hy id ig is it ja jv ka kk km kn ko ku ky la lb lg ln lo lt lv mg mk ml mn mr ms "
+    "mt my ne nl nn no oc om or pa pl ps pt qu ro ru rw sa se si sk sl sn so sq sr st sv sw ta te tg th "
+    "tk tl tr tt ug uk ur uz vi vo wa xh yo zh zu"
+)
+LANGUAGES = tuple(_CODES.split())
+
+
+def _language(code: str) -> str:
+    if code not in LANGUAGES:
+        raise ValueError(f"got {code[:60]!r}; expected ISO 639-1 codes such as en; there are: {', '.join(LANGUAGES)}")
+    return code
+
+
+Language = Annotated[str, AfterValidator(_language)]
+ENGLISH = (
+    "is replaced: write languages: [en] for texts in English, and min_ascii: 0.9 for the share of ASCII characters"
+)
+
+
 class Mix(Section):
-    datasets: dict[Name, Positive] = Field(
-        min_length=1, description="dataset: number of samples drawn from it without replacement"
+    model_config = ConfigDict(json_schema_extra={"x-replaced": {"english": ENGLISH}})
+
+    datasets: dict[Name, SampleCount] = Field(
+        min_length=1,
+        description="dataset: number of samples drawn from it without replacement, all of which must be there, "
+        "or `{up_to: NUMBER}`: as many as there are, at most so many",
     )
     max_length: Positive = Field(
         description="longest sample in tokens, prompt and response; longer ones are dropped and counted"
@@ -104,7 +204,12 @@ class Mix(Section):
         description="models in whose tokenizer and chat template every sample must fit max_length "
         "(the pivot and all teachers)",
     )
-    english: Share = Field(0.0, description="smallest share of ASCII characters in a sample; 0 keeps all")
+    languages: list[Language] = Field(
+        [],
+        description="keep samples in these languages (ISO 639-1 codes, e.g. `[en]`), told by their prose: code, LaTeX "
+        "and texts too short to tell are kept; default: all",
+    )
+    min_ascii: Share = Field(0.0, description="smallest share of ASCII characters in a sample; 0 keeps all")
     against: list[Name] = Field(
         [],
         description="task sets to compare with: "
@@ -119,6 +224,11 @@ class Mix(Section):
 class TaskPrompt(Section):
     """How a task is asked and graded; what a job that asks it needs to know."""
 
+    limit: Positive | None = Field(
+        None,
+        description="ask only so many items, spread evenly over the test (all its subjects); tables say so. "
+        "Default: all items",
+    )
     shots: int = Field(0, ge=0, description="number of few-shot examples, the first of each subject")
     format: TaskFormatName = Field(description=f"how it is asked and graded; {format_sentences()}")
     prompt: str | None = Field(

@@ -8,6 +8,8 @@ from llmfusion.study.schema.base import Positive, Section
 
 
 class Capture(Section):
+    """How teachers are cached."""
+
     kind: Literal["hidden", "topk", "online"] = Field(
         "hidden",
         description="what is kept of a teacher: its final hidden states (exact), its k most likely tokens (smaller, a "
@@ -30,10 +32,14 @@ class Capture(Section):
 
 
 class Generation(Section):
+    """How SeqKD answers are made."""
+
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the model that answers")
     batch_size: Positive = Field(32, description="prompts answered at once")
 
 
 class Answering(Section):
+    """How models are asked."""
+
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="of the model that is scored")
     batch_size: Positive = Field(32, description="items asked at once")

@@ -4,22 +4,31 @@ Every key has a description; a default, once released, never changes, because ar
 spec.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from pydantic import Field, create_model, field_validator
 
 from llmfusion.study.kinds import all_kinds
 from llmfusion.study.plugins import PluginError
-from llmfusion.study.schema.base import Name, Section, template_fields
+from llmfusion.study.scales import SCALES
+from llmfusion.study.schema.base import FilePath, Name, Section, started_from, template_fields
 from llmfusion.study.schema.base_models import BaseModelEntry
 from llmfusion.study.schema.data import Dataset, Mix, Task
 from llmfusion.study.schema.merging import Merge
 from llmfusion.study.schema.settings import Answering, Capture, Generation
 from llmfusion.study.schema.tables import Table
 from llmfusion.study.schema.training import TrainedModel
+from llmfusion.study.shell_names import problem_of
+
+if TYPE_CHECKING:
+    ScaleName: TypeAlias = str
+else:
+    ScaleName = Literal[tuple(SCALES)]
 
 
 class Models(Section):
+    """All models, by kind."""
+
     base: dict[Name, BaseModelEntry] = Field(
         min_length=1, description="pivot and sources: staged, or trained from scratch"
     )
@@ -33,9 +42,12 @@ class BuiltinSections(Section):
     """One study: everything the workflow needs to know, in one file."""
 
     title: str = Field(min_length=1, description="one line that says what is studied")
-    scale: Literal["paper", "miniature"] = Field(description="miniature numbers are labelled as such everywhere")
-    directory: str = Field(
-        min_length=1, description="where results/, work/ and logs/ go, relative to the repository root, or absolute"
+    scale: ScaleName = Field(
+        description="small: real models that need no GPU; miniature: made-up models; "
+        "the numbers of both are labelled as such everywhere"
+    )
+    directory: FilePath = Field(
+        description="where results/, work/ and logs/ go, relative to the repository root, or absolute"
     )
     chat_template: str = Field(
         "neutral", description="for models without one: neutral (User/Assistant), or a Jinja template"
@@ -60,6 +72,26 @@ class BuiltinSections(Section):
         """The entry of a model by its address."""
         kind, name = address.split("/")
         return getattr(self.models, kind)[name]
+
+    def vocabulary(self, address: str) -> str:
+        """A word that is the same for models with one vocabulary: what the base model says, or its own address."""
+        entry = self.model_entry(address)
+        while before := started_from(entry):
+            address = before
+            entry = self.model_entry(address)
+        return str(getattr(entry, "vocabulary", address))
+
+    def other_vocabularies(self, run: TrainedModel) -> list[str]:
+        """Teachers of a training whose vocabulary is not the student's: they are projected into its space (DSKD)."""
+        own = self.vocabulary(run.init)
+        return [teacher for teacher in run.teachers if self.vocabulary(teacher) != own]
+
+    @field_validator("directory")
+    @classmethod
+    def _directory(cls, path: str) -> str:
+        if (problem := problem_of(path)) is not None:
+            raise ValueError(f"got {path!r}, which {problem}")
+        return path
 
     @field_validator("chat_template")
     @classmethod

@@ -8,6 +8,8 @@ from llmfusion.study.schema.base import Address, Name, Section
 
 
 class RowEntry(Section):
+    """A row of a table."""
+
     model: Address | Annotated[list[Address], Field(min_length=2)] = Field(
         description="the model of this row, or its replicates (the same method with other seeds): "
         "the row is then their mean"
@@ -22,6 +24,8 @@ class RowEntry(Section):
 
 
 class Table(Section):
+    """A table: models against tasks."""
+
     tasks: list[Name] = Field(min_length=1, description="columns, in order")
     reference: Address | None = Field(
         None, description="the row that averages are compared with, in per cent (the paper: SFT)"

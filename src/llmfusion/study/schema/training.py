@@ -87,6 +87,8 @@ class Training(Section):
 
 
 class TrainedModel(Training):
+    """A training of a pivot: SFT, SeqKD, or a fusion with teachers."""
+
     init: Address = Field(description="the model it starts from: the pivot")
     generated: list[Address] = Field(
         [], description="SeqKD: also train on what these models answer to the mix's prompts"

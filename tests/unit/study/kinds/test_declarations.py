@@ -237,7 +237,7 @@ def test_a_kind_that_is_added_has_its_section_its_artifacts_and_its_line_of_the_
         "two": {"mode": "mean", "members": ["base/code"]},
     }
     assert artifacts(extended("check", entries)) == without + 2
-    lines = extended("estimate", entries).stdout.splitlines()
+    lines = extended("estimate", entries, "ensembles").stdout.splitlines()
     assert [line.split()[:3] for line in lines if line.startswith("ensembles")] == [["ensembles", "2", "0"]]
 
 

@@ -1,0 +1,91 @@
+"""A hub on loopback: repositories of models and datasets as the hub's HTTP API describes and serves them."""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Hub:
+    """Repositories by ``models/OWNER/NAME`` or ``datasets/OWNER/NAME``, and what was asked for."""
+
+    files: dict[str, dict[str, bytes | int]] = field(default_factory=dict)  # content, or only a size
+    info: dict[str, dict[str, Any]] = field(default_factory=dict)  # more of what the hub says of a repository
+    requests: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def downloads(self) -> list[str]:
+        """Paths of the files whose content was asked for."""
+        return [
+            request.split("/resolve/")[1]
+            for request in self.requests
+            if request.startswith("GET") and "/resolve/" in request
+        ]
+
+    def describe(self, repository: str) -> dict[str, Any]:
+        """What the API answers about a repository."""
+        siblings = [
+            {"rfilename": name, "size": content if isinstance(content, int) else len(content), "blobId": "0"}
+            for name, content in self.files[repository].items()
+        ]
+        name = repository.split("/", 1)[1]
+        body = {"id": name, "sha": REVISION, "gated": False, "siblings": siblings, "tags": [], "downloads": 0}
+        return body | {"private": False, "likes": 0, **self.info.get(repository, {})}
+
+
+@contextmanager
+def serving(hub: Hub) -> Iterator[Hub]:
+    """Serve ``hub`` on a free port of loopback, whose address is then in ``hub.url``."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = self.path.split("?")[0]
+            hub.requests.append(f"{self.command} {path}")
+            if (match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(/revision/\w+)?", path)) and (
+                repository := f"{match[1]}/{match[2]}"
+            ) in hub.files:
+                return self.reply(200, json.dumps(hub.describe(repository)).encode())
+            if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/\w+/(.+)", path):
+                kind = "datasets" if match[1] else "models"
+                content = hub.files.get(f"{kind}/{match[2]}", {}).get(match[3])
+                if isinstance(content, bytes):
+                    return self.reply(200, content)
+            return self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+        def reply(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            etag = sha1(body).hexdigest()
+            sent = {"Content-Length": str(len(body)), "ETag": f'"{etag}"', "X-Repo-Commit": REVISION, **(headers or {})}
+            for name, value in sent.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler
