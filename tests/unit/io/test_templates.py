@@ -124,7 +124,7 @@ FEATURES = [
     "{% set ns = namespace(a=1) %}{% for m in messages %}{% set ns.a = ns.a + 1 %}{% endfor %}{{ ns.a }}",
     "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join(', ') }}",
     "{{ messages[::-1] | map(attribute='role') | list }}{{ messages[1:] | length }}{{ messages[-1]['content'][:3] }}",
-    "{%- for m in messages -%} {{ loop.index }}/{{ loop.length }} {{ loop.previtem.role }} {%- endfor -%}",
+    "{%- for m in messages -%} {{ loop.index }}/{{ loop.length }} {{ loop.previtem is defined }} {%- endfor -%}",
     "{{ strftime_now('%d %b %Y') }}|{{ tools is none }}|{{ documents is none }}|{{ pad_token is defined }}",
     "{% macro show(m, end='.') %}<{{ m.role ~ end }}>{% endmacro %}{% for m in messages %}{{ show(m) }}{% endfor %}",
     "{{ 'a,b'.split(',') }}{{ ' x '.strip() }}{{ 'abc'.replace('b', 'd') }}{{ '%s-%03d' % ('a', 7) }}",
@@ -138,7 +138,8 @@ FEATURES = [
     "{{ [1, 2] | sum }}{{ [1, 2] | sum(start=3) }}{{ [3, 1] | max }}{{ 'ab' | reverse }}{{ 'ab' | replace('a', 'c') }}",
     "{{ range(3) | list }}{{ [1, 1, 2] | unique | list }}{{ {'b': 1, 'a': 2} | dictsort }}{{ 'x' | e }}{{ '<' | e }}",
     "{% macro wrap() %}<{{ caller('x') }}>{% endmacro %}{% call(m) wrap() %}{{ m }}{% endcall %}",
-    "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.current }}{% set j = joiner(', ') %}{{ j() }}{{ j() }}",
+    "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ c.next() }}{{ c.current }}",
+    "{% set j = joiner(', ') %}{{ j() }}{{ j() }}",
 ]
 
 
