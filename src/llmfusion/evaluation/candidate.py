@@ -21,6 +21,8 @@ import signal
 import socket
 import sys
 import types
+from collections.abc import Sequence
+from typing import Any
 
 from llmfusion.evaluation import peer, values
 
@@ -50,7 +52,7 @@ OBJECTS = (re.Match, re.Pattern, types.SimpleNamespace)
 class ProgramSide(peer.Peer):
     """The program's end of the conversation. It gives whatever the program returns, and does what the test asks for."""
 
-    def describe(self, value):
+    def describe(self, value: Any) -> values.Node:
         """Functions, iterators, the program's own classes and their instances."""
         kind = type(value)
         if isinstance(value, type):
@@ -69,26 +71,28 @@ class ProgramSide(peer.Peer):
             return ["iterator", self.give(value, "iterator")]
         raise values.NoPlainValue(values.class_name(kind))
 
-    def stand_in(self, kind, number, *about):
+    def stand_in(self, kind: Any, number: Any, *about: Any) -> Any:
         """The test's functions and iterators."""
         if kind == "function":
             return peer.driven_function(self, number, *about)
         return peer.driven_generator(self, number) if kind == "generator" else peer.DrivenIterator(self, number)
 
-    def accept(self, node, decoder):
+    def accept(self, node: values.Node, decoder: values.Decoder) -> Any:
         """Also functions of the library, which are imported here."""
         if node[0] != "import":
             return super().accept(node, decoder)
         return functools.reduce(getattr, node[2].split("."), importlib.import_module(node[1]))
 
-    def request(self, operation, number, arguments=(), keywords=None):
+    def request(
+        self, operation: str, number: int, arguments: Sequence[Any] = (), keywords: peer.Keywords = None
+    ) -> Any:
         """Ask the test's side; what cannot be told is the program's mistake."""
         try:
             return super().request(operation, number, arguments, keywords)
         except (values.NoPlainValue, peer.Refused) as error:
             raise TypeError(f"a value of this class cannot be handed over: {error}") from None
 
-    def perform(self, operation, number, arguments, keywords):
+    def perform(self, operation: Any, number: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """One of the operations on what was given."""
         value = self.given[number][0]
         if operation == peer.CALL:
@@ -105,17 +109,17 @@ class ProgramSide(peer.Peer):
         return getattr(type(value), name)(value, *arguments)
 
 
-def _is_own(kind):
+def _is_own(kind: type) -> bool:
     return values.members_of(kind).get("__module__") == NAME
 
 
-def _protocols(kind):
+def _protocols(kind: type) -> list[str]:
     """The methods of Python's protocols that a class or one of its bases defines."""
     bases = [values.members_of(base) for base in values.mro_of(kind)[:-1]]  # the last is object
     return [name for name in (*peer.ASKING, *peer.COMPARING) if any(base.get(name) is not None for base in bases)]
 
 
-def confine(limits, program):
+def confine(limits: dict[str, int], program: bytes) -> None:
     """Give up for good what untrusted code must not have: resources, then system calls.
 
     Raises OSError if it cannot be done.
@@ -138,7 +142,7 @@ def confine(limits, program):
             raise OSError(ctypes.get_errno(), "prctl")
 
 
-def main():
+def main() -> None:
     """Take one program after the other.
 
     Through the socket on stdin come two pipes, and a byte when the program is to end; a byte goes back when it has
@@ -166,12 +170,12 @@ def main():
         control.send(b"e")
 
 
-def run(reading, writing):
+def run(reading: int, writing: int) -> None:
     """Read limits, filter and program from the first line, then answer requests until the pipe closes."""
     requests = os.fdopen(reading, "rb")
     replies = os.fdopen(writing, "wb")
 
-    def write(line):
+    def write(line: bytes) -> None:
         replies.write(line)
         replies.flush()
 
@@ -186,7 +190,7 @@ def run(reading, writing):
     write(
         values.dumps({"confined": True})
     )  # what fails before is the sandbox's failure, what fails after the program's
-    known = {}
+    known: dict[str, type] = {}
     side = ProgramSide(requests.readline, write, known)
     try:
         module = load(first["program"])
@@ -205,7 +209,7 @@ def run(reading, writing):
             write(values.dumps({"error": {"kinds": ["MemoryError"], "args": []}, "nodes": []}))
 
 
-def load(program):
+def load(program: str) -> types.ModuleType:
     """Execute a program as a module."""
     module = sys.modules[NAME] = types.ModuleType(NAME)
     exec(compile(program, "<candidate>", "exec"), module.__dict__)

@@ -314,6 +314,7 @@ class Test:
         self.names = module.__dict__
         self.entry_point = task["entry_point"]
         self.shared: dict[str, type] = {}  # classes that the program has as well
+        self.missing: list[str] = []
         self.is_ready = True
         try:
             exec(_helpers(task["prompt"]), self.names)
@@ -335,11 +336,15 @@ class Test:
         named = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
         used = {node.id for node in named if not isinstance(node.ctx, ast.Store)}
         stored = {node.id for node in named if isinstance(node.ctx, ast.Store)}
-        stored |= {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        stored |= {
-            (alias.asname or alias.name).partition(".")[0] for alias in ast.walk(tree) if isinstance(alias, ast.alias)
-        }
-        stored |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                stored.add(node.name)
+            elif isinstance(node, ast.alias):
+                stored.add((node.asname or node.name).partition(".")[0])
+            elif isinstance(node, ast.arg):
+                stored.add(node.arg)
+            elif isinstance(node, ast.ExceptHandler) and node.name:
+                stored.add(node.name)
         missing = sorted(used - stored - {*self.names, *vars(builtins), self.entry_point})
         for name in (name for name in missing if name in sys.stdlib_module_names):
             self.names[name] = importlib.import_module(name)
@@ -352,7 +357,7 @@ class Test:
         return check
 
     def run(self, tested: EntryPoint, conversation: Conversation) -> None:
-        """Raise whatever the test raises. Names that it uses and does not define are the program's: its classes, say."""
+        """Raise whatever the test raises. Names that it uses and does not define are the program's, as its classes."""
         if not self.is_ready:
             self.names[self.entry_point] = tested
         for name in self.missing:

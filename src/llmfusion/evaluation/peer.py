@@ -6,6 +6,8 @@ what the test may ask of the program's is the rest. Standard library only: this 
 """
 
 import builtins
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 from llmfusion.evaluation.values import (
     IDENTIFIER,
@@ -13,18 +15,22 @@ from llmfusion.evaluation.values import (
     Decoder,
     Encoder,
     Malformed,
+    Node,
     NoPlainValue,
     Table,
     class_name,
     dumps,
     is_mutable,
     loads,
+    members_of,
     mro_of,
 )
 
 MAX_NESTING = 40  # calls within calls
 MAX_KINDS = 30  # classes that an exception is derived from
 TOO_LONG = "the reply is too long"
+Keywords = dict[str, Any] | None
+Outcome = tuple[Any, BaseException | None]  # a value, or the exception that there is instead
 CALL, NEXT, SEND, CLOSE, GET, SET, SPECIAL = "call", "next", "send", "close", "get", "set", "special"
 # Methods of Python's own protocols by what they may be given. None of the first sort learns what the test expects.
 ASKING = (
@@ -48,17 +54,17 @@ class Peer:
     A side says in :meth:`offer` what it hands out, in :meth:`accept` what it takes, in :meth:`perform` what it does.
     """
 
-    def __init__(self, read, write, known):
+    def __init__(self, read: Callable[[], bytes], write: Callable[[bytes], Any], known: dict[str, type]):
         self.read = read
         self.write = write
         self.known = known  # classes that both sides have, by name
-        self.given = []  # what this side has handed out, by number, with its kind
-        self.numbers = {}  # of these, by id
-        self.taken = {}  # what this side has been handed, by number: the same object every time
-        self.origins = {}  # numbers of these, by id
+        self.given: list[tuple[Any, str]] = []  # what this side has handed out, by number, with its kind
+        self.numbers: dict[int, int] = {}  # of these, by id
+        self.taken: dict[int, Any] = {}  # what this side has been handed, by number: the same object every time
+        self.origins: dict[int, int] = {}  # numbers of these, by id
         self.nesting = 0
 
-    def give(self, value, kind):
+    def give(self, value: Any, kind: str) -> int:
         """The number of an object that is handed out."""
         number = self.numbers.get(id(value))
         if number is None:
@@ -66,13 +72,13 @@ class Peer:
             self.given.append((value, kind))
         return number
 
-    def offer(self, value):
+    def offer(self, value: Any) -> Node:
         """The node of a value that is not plain. Raises :class:`NoPlainValue` for one that must not be handed out."""
         if id(value) in self.origins:
             return ["own", self.origins[id(value)]]
         return ["handle", *self.describe(value)]
 
-    def accept(self, node, decoder):
+    def accept(self, node: Node, decoder: Decoder) -> Any:
         """The object of a node that is not plain: one of this side's own, or what stands for one of the other's."""
         tag, *parts = node
         if tag == "own":
@@ -86,30 +92,30 @@ class Peer:
             self.keep(number, self.stand_in(*parts))
         return self.taken[number]
 
-    def keep(self, number, value):
+    def keep(self, number: int, value: Any) -> None:
         """Remember what stands for an object of the other side."""
         self.taken[number] = value
         self.origins[id(value)] = number
 
-    def given_at(self, number):
+    def given_at(self, number: Any) -> tuple[Any, str]:
         """What was handed out under a number, and its kind."""
         if type(number) is not int or not 0 <= number < len(self.given):
             raise Malformed("a number that was never given")
         return self.given[number]
 
-    def describe(self, value):
+    def describe(self, value: Any) -> Node:
         """Kind, number and whatever else the other side needs of a value that is not plain."""
         raise NotImplementedError
 
-    def stand_in(self, kind, number, *about):
+    def stand_in(self, kind: Any, number: Any, *about: Any) -> Any:
         """What stands for an object of the other side."""
         raise NotImplementedError
 
-    def perform(self, operation, number, arguments, keywords):
+    def perform(self, operation: Any, number: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Do what the other side asks for."""
         raise NotImplementedError
 
-    def request(self, operation, number, arguments=(), keywords=None):
+    def request(self, operation: str, number: int, arguments: Sequence[Any] = (), keywords: Keywords = None) -> Any:
         """Have the other side do something. Returns what it returns, raises what it raises.
 
         Arguments that it changed are changed here as well.
@@ -119,7 +125,7 @@ class Peer:
             raise error
         return value
 
-    def exchange(self, operation, number, arguments, keywords):
+    def exchange(self, operation: str, number: int, arguments: Sequence[Any], keywords: Keywords) -> Outcome:
         """Value and exception of a request. What this raises itself is a failure of the conversation."""
         table = Table()
         encoder = Encoder(table, self.offer, self.known)
@@ -131,7 +137,7 @@ class Peer:
             self.serve(answer)
         return self.finish(answer, Decoder(table, self.accept, self.known))
 
-    def finish(self, answer, decoder):
+    def finish(self, answer: dict[str, Any], decoder: Decoder) -> Outcome:
         """Value and exception of an answer, after the changes to the arguments were made."""
         if type(answer.get("refused")) is str:
             raise Refused(answer["refused"])
@@ -147,7 +153,7 @@ class Peer:
             return decoder.ref(answer["value"]), None
         return None, rebuilt_error(answer["error"], decoder)
 
-    def serve(self, message):
+    def serve(self, message: dict[str, Any]) -> None:
         """Answer one request."""
         table = Table()
         decoder = Decoder(table, self.accept, self.known)
@@ -170,11 +176,11 @@ class Peer:
             self.nesting -= 1
         self.write(self.answer(outcome, table, message["nodes"]))
 
-    def is_fatal(self, error):
+    def is_fatal(self, error: BaseException) -> bool:
         """Whether an exception ends the conversation instead of being told to the other side."""
         return False
 
-    def answer(self, outcome, table, received):
+    def answer(self, outcome: dict[str, Any], table: Table, received: list[Node]) -> bytes:
         """The line that tells a value or an exception, and the arguments that have changed meanwhile."""
         encoder = Encoder(table, self.offer, self.known)
         try:
@@ -183,7 +189,7 @@ class Peer:
             else:
                 message = {"error": self.told_error(outcome["error"], encoder)}
             changes = []
-            for number, (value, before) in enumerate(zip(list(table.objects), received)):
+            for number, (value, before) in enumerate(zip(list(table.objects), received, strict=False)):
                 if is_mutable(value, self.known) and not _are_same(node := encoder.node(value), before):
                     changes.append([number, node])
             return dumps({**message, "changes": changes, "nodes": encoder.nodes()})
@@ -192,18 +198,18 @@ class Peer:
         except OverflowError:
             return dumps({"refused": TOO_LONG})
 
-    def cannot_tell(self, name):
+    def cannot_tell(self, name: str) -> bytes:
         """The line for an answer of a class that cannot be told."""
         return dumps({"refused": name})
 
-    def told_error(self, error, encoder):
+    def told_error(self, error: BaseException, encoder: Encoder) -> dict[str, Any]:
         """What the other side needs to raise the same: classes, arguments, and the text where it is the class's own."""
         kinds = mro_of(type(error))[:MAX_KINDS]
-        parts = list(BaseException.args.__get__(error))
+        parts = list(members_of(BaseException)["args"].__get__(error))
         trial = Encoder(Table(), self.offer, self.known)
         try:
             trial.table.add(parts)
-            dumps(trial.nodes())
+            dumps({"nodes": trial.nodes()})
         except (NoPlainValue, OverflowError):
             parts = [_text_of(error)]
         return {
@@ -213,26 +219,26 @@ class Peer:
         }
 
 
-def _are_same(node, before):
+def _are_same(node: Node, before: Node) -> bool:
     """Whether two nodes tell the same; the order in which a set is told may differ."""
     if node[0] == "set" == before[0]:
         return {str(part) for part in node} == {str(part) for part in before}
     return node == before
 
 
-def is_builtin_error(kind):
+def is_builtin_error(kind: type) -> bool:
     """Whether this is one of Python's own exceptions."""
     return getattr(builtins, class_name(kind), None) is kind
 
 
-def _text_of(error):
+def _text_of(error: BaseException) -> str:
     try:
         return str.__str__(str(error))[:MAX_TEXT]
     except BaseException:
         return ""
 
 
-def rebuilt_error(about, decoder):
+def rebuilt_error(about: Any, decoder: Decoder) -> BaseException:
     """The exception behind what was told of one: of a class that this side has, and of the name it had."""
     if type(about) is not dict or type(about.get("args")) is not list or type(about.get("kinds")) is not list:
         raise Malformed("an error")
@@ -253,18 +259,19 @@ def rebuilt_error(about, decoder):
         return _derived(kinds[0], Exception, text)(*arguments)
 
 
-def _error_class(name, known):
+def _error_class(name: str, known: dict[str, type]) -> type[BaseException] | None:
     found = known.get(name, getattr(builtins, name, None))
     return found if isinstance(found, type) and issubclass(found, BaseException) else None
 
 
-def _derived(name, base, text):
+def _derived(name: str, base: type[BaseException], text: str | None) -> type[BaseException]:
     return type(name, (base,), {} if text is None else {"__str__": lambda self: text})
 
 
-def driven_generator(peer, number):
+def driven_generator(peer: Peer, number: int) -> Generator[Any, Any, Any]:
     """A generator that does what one of the other side does."""
-    operation, arguments = NEXT, ()
+    operation = NEXT
+    arguments: Sequence[Any] = ()
     while True:
         try:
             value = peer.request(operation, number, arguments)
@@ -275,26 +282,28 @@ def driven_generator(peer, number):
         except BaseException:  # thrown into it: the other one is closed, the exception goes on here
             peer.request(CLOSE, number)
             raise
-        operation, arguments = (NEXT, ()) if sent is None else (SEND, (sent,))
+        operation = NEXT if sent is None else SEND
+        arguments = () if sent is None else (sent,)
 
 
 class DrivenIterator:
     """An iterator that asks the other side for its next value."""
 
-    def __init__(self, peer, number):
-        self.peer, self.number = peer, number
+    def __init__(self, peer: Peer, number: int):
+        self.peer = peer
+        self.number = number
 
-    def __iter__(self):
+    def __iter__(self) -> "DrivenIterator":
         return self
 
-    def __next__(self):
+    def __next__(self) -> Any:
         return self.peer.request(NEXT, self.number)
 
 
-def driven_function(peer, number, name):
+def driven_function(peer: Peer, number: int, name: str) -> Callable[..., Any]:
     """A function that calls one of the other side."""
 
-    def function(*arguments, **keywords):
+    def function(*arguments: Any, **keywords: Any) -> Any:
         return peer.request(CALL, number, arguments, keywords)
 
     function.__name__ = function.__qualname__ = name

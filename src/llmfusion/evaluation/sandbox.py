@@ -27,7 +27,10 @@ from llmfusion.evaluation.seccomp import filter_program
 MEMORY = 1 << 30
 SOURCES = Path(__file__).parents[2]
 INSIDE = tuple(f"llmfusion/evaluation/{name}.py" for name in ("candidate", "peer", "values"))
-START = "import sys; sys.path.insert(0, '/program'); from llmfusion.evaluation.candidate import main; del sys.path[0]; main()"
+START = (
+    "import sys; sys.path.insert(0, '/program'); from llmfusion.evaluation.candidate import main; "
+    "del sys.path[0]; main()"
+)
 LIBRARIES = tuple(f"{folder}{width}" for folder in ("/usr/lib", "/lib") for width in ("", "32", "64", "x32"))
 LIBRARIES += ("/usr/local/lib", "/usr/local/lib64")
 REASONS = {signal.SIGALRM: "time limit"}  # of a test that the kernel ended, by signal; no other is the program's doing

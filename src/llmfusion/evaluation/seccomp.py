@@ -100,7 +100,7 @@ def filter_program(machine: str | None = None) -> bytes:
             code += [(EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSE)]
     for call in COMMANDS.values():
         block = _allowed_commands(call[2], call[3])
-        code += [(EQUAL, 0, len(block), call[column]), *block]
+        code += [(EQUAL, 0, len(block), (call[0], call[1])[column]), *block]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in [*code, (RETURN, 0, 0, ALLOW)])
 
 
@@ -117,5 +117,5 @@ def _allowed_commands(argument: int, allowed: tuple[int, ...]) -> list[Instructi
 
 
 def _low_half(argument: int) -> int:
-    """Offset of the lower 32 bits of an argument, all that the kernel reads of a command; both machines keep it first."""
+    """Offset of the lower 32 bits of an argument: all that the kernel reads of a command, and first in memory."""
     return ARGUMENTS + 8 * argument

@@ -11,7 +11,7 @@ import operator
 import sys
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from llmfusion.evaluation import peer, values
 
@@ -114,7 +114,7 @@ class TestSide(peer.Peer):
         if kind != "object":
             raise values.Malformed("an unknown kind of handle")
         class_number, name, protocols = about
-        out = object.__new__(self._class(class_number, name, protocols))
+        out: Any = object.__new__(cast(type, self._class(class_number, name, protocols)))
         object.__setattr__(out, "_side", self)
         object.__setattr__(out, "_number", number)
         return out

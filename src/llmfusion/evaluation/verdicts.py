@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmfusion.evaluation.judge import NOT_SUPPORTED
-from llmfusion.evaluation.verdict_log import resumed_verdicts
 from llmfusion.evaluation.task_format import Item, TaskFormat
+from llmfusion.evaluation.verdict_log import resumed_verdicts
 
 PASSED = "passed"
 WRONG = "wrong answer"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llmfusion.artifacts.store import Artifact
-from llmfusion.data.chat import TokenizedSample
+from llmfusion.data.chat import TokenizedSample, closings
 from llmfusion.data.samples import Sample
 from llmfusion.errors import UserError
 from llmfusion.fusion.distributions import HiddenStateDistribution, TeacherHead, TopKDistribution
@@ -96,8 +96,8 @@ class CachedTeacher:
         weight = head_for_device(weight, device)
         self.head = TeacherHead(weight, bias, torch.tensor(shared, device=device), vocabulary_size)
         self.shares_all_tokens = len(shared) == self.cache.facts["rows_of_head"]
-        self.student_eos = tokenizer.eos_token_id
-        self.teacher_eos = teacher_tokenizer.eos_token_id
+        self.student_closings = closings(tokenizer)
+        self.teacher_closings = closings(teacher_tokenizer)
         self._unchecked_head: tuple[Tensor, Tensor | None] | None = (weight, bias)  # until the first batch is read
 
     def projectors(self, student_width: int) -> None:
@@ -129,8 +129,12 @@ class CachedTeacher:
         Raises :class:`UserError` naming a sample that the cache lacks or labels differently.
         """
         parts = self.cache.batch(samples)
-        masks = [self._mask(s["id"], y, p["label_id"]) for s, y, p in zip(samples, labels, parts, strict=True)]
-        mask = torch.cat(masks).to(self.device)  # (N,)
+        matched = [self._match(s, y, p["label_id"]) for s, y, p in zip(samples, labels, parts, strict=True)]
+        mask = torch.cat([same for _, same in matched]).to(self.device)  # (N,)
+        parts = [
+            {name: rows if indices is None else rows[indices] for name, rows in part.items()}
+            for part, (indices, _) in zip(parts, matched, strict=True)
+        ]
         rows = {name: torch.cat([part[name] for part in parts]).to(self.device) for name in parts[0]}
         if self._unchecked_head:
             require_recomputed(self.name, self.cache, rows, *self._unchecked_head)
@@ -146,17 +150,36 @@ class CachedTeacher:
             _recompute_stats(distribution, flat_labels)
         return distribution
 
-    def _mask(self, sample: str, labels: Sequence[int], cached: Tensor) -> Tensor:
-        """1 where label ids are equal; 0 where both close the response, each with its own end token. (n,)"""
-        ours = torch.tensor(labels, dtype=cached.dtype)
-        if len(ours) == len(cached):
-            same = ours == cached
-            closing = (ours == self.student_eos) & (cached == self.teacher_eos)
-            if bool((same | closing).all()):
-                return same.float()
-        raise UserError(
-            f"teacher {self.name}: sample {sample}: its cached labels are not the student's; capture it again"
-        )
+    def _match(self, sample: Sample, labels: Sequence[int], cached: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The cached row of each label (n,), None for each its own; and 1 where both have the same label, else 0 (n,).
+
+        Labels may differ where both close a response, each as its own template does.
+        """
+        theirs = cached.tolist()
+        if theirs == list(labels):
+            return None, torch.ones(len(labels))
+        starts = self.cache.entry(sample["id"])["segment_starts"]
+        rows: list[int] = []
+        for start, stop in zip(starts, [*starts[1:], len(theirs)], strict=True):
+            length = self._segment_length(labels[len(rows) :], theirs[start:stop])
+            rows += [min(start + i, stop - 1) for i in range(length)]
+        if len(rows) != len(labels):
+            raise UserError(
+                f"teacher {self.name}: sample {sample['id']}: its cached labels are not the student's; capture it again"
+            )
+        return torch.tensor(rows), (cached[rows] == torch.tensor(labels, dtype=cached.dtype)).float()
+
+    def _segment_length(self, labels: Sequence[int], theirs: Sequence[int]) -> int:
+        """How many of ``labels`` are the response of the teacher's segment and a closing; 0 if they are not."""
+        for theirs_closing in self.teacher_closings:
+            response = theirs[: len(theirs) - len(theirs_closing)]
+            if [*response, *theirs_closing] != list(theirs) or list(labels[: len(response)]) != list(response):
+                continue
+            for closing in self.student_closings:
+                length = len(response) + len(closing)
+                if tuple(labels[len(response) : length]) == closing:
+                    return length
+        return 0
 
 
 def _require_same_vocabulary(name: str, cache: Artifact, tokenizer: Any, teacher_tokenizer: Any) -> None:

@@ -18,7 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from llmfusion.artifacts.store import Artifact
-from llmfusion.data.chat import TEMPLATES
+from llmfusion.data.chat import TEMPLATES, chat_format, closing_tokens
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io import progress_bars
 from llmfusion.io.safetensors import FLOATS, TensorInfo, read_headers
@@ -46,20 +46,8 @@ def load_tokenizer(model: Artifact | Path, chat_template: str | None) -> Any:
         tokenizer.pad_token = tokenizer.eos_token  # safe: labels are marked by position, never by id
     if not tokenizer.chat_template:
         tokenizer.chat_template = TEMPLATES.get(chat_template or "neutral", chat_template)
-    _check_template(tokenizer, folder)
+    chat_format(tokenizer)  # raises UserError for a template that is no Jinja or not safe; roles are checked by sample
     return tokenizer
-
-
-def _check_template(tokenizer: Any, folder: Path) -> None:
-    """Raise :class:`UserError` for a chat template that is no Jinja; roles are checked sample by sample."""
-    import jinja2
-
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"{folder}: the chat template, line {error.lineno}: {error.message}") from None
-    except jinja2.TemplateError:
-        pass
 
 
 def read_tokenizer(model: Artifact | Path) -> Any:
@@ -272,11 +260,11 @@ def _wrong_dtypes(state: dict[str, Any], stored: dict[str, TensorInfo]) -> list[
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's end token, and those the model's own generation settings add."""
+    """Ids that end an answer: the chat template's closing token, the end token, and those of the model's settings."""
     additional = model.generation_config.eos_token_id
     if not isinstance(additional, list):
         additional = [] if additional is None else [additional]
-    return sorted({tokenizer.eos_token_id, *additional})
+    return sorted({tokenizer.eos_token_id, *closing_tokens(tokenizer), *additional})
 
 
 def not_finite(state: dict[str, Any]) -> str | None:

@@ -1,9 +1,9 @@
 """Which teacher rows and which student rows predict the same text.
 
 Two models write the same response in different tokens. Each token covers a span of the response's UTF-8 bytes, and the
-end token behind a response covers one byte more, which no text has. Rows whose labels cover the same span predict the
-same thing after the same words (exact token alignment, DSKDv2). Bytes and not characters: byte-level tokens split
-characters.
+closing token behind a response, whichever it is, covers one byte more, which no text has. Rows whose labels cover the
+same span predict the same thing after the same words (exact token alignment, DSKDv2). Bytes and not characters:
+byte-level tokens split characters.
 
 A span is ``[start, end)``; the spans of a sample are an int64 tensor (rows, 2), its responses laid end to end.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llmfusion.data.samples import Sample
+from llmfusion.data.turns import split_edges
 from llmfusion.errors import UserError
 
 SPACE = "▁"  # SentencePiece's
@@ -76,17 +77,37 @@ def token_spans(vocabulary_bytes: Sequence[bytes], ids: Sequence[int], text: str
     """Spans (n, 2) of the tokens ``ids`` in ``text``; ``vocabulary_bytes`` are the tokenizer's :func:`token_bytes`.
 
     The tokens may start with a space that the text does not have (SentencePiece), which is cut off, and may leave out
-    the text's beginning (a raw text's first token is no label). ``None`` if they do not write the text otherwise, as
-    behind a tokenizer that normalises it.
+    the text's beginning (a raw text's first token is no label). They may lack white space at the text's edges, which
+    some chat templates trim, and have more of it at the end, which some print in front of the closing token. ``None``
+    if they do not write the text otherwise, as behind a tokenizer that normalises it.
     """
     tokens = [vocabulary_bytes[i] for i in ids]
-    written = b"".join(tokens)
-    whole = text.encode()
-    if not whole.endswith(written) and written != b" " + whole:
+    place = _place(b"".join(tokens), text)
+    if place is None:
         return None
+    offset, first, last = place
     lengths = torch.tensor([len(token) for token in tokens], dtype=torch.long)
-    ends = lengths.cumsum(0) + len(whole) - len(written)
-    return torch.stack([ends - lengths, ends], 1).clamp(min=0)
+    ends = lengths.cumsum(0) + offset
+    return torch.stack([ends - lengths, ends], 1).clamp(first, last)
+
+
+def _place(written: bytes, text: str) -> tuple[int, int, int] | None:
+    """Where ``written`` begins in the bytes of ``text``, and where what it covers begins and ends; None if nowhere."""
+    whole = text.encode()
+    if whole.endswith(written):
+        return len(whole) - len(written), 0, len(whole)
+    before, body, behind = (part.encode() for part in split_edges(text))
+    start = written.find(body)
+    if start < 0 or not body:
+        return None
+    leading = written[:start]
+    trailing = written[start + len(body) :]
+    if not before.endswith(leading):
+        leading = leading.removeprefix(b" ")  # SentencePiece's
+    if not before.endswith(leading) or trailing.strip():
+        return None
+    kept = next(n for n in range(len(trailing), -1, -1) if behind.startswith(trailing[:n]))
+    return len(before) - start, len(before) - len(leading), len(before) + len(body) + kept
 
 
 def row_spans(
@@ -94,8 +115,8 @@ def row_spans(
 ) -> Tensor:
     """Spans (rows, 2) of a sample's label rows.
 
-    ``starts`` are the first rows of the responses ``texts``; the last label of each is its end token. In a response
-    whose tokens do not write its text, all but the end token get empty spans, which match nothing.
+    ``starts`` are the first rows of the responses ``texts``; the last label of each is its closing token. In a response
+    whose tokens do not write its text, all but the closing token get empty spans, which match nothing.
     """
     parts = []
     base = 0

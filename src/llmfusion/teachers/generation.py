@@ -1,4 +1,4 @@
-"""SeqKD: a source model's greedy answers, in its own chat template, ended by its own end token."""
+"""SeqKD: a source model's greedy answers, in its own chat template, ended by the template's closing token."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from llmfusion.data.chat import prompt_text
+from llmfusion.data.chat import chat_format, prompt_ids
 from llmfusion.data.rejections import Rejected
 from llmfusion.data.samples import Sample
 from llmfusion.models.loading import end_tokens
@@ -20,8 +20,8 @@ def answer_all(
     """The samples with the last assistant turn replaced by the model's answer, in the given order.
 
     Earlier turns keep their gold text. Left out and counted in ``rejected``: prompts that leave no room (``too
-    long``), answers without an end token within ``max_length`` tokens, prompt included (``unfinished``), and without
-    text (``empty``).
+    long``) or that the template refuses, answers without a closing token within ``max_length`` tokens, prompt included
+    (``unfinished``), and without text (``empty``).
     """
     prompts = _prompts(tokenizer, samples, max_length, rejected)
     # generate() takes what its settings leave open from the model's own, which may bring a repetition penalty
@@ -44,9 +44,10 @@ def _prompts(tokenizer: Any, samples: Sequence[Sample], max_length: int, rejecte
     """Token ids of the prompts that leave room for an answer, by the sample's number."""
     prompts: dict[int, list[int]] = {}
     for i, sample in enumerate(samples):
-        text = prompt_text(sample["messages"][:-1], tokenizer)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) < max_length:
+        ids = prompt_ids(sample["messages"][:-1], tokenizer)
+        if isinstance(ids, str):
+            rejected.add(ids, sample["id"])
+        elif len(ids) < max_length:
             prompts[i] = ids
         else:
             rejected.add("too long", sample["id"])
@@ -71,7 +72,8 @@ def _answer_batch(
     for prompt, tokens in zip(prompts, generated[:, ids.shape[1] :].tolist(), strict=True):
         end = next((i for i, token in enumerate(tokens[: max_length - len(prompt)]) if token in ends), None)
         answers.append(None if end is None else tokenizer.decode(tokens[:end], skip_special_tokens=True))
-    return answers
+    space = chat_format(tokenizer).closings[0].space  # that the template prints between an answer and its closing token
+    return [None if answer is None else answer.removesuffix(space) for answer in answers]
 
 
 def _pad_left(prompts: list[list[int]], pad_token: int) -> tuple[Tensor, Tensor]:

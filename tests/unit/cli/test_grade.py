@@ -98,11 +98,13 @@ def test_missing_files_and_limits_that_cannot_be_meant_are_refused(
         assert message in capsys.readouterr().err
 
 
-def test_a_broken_test_of_an_item_is_told_and_nothing_is_written(
+def test_a_broken_test_of_an_item_is_told_and_costs_no_other_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = {"item": {**ITEMS["code"][0], "test": "def check(f:\n"}, "answer": "    return x\n"}
-    source, target = files(tmp_path, json.dumps(row))
-    assert main(["grade", "code", source, target]) == 1
-    assert "no verdict, and not by the program's doing" in capsys.readouterr().err
-    assert not Path(target).exists()
+    item = ITEMS["code"][0]
+    rows = [{"item": one, "answer": "    return 2 * x\n"} for one in (item, {**item, "test": "def check(f:\n"}, item)]
+    found = graded(tmp_path, "code", *rows)
+    assert [row["right"] for row in found] == [True, False, True]
+    assert found[1]["reason"].startswith("test not supported: its prompt or its test is no proper program (SyntaxError")
+    assert "warning: 1 of 3 tests cannot be run here, which says nothing about" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

@@ -2,7 +2,8 @@ import copy
 
 import pytest
 
-from llmfusion.data.chat import encode, prompt_text
+from llmfusion.data.chat import closing_tokens, encode, prompt_ids, prompt_text, turn_headers
+from llmfusion.errors import UserError
 from tests.unit.stand_ins import question
 
 ONE = question("1", "What is 2 plus 3?", "2 + 3 = 5")
@@ -98,8 +99,95 @@ def test_a_pad_token_equal_to_the_end_token_takes_no_label_away(tokenizer):
     assert encode(ONE, other, 99) == encode(ONE, tokenizer, 99)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_named(tokenizer):
+def test_a_template_that_counts_the_turns_loses_none(tokenizer):
+    """The conversation is rendered once, whole: no part of it need be the beginning of another rendering."""
     other = copy.deepcopy(tokenizer)
-    other.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert encode(MANY, other, 99) == "template rewrites history"
-    assert encode(ONE, other, 99).label_ids == encode(ONE, tokenizer, 99).label_ids
+    other.chat_template = "{{ messages | length }}: {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    for sample in (ONE, MANY):
+        assert encode(sample, other, 99).label_ids == encode(sample, tokenizer, 99).label_ids
+
+
+@pytest.mark.parametrize(
+    "content", ["{{ m['content'] | upper }}", "{{ m['content'] }}{{ m['content'] }}", "{{ m['content'][3:] }}", ""]
+)
+def test_a_template_that_changes_an_answer_is_named(tokenizer, content):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}[" + content + "]{% endfor %}"
+    assert encode(MANY, other, 99) == "template changes an answer"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no') }}", "template refuses it"),
+        ("\n{{ messages[9]['content'] }}", "template fails: UndefinedError, line 2"),
+        ("{{ 1 / 0 }}", "template fails: ZeroDivisionError, line 1"),
+    ],
+)
+def test_a_template_that_fails_is_named_with_its_line(tokenizer, template, reason):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    assert encode(MANY, other, 99) == prompt_ids(MANY["messages"][:-1], other) == reason
+
+
+def test_a_template_that_never_ends_stops_everything_and_loses_no_sample_silently(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (
+        "{% for m in messages %}{% if 'apples' in m.content %}{{ 'a' * 10**10 }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(UserError, match="the chat template, line 1: it does more work"):
+        encode(MANY, other, 99)
+
+
+@pytest.mark.parametrize("close", ["", "\n", " [end] "])
+def test_where_a_template_closes_no_answer_the_end_token_does(tokenizer, close):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}" + close + "{% endfor %}"
+    encoded = encode(MANY, other, 200)
+    assert labels(encoded, tokenizer) == f"Hello!{END}12 apples{END}Bye.{END}"
+
+
+def test_a_template_that_closes_only_earlier_answers_closes_the_last_one_alike(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
+    other.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}{{ '\\n<|stop|>' }}{% endif %}{% endfor %}"
+    )
+    closed = "\n<|stop|>"
+    encoded = encode(MANY, other, 99)
+    assert other.decode(encoded.label_ids) == f"Hello!{closed}12 apples{closed}Bye.{closed}"
+    assert closing_tokens(other) == [other.convert_tokens_to_ids("<|stop|>")]
+
+
+def test_the_heads_of_the_neutral_templates_turns_end_an_answer(tokenizer):
+    assert turn_headers(tokenizer) == ["\nUser:", "\nAssistant:"]
+
+
+def test_of_several_templates_the_default_is_taken_and_another_is_refused(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ 1 }}"}
+    assert encode(ONE, other, 99) == encode(ONE, tokenizer, 99)
+    other.chat_template = {"tool_use": "{{ 1 }}"}
+    with pytest.raises(UserError, match=r"\['tool_use'\], none is called 'default'"):
+        encode(ONE, other, 99)
+
+
+def test_a_special_token_written_out_in_a_text_or_an_answer_is_text(tokenizer):
+    said = f"Write {END} at the end"
+    for sample in ({"text": said}, question("x", said, said)):
+        encoded = encode(sample, tokenizer, 99)
+        assert list(encoded.ids).count(tokenizer.eos_token_id) == 1
+        assert said in tokenizer.decode(encoded.ids)
+
+
+def test_white_space_that_a_token_takes_behind_it_is_missing_in_the_prompt_as_in_the_whole_text(tokenizer):
+    """The tokens of Phi 3 take the line break behind them: "<|end|>\\n" is one token."""
+    from tokenizers import AddedToken
+
+    other = copy.deepcopy(tokenizer)
+    names = ("<|user|>", "<|assistant|>", "<|stop|>")
+    other.add_special_tokens({"additional_special_tokens": [AddedToken(n, special=True, rstrip=True) for n in names]})
+    other.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|stop|>\n{% endfor %}"
+    encoded = encode(MANY, other, 99)
+    expected = other.apply_chat_template(MANY["messages"], tokenize=True, return_dict=False)
+    assert list(encoded.ids) == expected

@@ -72,20 +72,34 @@ WRONG = {
     "equal to everything": ("    class E(int):\n        __eq__ = lambda s, o: True\n    return E(5)\n", "wrong answer"),
     "patched builtins": (
         ("    return 0\n\nimport builtins\nbuiltins.int = lambda v: 4\nbuiltins.issubclass = lambda *a: True\n"),
-        "TypeError",
+        "the program ended",
     ),
-    "an exception called passed": ("    class passed(Exception):\n        pass\n    raise passed\n", "no proper reply"),
-    "forged error passed": (FORGE.format(line='b\'{"error": "passed"}\\n\''), "no proper reply"),
-    "forged error of many words": (FORGE.format(line='b\'{"error": "all tests went well"}\\n\''), "no proper reply"),
-    "forged values": (FORGE.format(line="b'{\"ready\": null}\\n' + b'{\"value\": true}\\n' * 9"), "wrong answer"),
+    "an exception called passed": (
+        "    class passed(Exception):\n        pass\n    raise passed\n",
+        "an exception called passed",
+    ),
+    "forged error passed": (FORGE.format(line='b\'{"failed": "passed"}\\n\''), "passed while loading"),
+    "forged error of many words": (FORGE.format(line='b\'{"failed": "all tests went well"}\\n\''), "no proper reply"),
+    "forged values": (
+        FORGE.format(line='b\'{"ready": true}\\n\' + b\'{"value": true, "nodes": []}\\n\' * 9'),
+        "wrong answer",
+    ),
+    "forged exceptions": (
+        FORGE.format(line="""b'{"ready": true}\\n{"error": {"kinds": ["passed"], "args": []}, "nodes": []}\\n'"""),
+        "no proper reply",
+    ),
+    "a forged complex number": (
+        FORGE.format(line="""b'{"ready": true}\\n{"value": {"complex": {}}, "nodes": []}\\n'"""),
+        "no proper reply",
+    ),
     "forged nonsense": (FORGE.format(line="b'[[[\\n'"), "no proper reply"),
     "forged depth": (FORGE.format(line="b'[' * 60000 + b'\\n'"), "no proper reply"),
     "forged NaN": (
-        FORGE.format(line='b\'{"ready": null}\\n{"value": NaN}\\n\''),
-        "the test could not use the answer: ValueError",
+        FORGE.format(line='b\'{"ready": true}\\n{"value": NaN, "nodes": []}\\n\''),
+        "no proper reply",
     ),
-    "reply too long": ("    return 'x' * 2_000_000\n", "the reply is too long"),
-    "no plain value": ("    return object()\n", "NoPlainValue"),
+    "reply too long": ("    return 'x' * 40_000_000\n", "the reply is too long"),
+    "no plain value": ("    return object()\n", "no plain value"),
     "endless reply": (
         (
             "    import os\n    for fd in range(3, 64):\n        try:\n            while True:\n"
@@ -93,7 +107,7 @@ WRONG = {
         ),
         "the reply is too long",
     ),
-    "an endless list": ("    a = []\n    a.append(a)\n    return a\n", "NoPlainValue"),
+    "an endless list": ("    a = []\n    a.append(a)\n    return a\n", "wrong answer"),
     "memory": ("    return bytearray(8 << 30)\n", "MemoryError"),
     "a large file": (
         "    with open('/tmp/x', 'wb') as f:\n        f.write(b'x' * (8 << 20))\n    return x + x\n",
@@ -132,7 +146,8 @@ def test_an_endless_program_ends_at_the_time_limit(completion: str) -> None:
 
 def test_a_program_that_forges_replies_and_never_reads_cannot_hold_the_scorer() -> None:
     forged = (
-        FORGE.format(line="b'{\"ready\": null}\\n' + b'{\"value\": true}\\n' * 9") + "import time\ntime.sleep(60)\n"
+        FORGE.format(line='b\'{"ready": true}\\n\' + b\'{"value": true, "nodes": []}\\n\' * 9')
+        + "import time\ntime.sleep(60)\n"
     )
     long = "def check(candidate):\n    for _ in range(5):\n        candidate([0] * 100000)\n"
     began = time.monotonic()
@@ -183,7 +198,7 @@ def test_files_environment_and_processes_of_this_machine_are_out_of_sight(
         assert value_of(f"os.path.exists({str(path)!r})") is False
     assert set(value_of("dict(os.environ)")) <= {"LC_CTYPE", "PWD"}
     assert value_of("sorted(os.listdir('/'))") == sorted(
-        {"candidate.py", "dev", "etc", "usr", "root", "lib", "lib64"} & set(value_of("os.listdir('/')"))
+        {"program", "dev", "etc", "usr", "root", "lib", "lib64"} & set(value_of("os.listdir('/')"))
     )
     assert value_of("os.listdir('/etc')") == ["ld.so.cache"]
     assert value_of("os.access('/', os.W_OK) or os.access('/dev', os.W_OK) or os.access('/usr/lib', os.W_OK)") is False
@@ -223,8 +238,7 @@ NEEDED = {
     "prctl": [(15, 0), (16, 0), (0x53564D41, 0)],
 }
 REACHING = {
-    "fcntl": [(4, 0x2000), (4, 0x2800), (5, 0), (6, 0), (7, 0), (8, 1), (9, 0), (10, 19), (11, 0), (15, 0), (16, 0)]
-    + [(36, 0), (37, 0), (38, 0), (1024, 0), (1025, 0), (1026, 0), (1031, 0), (1033, 0), (1036, 0), (2**32 - 1, 0)],
+    "fcntl": [(4, 0x2000), (4, 0x2800), *((n, 1) for n in (*range(5, 17), 36, 37, 38, *range(1024, 1030)))],
     "ioctl": [(0x5452, 1), (0x8901, 1), (0x8902, 1), (0x5412, 0), (0x540E, 0), (0x5410, 1), (0x40085203, 0)],
     "prctl": [(1, 9), (4, 1), (8, 1), (22, 2), (35, 1), (36, 1), (38, 1), (47, 2), (59, 1), (62, 1), (0x59616D61, 1)],
 }
@@ -285,7 +299,11 @@ def test_the_numbers_are_the_kernels(column: int) -> None:
 
 
 def test_the_test_cannot_be_read() -> None:
-    look = "    import gc\n    word = 't3rc3s'[::-1]\n    return any(word in str(o) for o in gc.get_objects())\n"
+    look = (
+        "    import gc\n    word = 't3rc3s'[::-1]\n    for o in gc.get_objects():\n        try:\n"
+        "            if word in str(o):\n                return True\n        except NameError:\n            pass\n"
+        "    return False\n"
+    )
     assert judged(look, "def check(candidate):\n    's3cr3t'\n    assert candidate(1) is False\n") == (True, "passed")
 
 
@@ -308,7 +326,7 @@ def test_a_test_that_a_value_keeps_busy_ends_at_the_time_limit(body: str) -> Non
     [
         ("    import os\n    os._exit(0)\n", "the program ended"),
         ("    while True:\n        pass\n", "time limit"),
-        ("    return 'x' * 9_000_000\n", "the reply is too long"),
+        ("    return 'x' * 40_000_000\n", "the reply is too long"),
     ],
 )
 def test_a_test_that_swallows_the_end_of_a_program_has_proved_nothing(completion: str, reason: str) -> None:
@@ -332,15 +350,37 @@ def test_an_expected_exception_is_the_builtin_one_of_its_name() -> None:
     )
     assert judged("    raise ValueError('x')\n", expects) == (True, "passed")
     assert judged("    raise KeyError('x')\n", expects) == (False, "KeyError")
-    assert (
-        judged("    b''.decode('utf-8') or '\\udc00'.encode()\n", expects)[0] is False
-    )  # a UnicodeEncodeError wants five arguments
+    # a UnicodeEncodeError is a ValueError, and wants five arguments
+    assert judged("    b''.decode('utf-8') or '\\udc00'.encode()\n", expects) == (True, "passed")
     assert judged("    raise AssertionError\n") == (False, "AssertionError")
 
 
-def test_an_argument_that_cannot_be_told_is_the_tests_fault() -> None:
-    with pytest.raises(UserError, match="gives the program an argument that is no plain value"):
-        verdict(task("    return x\n", "def check(candidate):\n    assert candidate(lambda: 1)\n"))
+def test_an_argument_that_cannot_be_told_is_the_tests_fault_and_no_failure_of_the_program() -> None:
+    odd = (
+        "class Odd:\n    pass\n\ndef check(candidate):\n    try:\n        candidate(Odd())\n"
+        "    except Exception:\n        pass\n"
+    )
+    why = "test not supported: it gives the program a value of class Odd, which it does not have"
+    assert judged("    return x\n", odd) == (False, why)
+
+
+def test_a_verdict_of_one_test_leaves_all_others_as_they_are() -> None:
+    odd = "def check(candidate):\n    candidate(object())\n"
+    tasks = [task("    return 2 * x\n"), task("    return x\n", odd), task("    return 2 * x\n", "def check(:")]
+    found = list(verdicts([*tasks, task("    return x\n"), task("    return 2 * x\n")], jobs=2))
+    assert [v["passed"] for v in found] == [True, False, False, False, True]
+    assert [v["reason"][:20] for v in found[1:3]] == ["test not supported: "] * 2
+    assert found[3]["reason"] == "wrong answer"
+
+
+def test_a_reason_says_where_and_what() -> None:
+    wrong = verdict(task("    return x\n"))
+    assert wrong["detail"] == "line 2 of the test: assert candidate(2) == 4"
+    raised = verdict(task("    raise ValueError('no \\n\\x1b[31m good')\n"))
+    assert raised["reason"] == "ValueError"
+    assert raised["detail"] == "line 2 of the test: assert candidate(2) == 4: no \\n\\x1b[31m good"
+    assert verdict(task("    return object()\n"))["detail"] == "object"
+    assert "detail" not in verdict(task("    return 2 * x\n"))
 
 
 def test_time_lost_before_the_program_runs_is_not_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,8 +429,9 @@ def test_tests_do_not_see_what_others_left() -> None:
     ],
 )
 def test_a_broken_test_is_not_the_programs_failure(test: str, message: str) -> None:
-    with pytest.raises(UserError, match=rf"task t: no verdict, and not by the program's doing: .*{message}"):
-        verdict(task("    return 2 * x\n", test))
+    found = verdict(task("    return 2 * x\n", test))
+    assert found["passed"] is False
+    assert re.match(f"test not supported: .*{message}", found["reason"])
 
 
 def test_a_sandbox_that_fails_is_not_the_programs_failure(monkeypatch: pytest.MonkeyPatch) -> None:

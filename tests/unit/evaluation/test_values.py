@@ -1,10 +1,11 @@
 """Values across the wall: plain ones come back in value, type and identity, everything else is refused."""
 
+import contextlib
 import json
 import math
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 from http import HTTPStatus
@@ -48,9 +49,9 @@ Point = namedtuple("Point", "x y")
 MONDAY = datetime(2024, 1, 1, 12, 30, 1, 5, tzinfo=timezone(timedelta(hours=2)))
 OTHERS = [
     Point(1, [2]), range(5, 0, -2), slice(1, None, 2), bytearray(b"x"), array("d", [1.5, math.inf]), Ellipsis,
-    NotImplemented, int, type(None), OrderedDict([(2, 1), (1, 2)]), defaultdict(list, {1: [2]}), deque([1, 2], maxlen=2),
-    MONDAY, time(1, 2, fold=1), timezone.utc, Decimal("-0.00"), Fraction(-1, 3), {1: 2}.keys(), {1: 2}.items(),
-    date(1, 1, 1), 7**20_000, "\ud83d\udc00", "\udc80", (), frozenset({(1, 2)}),
+    NotImplemented, int, type(None), OrderedDict([(2, 1), (1, 2)]), defaultdict(list, {1: [2]}),
+    deque([1, 2], maxlen=2), MONDAY, time(1, 2, fold=1), UTC, Decimal("-0.00"), Fraction(-1, 3), {1: 2}.keys(),
+    {1: 2}.items(), date(1, 1, 1), 7**20_000, "\ud83d\udc00", "\udc80", (), frozenset({(1, 2)}),
 ]  # fmt: skip
 
 
@@ -304,10 +305,8 @@ JSON = st.recursive(
 @settings(max_examples=500, deadline=None, database=None, derandomize=True)
 @given(JSON, st.lists(st.lists(JSON, min_size=1), max_size=4))
 def test_any_nodes_give_a_value_or_are_malformed(ref: Any, nodes: Any) -> None:
-    try:
+    with contextlib.suppress(Malformed):
         built({"refs": [ref], "nodes": nodes})
-    except Malformed:
-        pass
 
 
 @pytest.mark.parametrize(

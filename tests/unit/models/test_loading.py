@@ -143,6 +143,25 @@ def test_a_tokenizer_without_a_chat_template_gets_the_studys(tmp_path, tokenizer
     assert load_tokenizer(tmp_path, asked).chat_template == used
 
 
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ broken", "the chat template, line 1: unexpected end of template"),
+        ("\n{% for m in messages %}{{ 'a' * 10**10 }}{% endfor %}", "the chat template, line 2: it does more work"),
+        ("{{ messages[0].__class__ }}", "the chat template, line 1: it reads '__class__'"),
+        ("{% include '/etc/passwd' %}", "the chat template, line 1: the tag 'include' is not allowed"),
+    ],
+)
+def test_a_chat_template_that_is_no_jinja_or_not_safe_is_refused_with_its_folder_and_line(
+    tmp_path, tokenizer, template, error
+):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=error) as raised:
+        load_tokenizer(tmp_path, None)
+    assert str(raised.value).startswith(str(tmp_path))
+
+
 def test_a_tokenizer_without_an_end_token_is_refused_and_one_without_a_pad_token_pads_with_it(tmp_path, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.pad_token = None
@@ -193,10 +212,15 @@ def test_what_changes_token_ids_changes_a_vocabulary(tokenizer, change):
     assert changed(tokenizer, change) != vocabulary_sha256(tokenizer)
 
 
-@pytest.mark.parametrize(("more", "expected"), [(None, [7]), (7, [7]), (3, [3, 7]), ([9, 7], [7, 9])])
-def test_an_answer_ends_with_the_tokenizers_end_token_or_the_models(more: object, expected: list[int]) -> None:
+@pytest.mark.parametrize(("more", "expected"), [(None, []), (0, []), (3, [3]), ([9, 0], [9])])
+def test_an_answer_ends_with_the_tokenizers_end_token_the_models_and_the_templates(tokenizer, more, expected):
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=more))
-    assert end_tokens(model, SimpleNamespace(eos_token_id=7)) == expected
+    assert tokenizer.eos_token_id == 0
+    assert end_tokens(model, tokenizer) == sorted({0, *expected})
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
+    other.chat_template = "{% for m in messages %}{{ m['content'] }}<|stop|>{% endfor %}"
+    assert end_tokens(model, other) == sorted({0, *expected, other.convert_tokens_to_ids("<|stop|>")})
 
 
 def test_a_tokenizer_is_read_as_it_is_whatever_class_its_settings_name(tmp_path, tokenizer):

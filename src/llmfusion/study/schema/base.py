@@ -1,14 +1,16 @@
 """What all sections of a study share: strict models, names, addresses."""
 
 import re
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from llmfusion.io.templates import Style
 
 RESERVED = "results"  # the folder that addresses are relative to (llmfusion.study.addresses.results_index)
 LONGEST_PATH = 1000  # bytes; what is made lies below, and Linux has 4096 for all of it
 LONGEST_FILE_NAME = 255
-LONGEST_TEMPLATE = 50_000  # characters; the chat templates of models have up to 15,000
 REPOSITORY = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 
 
@@ -64,28 +66,26 @@ class Licensed(Section):
     )
 
 
-def template_fields(text: str) -> set[str]:
-    """Names a Jinja template reads. Raises ValueError, in the user's words, if it cannot be parsed.
+def template_fields(text: str, style: "Style", **example: Any) -> frozenset[str]:
+    """Names that a Jinja template reads.
 
-    Nothing of the template is computed: Jinja's own compiler evaluates constants, and ``'a' * 10**10`` is one.
+    Raises ValueError, in the user's words, if it cannot be compiled, or does what no template must do when it is
+    rendered with ``example``. Where it fails with an example otherwise, it may still be right for what it is meant for.
     """
-    import jinja2.meta
+    from llmfusion.io.templates import TemplateError, UnsafeTemplate, compiled
 
-    class FieldFinder(jinja2.meta.TrackingCodeGenerator):
-        def __init__(self, environment: jinja2.Environment):
-            super().__init__(environment)
-            self.optimizer = None
-
-        def _output_child_to_const(self, *arguments: Any) -> str:
-            raise jinja2.nodes.Impossible
-
-    if len(text) > LONGEST_TEMPLATE:
-        raise ValueError(f"has {len(text):,} characters; a template has at most {LONGEST_TEMPLATE:,}")
     try:
-        finder = FieldFinder(jinja2.Environment())
-        finder.visit(finder.environment.parse(text))
-        return finder.undeclared_identifiers
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"is no Jinja template: {error.message}") from None
-    except RecursionError:
-        raise ValueError("is no Jinja template that can be used: it is nested too deeply") from None
+        template = compiled(text, "line", style)
+        template.render(**example)
+    except UnsafeTemplate as error:
+        raise ValueError(f"is no safe Jinja template: {_at_line(error)}") from None
+    except TemplateError as error:
+        if error.summary:
+            return template.fields
+        raise ValueError(f"is no Jinja template: {_at_line(error)}") from None
+    return template.fields
+
+
+def _at_line(error: Exception) -> str:
+    """The message without the template's name, which the place in the study says."""
+    return str(error).removeprefix("line, ").removeprefix("line: ")

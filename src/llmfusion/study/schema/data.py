@@ -239,7 +239,8 @@ class TaskPrompt(Section):
     @field_validator("prompt")
     @classmethod
     def _prompt(cls, text: str | None) -> str | None:
-        unknown = sorted(template_fields(text or "") - set(ITEM_FIELDS))
+        example = {field: ["a"] if field == "choices" else "a" for field in ITEM_FIELDS}
+        unknown = sorted(template_fields(text or "", "prompt", **example) - set(ITEM_FIELDS))
         if unknown:
             raise ValueError(
                 f"reads {', '.join(unknown)}; items have: {', '.join(ITEM_FIELDS)} (by layout, docs/extending.md)"

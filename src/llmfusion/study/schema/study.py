@@ -101,7 +101,8 @@ class BuiltinSections(Section):
                 raise ValueError(
                     f"got {text!r}; expected neutral, or a Jinja template that prints the messages with {{{{ ... }}}}"
                 )
-            template_fields(text)
+            example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            template_fields(text, "chat", messages=example, bos_token="", eos_token="", add_generation_prompt=False)
         return text
 
 
