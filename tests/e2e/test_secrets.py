@@ -13,6 +13,7 @@ from urllib.parse import quote
 import pytest
 
 from llmfusion import ROOT
+from llmfusion.io.offline import VARIABLES
 from tests.project import environment
 
 PASSWORD = "s3cr3t/päss@1"
@@ -87,6 +88,7 @@ def test_a_step_that_fails_at_the_hub_keeps_and_prints_no_password(tmp_path, ser
     secret = {
         "HF_ENDPOINT": f"{ENDPOINTS[endpoint]}127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path.with_name("hub")),
+        **dict.fromkeys(VARIABLES, "0"),  # not offline, as other tests are
         "HF_DEBUG": "1",  # the client then prints each request as a command for curl, headers included
     }
     done = subprocess.run(words, cwd=tmp_path, env={**environment(), **secret}, capture_output=True, text=True)
@@ -107,6 +109,7 @@ def test_a_workflow_whose_jobs_fail_at_the_hub_keeps_and_prints_no_password(tmp_
     secret = {
         "HF_ENDPOINT": f"{ENDPOINTS['encoded']}127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path.with_name("hub")),
+        **dict.fromkeys(VARIABLES, "0"),  # not offline, as other tests are
     }
     done = subprocess.run(
         [*words, "--configfile", str(tmp_path / "study.yaml")],

@@ -68,7 +68,7 @@ class TaskFormat:
     def _template_problems(self, key: str) -> Iterator[str]:
         """Why a text with Jinja in it cannot be parsed, if so: before a job asks it."""
         try:
-            template_fields(getattr(self, key))
+            template_fields(getattr(self, key), "prompt")
         except ValueError as error:
             yield f"{key} {error}"
 
