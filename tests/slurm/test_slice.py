@@ -1,6 +1,5 @@
 """The literal profile on a real SLURM: what jobs ask for and get, a second attempt, an array, and the same table."""
 
-import time
 from collections.abc import Callable
 
 import pytest
@@ -33,13 +32,11 @@ def test_without_slurm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_slice_runs_through_the_profile_and_gives_the_local_table(on_slurm: Callable[..., OnSlurm]) -> None:
     run = on_slurm("slice")
-    began = time.monotonic()
     main = run.start()
     wait(lambda: any(job["JobState"] == "RUNNING" for job in run.jobs("wildcards_sft")) or main.poll() is not None, 300)
     [first] = run.jobs("wildcards_sft")
     run.slurm.ask("scancel", first["JobId"])  # so that there is a second attempt
     run.finish(main)
-    assert time.monotonic() - began < 360
     run.same_as_undisturbed()
 
     first, second = run.jobs("wildcards_sft")

@@ -14,7 +14,7 @@ from llmfusion.study.schema.study import Study
 
 def read_study(file: str | Path) -> Study:
     """Read and check one study file. Raises :class:`StudyError` with every mistake in it."""
-    name = _short_path(Path(file))
+    name = short_path(Path(file))
     try:
         raw, lines = strict_yaml.load(file)
     except OSError as error:
@@ -32,7 +32,7 @@ def read_study(file: str | Path) -> Study:
     return study
 
 
-def _short_path(file: Path) -> str:
+def short_path(file: Path) -> str:
     """A path for messages: relative to the working directory or the clone if it lies in one of them."""
     for base in (Path.cwd(), ROOT):
         if file.resolve().is_relative_to(base):
