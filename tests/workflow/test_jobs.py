@@ -70,7 +70,8 @@ def test_what_fails_before_the_log_is_opened_is_printed_too(fresh: Path, step: C
     file = fresh / "src/llmfusion/steps/stage_dataset.py"
     file.write_text("import nothing_of_this_name\n" + file.read_text())
     output = snakemake(fresh, TARGET, "-f", *COMMANDS["plain"], fails=True)
-    assert "ModuleNotFoundError: No module named 'nothing_of_this_name'" in output
+    printed = output.split(f"Logfile logs/{ADDRESS}.log:\n")[1]
+    assert "ModuleNotFoundError: No module named 'nothing_of_this_name'" in printed
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
