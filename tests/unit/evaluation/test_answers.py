@@ -70,6 +70,62 @@ def test_shots_are_the_first_of_the_items_subject_with_their_solutions() -> None
         with_shots([{"q": "x", "subject": "b"}], examples, 2, "{{ q }}", "{{ a }}")
 
 
+def test_a_question_is_asked_with_the_ids_that_stand_before_an_answer_in_training(
+    tmp_path: Path, pivot: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the template's own generation prompt is another, and where the question writes out a special token."""
+    from llmfusion.data.chat import encode
+    from llmfusion.models.loading import load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(pivot, None)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    texts = ["What is 1 plus 2?", "What does <|end|> mean?", "12 apples"]
+    items = [{"item": i, "question": text, "answer": "5"} for i, text in enumerate(texts)]
+    model = load_model(pivot, "float32")
+    asked: list[list[int]] = []
+    generate = model.generate
+
+    def spy(input_ids: Any, attention_mask: Any, **options: Any) -> Any:
+        asked.extend(row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True))
+        return generate(input_ids=input_ids, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(model, "generate", spy)
+    (tmp_path / "out").mkdir()
+    tasks = {"quiz": TaskPrompt(format="number", max_new_tokens=4)}
+    ask(model, tokenizer, tasks, {"quiz": staged(tmp_path / "quiz", items)}, 2, tmp_path / "out")
+    expected = []
+    for text in texts:
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]
+        encoded = encode({"messages": messages}, tokenizer, 99)
+        assert not isinstance(encoded, str)
+        expected.append(list(encoded.ids[: -len(encoded.label_ids)]))
+        assert expected[-1].count(0) == 1
+    assert sorted(asked) == sorted(expected)
+    stored = [row["prompt"] for row in read_jsonl(tmp_path / "out/quiz.jsonl")]
+    assert stored == [f"user: {text}<|end|>assistant: " for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        ("{{ question }}{{ 'a' * 10**10 }}", "tasks.quiz.prompt, line 1: it does more work"),
+        ("{{ question.__class__ }}", "tasks.quiz.prompt, line 1: it reads '__class__'"),
+        ("a\n{{ question[9].upper() + 1 }}", "tasks.quiz.prompt, line 2"),
+    ],
+)
+@pytest.mark.parametrize("shots", [0, 1])
+def test_a_prompt_that_fails_or_does_too_much_is_named_with_its_line(
+    tmp_path: Path, prompt: str, error: str, shots: int
+) -> None:
+    task = TaskPrompt.model_construct(format="number", shots=shots, prompt=prompt, max_new_tokens=4)
+    data = staged(tmp_path, [ITEMS["number"]], [ITEMS["number"]])
+    with pytest.raises(UserError, match=error):
+        config("quiz", task, data)["doc_to_text"]({**ITEMS["number"], "shots": ""})
+
+
 def test_every_item_is_asked_once_and_answered_in_order(tmp_path: Path, pivot: Artifact) -> None:
     from llmfusion.models.loading import load_model, load_tokenizer
 

@@ -1,4 +1,5 @@
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -145,6 +146,45 @@ def test_where_end_tokens_differ_the_closing_position_carries_no_teacher(added, 
     assert sum(closing) == 4
     assert rows.mask.tolist() == [float(not end) for end in closing]
     assert torch.isfinite(rows.cross_entropy).all()
+
+
+CLOSINGS = {
+    "another token": "<|pad|>",
+    "the same token behind a space": " <|end|>",
+    "another token behind two spaces": "  <|pad|>",
+    "none, so the end token": "",
+}
+
+
+@pytest.mark.parametrize("closing", CLOSINGS.values(), ids=CLOSINGS)
+def test_a_teacher_whose_template_closes_otherwise_carries_nothing_there_and_its_own_rows_elsewhere(
+    tmp_path, teacher, tokenizer, samples, closing
+):
+    """The rows of its responses stand at other places of its cache, where its closings are longer or shorter."""
+    theirs = copy.deepcopy(tokenizer)
+    theirs.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}" + closing + "{% endfor %}"
+    model = load_model(teacher, "float32")
+    save_model(model, theirs, tmp_path / "model", "float32")
+    write_jsonl(tmp_path / "samples.jsonl", samples)
+    mix = artifact(tmp_path, max_length=256, samples=len(samples))
+    facts = capture(artifact(tmp_path / "model"), mix, tmp_path / "model", Capture(dtype="float32"), None)
+    cached = CachedTeacher("t", artifact(tmp_path / "model", **facts), tokenizer, 300, "cpu")
+    by_id = {s["id"]: s for s in samples}
+    student = [encode(by_id[i], tokenizer, 256) for i in IDS]
+    rows = cached.distribution(named(IDS), [e.label_ids for e in student])
+    place = 0
+    for i, ours in zip(IDS, student, strict=True):
+        segments = [*ours.segments()[0], len(ours.label_ids)]
+        own = states(model, [encode(by_id[i], theirs, 256)])
+        extra = len(tokenizer(closing, add_special_tokens=False)["input_ids"]) - 1 if closing and i != "raw" else 0
+        for number, (start, stop) in enumerate(pairwise(segments)):
+            response = slice(place + start, place + stop - 1)
+            first = start + number * extra
+            torch.testing.assert_close(rows.hidden[response], own[first : first + stop - start - 1])
+            assert rows.mask[response].tolist() == [1.0] * (stop - start - 1)
+            assert rows.mask[place + stop - 1] == float(closing == "" or i == "raw")
+        place += segments[-1]
+    assert place == len(rows.mask)
 
 
 def test_a_teacher_with_another_vocabulary_is_refused_with_both_sizes(cache, mix):

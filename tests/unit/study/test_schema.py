@@ -116,6 +116,14 @@ def test_a_vocabulary_cannot_be_smaller_than_the_bytes() -> None:
         (lambda data: data.update(chat_template="netural"), "expected neutral, or a Jinja template"),
         (lambda data: data.update(chat_template="{{ broken"), "is no Jinja template"),
         (lambda data: data["tasks"]["mmlu"].update(prompt="{{ qestion }}"), "reads qestion; items have: question"),
+        (
+            lambda data: data["tasks"]["mmlu"].update(prompt="{{ a\n  b }}"),
+            "is no Jinja template: line 2: expected token",
+        ),
+        (lambda data: data["tasks"]["mmlu"].update(prompt="{{ 'a' * 10**10 }}"), "is no safe Jinja template: line 1"),
+        (lambda data: data["tasks"]["mmlu"].update(prompt="{{ ''.__class__ }}"), "is no safe Jinja template: line 1"),
+        (lambda data: data["tasks"]["mmlu"].update(prompt="{% include 'x' %}"), "line 1: the tag 'include'"),
+        (lambda data: data.update(chat_template="{{ messages.__class__ }}"), "is no safe Jinja template: line 1"),
         (lambda data: data["tasks"]["mmlu"].update(prompt="{% for %}"), "is no Jinja template"),
     ],
 )

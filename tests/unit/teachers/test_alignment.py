@@ -127,6 +127,33 @@ def test_tokens_that_do_not_write_the_text_have_no_spans_and_only_the_end_matche
     assert match_spans(found, found).tolist() == [-1, -1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("text", ["\n\nab 12 \n", " a", "b \u2003", "\t#### 3468"])
+def test_an_answer_that_a_template_trims_aligns_with_the_same_answer_untrimmed(tokenizers, name, text):
+    tokenizer = tokenizers[name]
+    found = token_spans(token_bytes(tokenizer), ids_of(tokenizer, text.strip()), text).tolist()
+    before = len(text.encode()) - len(text.lstrip().encode())
+    cut = b"".join(text.encode()[start:end] for start, end in found).decode()
+    if name == "sentencepiece" and text.startswith(" "):  # its first token writes a space, here the text's own
+        assert cut == " " + text.strip()
+    else:
+        assert cut == text.strip()
+        assert found[0][0] == before
+    whole = sample_spans(tokenizer, [text])
+    trimmed = row_spans(token_bytes(tokenizer), [*ids_of(tokenizer, text.strip()), tokenizer.eos_token_id], [0], [text])
+    matches = match_spans(whole, trimmed).tolist()
+    assert matches[-1] == len(trimmed) - 1  # what closes them
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_white_space_before_the_closing_token_covers_nothing(tokenizers, name):
+    tokenizer = tokenizers[name]
+    labels = [*ids_of(tokenizer, "ab 12"), *ids_of(tokenizer, "\n"), tokenizer.eos_token_id]
+    spans = row_spans(token_bytes(tokenizer), labels, [0], ["ab 12"]).tolist()
+    plain = sample_spans(tokenizer, ["ab 12"]).tolist()
+    assert [span for span in spans if span[0] < span[1]] == [span for span in plain if span[0] < span[1]]
+
+
 def test_other_vocabularies_are_refused():
     class WordPiece:
         def get_vocab(self):

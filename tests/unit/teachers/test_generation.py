@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import GenerationConfig
@@ -64,6 +66,26 @@ def test_answers_are_greedy_and_what_is_dropped_is_counted_whatever_the_batch(
     assert [s["messages"][-1]["content"] for s in kept] == [truth[s["id"]][1] for s in expected]
     assert [s["messages"][:-1] for s in kept] == [s["messages"][:-1] for s in expected]
     assert rejected.counts == {name: outcomes.count(name) for name in ("unfinished", "empty", "too long")}
+
+
+def test_an_answer_ends_at_the_templates_own_token_and_a_refused_question_is_counted(
+    source, tokenizer, questions, truth
+):
+    """The same model with a template that closes answers with a token other than the end token, behind a line break."""
+    other = copy.deepcopy(tokenizer)
+    end = tokenizer.eos_token
+    other.eos_token = "<|pad|>"
+    other.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}User: {{ m['content'] }}\n{% else %}Assistant:\n"
+        "{{ m['content'] }}" + end + "{{ '\n' }}{% endif %}{% endfor %}"
+    )
+    rejected = Rejected()
+    kept = answer_all(load_model(source, "float32"), other, questions, LENGTH, 16, rejected)
+    asked = [s for s in questions if s["messages"][0]["role"] == "user"]
+    expected = [text for s in asked for outcome, text in [truth[s["id"]]] if outcome == "answered"]
+    assert [s["messages"][-1]["content"] for s in kept] == expected
+    assert rejected.counts["template refuses it"] == len(questions) - len(asked) == 1
 
 
 def test_settings_that_come_with_the_model_do_not_change_greedy_answers(source, tokenizer, questions, truth):
