@@ -175,6 +175,10 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "a template with deep brackets": (prompt("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"), "nested too deeply"),
     "a template with deep blocks": (prompt("{% if 1 %}" * 2000 + "{% endif %}" * 2000), "nested too deeply"),
     "a template of a megabyte": (prompt("a" * 500_000), "a template has at most 50,000"),
+    "a template with a constant that would fill the memory": (
+        prompt("{{ 'a' * 10**10 }}{{ question }}"),
+        "tasks.mmlu.prompt: is no safe Jinja template: line 1: it does more work",
+    ),
     "a template with unknown fields": (prompt("{{ x }}"), "tasks.mmlu.prompt: reads x"),
     "a chat template that is none": (added('chat_template: "{{ messages"'), "is no Jinja template"),
     # ------------------------------------------------------------------------------------------------ keys that changed
@@ -196,7 +200,6 @@ VALID: dict[str, str | bytes] = {
     "with anchors nested": added("x-deep: " + "[" * 40 + "]" * 40),
     "with a command as a title": changed("title: InfiFusion's Table 2 in miniature", "title: '$(id) {x} %s `id` \\'"),
     "with a right-to-left label": changed("label: MMLU-like", 'label: "\u202eMMLU"'),
-    "with a constant that would fill the memory": prompt("{{ 'a' * 10**10 }}{{ question }}"),
     "with a name that looks like a file": changed("  table2:", "  manifest.json:"),
     "with a chain of 90 models": chain(90),
     "with as many samples as there are": changed("noisy-code: 450", "noisy-code: {up_to: 99999}"),
