@@ -24,6 +24,7 @@ from llmfusion.io.files import (
     default_rights,
     json_object_or_empty,
     plain_file,
+    plain_files,
     read_regular,
     sha256_file,
     sync,
@@ -333,8 +334,8 @@ class Draft:
         return digest(self.spec_text, *sorted(a.sha256 for a in self.inputs.values()))
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest of what lies in ``folder`` now."""
-        names = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
+        """The manifest of what lies in ``folder`` now: plain files only, anything else raises :class:`DamagedError`."""
+        names = plain_files(self.folder)
         body = {
             "address": self.address,
             "spec": self.spec_text,
@@ -385,6 +386,7 @@ def publish(draft: Draft, output: Path, provenance: dict[str, Any]) -> None:
 
 def _set_rights(folder: Path, rights: int) -> None:
     """Give files and folders below ``folder`` these rights, and have them on the disk. Files may not be executed."""
+    plain_files(folder)  # a link would lead out
     for path in folder.rglob("*"):
         if path.is_dir():
             path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o777 | rights)  # a folder's group may be handed down
