@@ -169,9 +169,9 @@ def load_study(
     if directory is not None:
         raise SystemExit(f"--directory {directory}: a study names its own directory; set its key 'directory' instead")
     if len(files) != 1:
-        names = ", ".join(short_path(Path(file)) for file in files)
-        advice = f"Put targets before --configfile, or write --configfile={short_path(Path(files[0]))}"
-        raise SystemExit(f"several --configfile given: a study is one file and complete in itself: {names}. {advice}")
+        names = [short_path(Path(file)) for file in files]
+        given = f"several --configfile given: a study is one file and complete in itself: {', '.join(names)}"
+        raise SystemExit(f"{given}. Put targets before --configfile, or write --configfile={''.join(names[:1])}")
     _refuse_shell_names(files[0])
     try:
         return WorkflowStudy(*checked(files[0]), Limits.of(default_resources))
