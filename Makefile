@@ -1,7 +1,10 @@
 # make table2     make the environment, then Table 2 on miniature models, then print it
 # make test       make the environment, then run all checks and tests (those of SLURM need its packages: docs/cluster.md)
 # make test-all   also run the long tests: repeated kills, damage, hostile programs, cluster faults; more than an hour
-PYTHON ?= python3.11
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do $$name -c '$(FITS)' 2> /dev/null && echo $$name && break; done)
+FITS = import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+NO_PYTHON = no Python 3.11, 3.12 or 3.13 with venv was found: install one (Debian, Ubuntu: sudo apt-get install python3.11-venv), \
+or name one: make PYTHON=/path/to/python3.11
 export OMP_NUM_THREADS = 1
 export TOKENIZERS_PARALLELISM = false
 BIN := .venv/bin
@@ -42,7 +45,8 @@ slurm: .venv/ready
 	$(BIN)/python -m pytest tests/slurm
 
 .venv/ready: requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || "$(PYTHON)" -c '$(FITS)' 2> /dev/null || { echo "error: $(NO_PYTHON)" >&2; exit 1; }
+	test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

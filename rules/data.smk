@@ -10,9 +10,9 @@ rule stage_dataset:
         manifest="results/data/dataset/{dataset}/manifest.json",
     log:
         "logs/data/dataset/{dataset}.log",
+    priority: 10
     conda:
         "../envs/llmfusion.yaml"
-    priority: 10
     resources:
         mem_mb=study.memory_mb("data/dataset/{dataset}"),
         runtime=study.minutes("data/dataset/{dataset}"),
@@ -29,9 +29,9 @@ rule stage_tasks:
         manifest="results/data/tasks/{task}/manifest.json",
     log:
         "logs/data/tasks/{task}.log",
+    priority: 10
     conda:
         "../envs/llmfusion.yaml"
-    priority: 10
     resources:
         mem_mb=study.memory_mb("data/tasks/{task}"),
         runtime=study.minutes("data/tasks/{task}"),
@@ -48,9 +48,9 @@ rule mix_samples:
         manifest="results/data/mix/{mix}/manifest.json",
     log:
         "logs/data/mix/{mix}.log",
+    priority: 10
     conda:
         "../envs/llmfusion.yaml"
-    priority: 10
     resources:
         mem_mb=study.memory_mb("data/mix/{mix}"),
         runtime=study.minutes("data/mix/{mix}"),

@@ -10,9 +10,9 @@ rule stage_base:
         manifest="results/models/base/{base}/manifest.json",
     log:
         "logs/models/base/{base}.log",
+    priority: 10
     conda:
         "../envs/llmfusion.yaml"
-    priority: 10
     resources:
         gpu=study.gpus("models/base/{base}"),
         mem_mb=study.memory_mb("models/base/{base}"),

@@ -106,6 +106,7 @@ OF_A_FILE: dict[str, Damage] = {  # each one is refused, for a manifest as for a
     "no text": rewritten(lambda content: b"\xff\xfe" * 40),
     "deep JSON": rewritten(lambda content: DEEP),
     "a long number": rewritten(lambda content: b"9" * 10_000),
+    "grown to gigabytes of zeros": lambda path: os.truncate(path, 2**33),  # to be noticed by the size
     "gone": lambda path: path.unlink(),
     "a folder": folder_instead,
     "a FIFO": fifo_instead,
@@ -115,7 +116,7 @@ OF_A_FILE: dict[str, Damage] = {  # each one is refused, for a manifest as for a
     "a link to itself": link_to_itself,
     "a hard link to a file of another user": foreign_hard_link,
 }
-assert len(OF_A_FILE) == 22
+assert len(OF_A_FILE) == 23
 
 
 def edited(change: Edit, honest: bool = True) -> Damage:

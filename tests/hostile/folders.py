@@ -228,6 +228,7 @@ def hostile_cases() -> Iterator[tuple[str, Change, str]]:
     yield "an empty folder", lambda f: [p.unlink() for p in f.iterdir()], "weights"
     yield "no folder", shutil.rmtree, "no folder"
     yield "a file instead of the folder", both(shutil.rmtree, lambda f: f.write_text("x")), "no folder"
+    yield "a folder that is a link to itself", both(shutil.rmtree, lambda f: f.symlink_to(f)), "no folder"
     yield "no config.json", lambda f: (f / "config.json").unlink(), "config.json"
     yield from _indexes()
     yield from _headers()
@@ -704,6 +705,16 @@ def gguf_cases() -> Iterator[tuple[str, bytes]]:
         yield f"{name} of another shape", gguf(shapes={**GGUF_SHAPES, name: (*GGUF_SHAPES[name][:-1], 64)})
 
 
+def special_gguf_cases() -> Iterator[tuple[str, Change]]:
+    """What lies where a GGUF file should, and is none."""
+    yield "a FIFO", fifo("model.gguf")
+    yield "a folder", directory("model.gguf")
+    yield "a link", link("model.gguf")
+    yield "a link to itself", link("model.gguf", "model.gguf")
+    yield "nothing", lambda folder: None
+    yield "a socket", unix_socket("model.gguf")
+
+
 # ------------------------------------------------------------------------------------------------ running them
 class TooLong(KeyboardInterrupt):
     """A case took more than its seconds."""
@@ -743,15 +754,15 @@ def leaks(*places: Path) -> list[str]:
 
 
 def stage(source: Path, place: Path) -> dict[str, Any]:
-    from llmfusion.models.staging import stage_folder, stage_gguf
-    from llmfusion.study.schema.base_models import GgufModel, PathModel
+    """The step that stages a base model, and what it leaves in its draft."""
+    from llmfusion.steps.stage_base import build
+    from tests.unit.stand_ins import job
 
     shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    given = {"path": str(source), "license": "mit", "vocabulary": "v"}
-    if source.suffix == ".gguf":
-        return outcome(lambda: stage_gguf(GgufModel(kind="gguf", **given), place, None)) | {"leaks": leaks(place)}
-    return outcome(lambda: stage_folder(PathModel(kind="path", **given), place, None)) | {"leaks": leaks(place)}
+    kind = "gguf" if source.name.endswith(".gguf") else "path"
+    base = {"kind": kind, "path": str(source), "license": "mit", "vocabulary": "v"}
+    made = job(place, {"base": base})
+    return outcome(lambda: build(made)) | {"leaks": leaks(made.folder)}
 
 
 def load(source: Path) -> dict[str, Any]:
@@ -799,10 +810,11 @@ def run_all(base: Path, place: Path) -> Iterator[dict[str, Any]]:
         ways["merge as pivot"] = merge(folder, other, place / "merged", is_done)
         ways["merge as model"] = merge(other, folder, place / "merged", is_done)
         yield {"name": name, "word": word, "ways": ways}
-    for name, raw in [*gguf_cases(), (GOOD_GGUF, gguf())]:
+    files: list[tuple[str, Change]] = [(name, content("model.gguf", raw)) for name, raw in gguf_cases()]
+    for name, change in [*files, *special_gguf_cases(), (GOOD_GGUF, content("model.gguf", gguf()))]:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        (place / "model.gguf").write_bytes(raw)
+        change(place)
         word = None if name == GOOD_GGUF else "model.gguf"
         yield {"name": f"gguf: {name}", "word": word, "ways": {"stage": stage(place / "model.gguf", place / "staged")}}
 

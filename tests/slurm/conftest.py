@@ -68,10 +68,11 @@ class OnSlurm:
         self.slurm = slurm
         self.undisturbed = undisturbed
         self.target = target
+        self.study = STUDY
         self.before = {job["JobId"] for job in slurm.jobs()}
 
     def words(self, *more: str) -> list[str]:
-        return ["snakemake", *PROFILE, self.target, *STUDY, *HERE, *ONE_THREAD, *more]
+        return ["snakemake", *PROFILE, self.target, *self.study, *HERE, *ONE_THREAD, *more]
 
     def start(self, *more: str) -> subprocess.Popen:
         """Snakemake as a user starts it on a login node; what it prints goes to ``run.log``."""
@@ -99,6 +100,10 @@ class OnSlurm:
 
     def log(self, artifact: str) -> str:
         return text_of(self.folder / f"runs/slice/logs/{artifact}.log")
+
+    def slurm_logs(self) -> str:
+        """What jobs have printed besides their logs."""
+        return "".join(map(text_of, sorted((self.folder / "logs/slurm").rglob("*.log"))))
 
     def same_as_undisturbed(self) -> None:
         """Every table, score and manifest has the bytes of the local run, and nothing else lies about."""

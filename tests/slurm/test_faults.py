@@ -137,7 +137,8 @@ def test_snakemake_killed_and_started_again_while_its_job_lives_has_one_writer(t
     subprocess.run(unlock, cwd=run.folder, env=environment(), check=True, capture_output=True)
     again = run.start()
     waiting = "waiting for work/models/trained/sft/lease"
-    wait(lambda: waiting in run.log("models/trained/sft") or again.poll() is not None, 300)
+    wait(lambda: waiting in run.slurm_logs() or again.poll() is not None, 300)
+    assert "step 1/" in run.log("models/trained/sft")  # of the one that works
     os.kill(trainer.pid, signal.SIGCONT)
     run.finish(again)
     assert "was finished meanwhile; adopted" in run.log("models/trained/sft")

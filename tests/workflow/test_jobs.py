@@ -70,7 +70,8 @@ def test_what_fails_before_the_log_is_opened_is_printed_too(fresh: Path, step: C
     file = fresh / "src/llmfusion/steps/stage_dataset.py"
     file.write_text("import nothing_of_this_name\n" + file.read_text())
     output = snakemake(fresh, TARGET, "-f", *COMMANDS["plain"], fails=True)
-    assert "ModuleNotFoundError: No module named 'nothing_of_this_name'" in output
+    printed = output.split(f"Logfile logs/{ADDRESS}.log:\n")[1]
+    assert "ModuleNotFoundError: No module named 'nothing_of_this_name'" in printed
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
@@ -158,7 +159,7 @@ def test_a_job_that_waits_leaves_the_log_and_the_measurements_of_the_one_that_wo
     record = json.loads((fresh / "runs/mini" / TARGET).with_name("provenance.json").read_bytes())
     assert 0 < record["cpu_seconds"] < 60
     assert record["seconds"] < 60
-    assert 50 < record["memory_mb"] < 2000
+    assert 10 < record["memory_mb"] < 2000
     assert not (fresh / "runs/mini/logs/benchmarks").exists()
 
 
@@ -182,6 +183,7 @@ def test_no_library_draws_its_progress_into_a_log(fresh: Path, step: Callable) -
     assert "it/s" not in text_of(log(fresh))
 
 
+@pytest.mark.long
 def test_specs_longer_than_an_argument_can_be_are_planned_and_run(fresh: Path) -> None:
     """Twenty replicates of the miniature study; its table out of cells that are written here."""
     twenty = fresh / "config/twenty.yaml"
@@ -190,25 +192,24 @@ def test_specs_longer_than_an_argument_can_be_are_planned_and_run(fresh: Path) -
     text = twenty.read_text()
     twenty.write_text(re.sub(r"^directory: .*$", f"directory: {fresh / 'runs/twenty'}", text, count=1, flags=re.M))
     artifacts = checked(twenty)[1].artifacts
-    table = artifacts["tables/table2"]
+    table = artifacts["tables/seeds"]
     assert len(table.spec) > 131_072
     for path in table.inputs:
         address = path.removeprefix("results/").removesuffix(".json")
         planned = artifacts[address]
-        facts = {"k": 1, "n": 2, "score": 50.0, "stderr": 35.36}
+        facts = {"k": 1, "n": 2, "score": 50.0, "stderr": 35.355339}
         body = {"address": address, "spec": planned.spec, "fingerprint": planned.fingerprint, "inputs": {}, "files": {}}
         body["facts"] = facts
         file = fresh / "runs/twenty" / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(_text({**body, "sha256": digest(canonical(body))}))
-    words = ("results/table2.csv", "--cores", "1", f"--configfile={twenty}")
-    assert jobs(snakemake(fresh, "-n", *words)) == {"table": 1}
-    snakemake(fresh, *words)
-    rows = (fresh / "runs/twenty/results/table2.csv").read_text().splitlines()
+    words = ("results/seeds.csv", "--cores", "1", f"--configfile={twenty}")
+    assert jobs(snakemake(fresh, *words)) == {"table": 1}
+    rows = (fresh / "runs/twenty/results/seeds.csv").read_text().splitlines()
     assert len(rows) == 1 + len(json.loads(table.spec)["rows"])
-    again = text_of(fresh / "runs/twenty/logs/tables/table2.log").splitlines()[0].removeprefix("# ")
-    (fresh / "runs/twenty/results/table2.csv").unlink()
+    again = text_of(fresh / "runs/twenty/logs/tables/seeds.log").splitlines()[0].removeprefix("# ")
+    (fresh / "runs/twenty/results/seeds.csv").unlink()
     (fresh / "runs/twenty/again.sh").write_text(again)
     place = fresh / "runs/twenty"
     subprocess.run(["bash", "again.sh"], cwd=place, env=environment() | {"PYTHONPATH": str(fresh / "src")}, check=True)
-    assert (fresh / "runs/twenty/results/table2.csv").read_text().splitlines() == rows
+    assert (fresh / "runs/twenty/results/seeds.csv").read_text().splitlines() == rows

@@ -49,7 +49,7 @@ def test_a_study_in_a_file_or_folder_that_a_shell_would_read_is_refused(fresh: P
     assert "the study's file: " in output
     assert "takes for something else; allowed: letters and digits" in output
     in_it = study(fresh / "config/in-it.yaml", lambda content: content.update(directory=f"runs/{name}"))
-    assert "directory: got 'runs/" in snakemake(fresh, "--cores", "1", DATASET, f"--configfile={in_it}", fails=True)
+    assert "directory: got " in snakemake(fresh, "--cores", "1", DATASET, f"--configfile={in_it}", fails=True)
     assert nothing_was_run(fresh)
 
 

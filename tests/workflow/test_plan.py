@@ -89,10 +89,34 @@ def test_gpus_are_those_of_the_study_and_minutes_reach_the_trainer(fresh: Path) 
         patterns = (r"output: results/(\S+)/manifest.json", r"resources: .*gpu=(\d+)", r"--minutes (\d+) ")
         address, gpus, minutes = (match and match[1] for match in (re.search(pattern, block) for pattern in patterns))
         asked_for[address] = (gpus, minutes)
-    assert asked_for["models/trained/sft"] == ("2", "1440")
-    assert asked_for["models/trained/kd-code"] == ("1", "1440")
-    assert asked_for["models/base/code"] == ("2", "240")
+    assert asked_for["models/trained/sft"] == ("2", "60")
+    assert asked_for["models/trained/kd-code"] == ("1", "60")
+    assert asked_for["models/base/code"] == ("2", "60")
     assert asked_for["models/merged/ta-homogeneous"] == (None, None)
+
+
+def test_what_jobs_ask_for_follows_from_the_size_of_their_models(fresh: Path) -> None:
+    memory: dict[str, dict[str, int]] = {}
+    for name in ("config", "mini"):
+        plan = snakemake(fresh, "--profile", "slurm", "-n", "results/table2.csv", f"--configfile=config/{name}.yaml")
+        memory[name] = {rule: int(re.findall(r"mem_mb=(\d+)", block)[0]) for rule, block in planned(plan)}
+    assert max(memory["mini"].values()) <= 5000
+    assert memory["config"]["train_model"] > 128_000 > memory["config"]["answer"] > 16_000 > memory["config"]["score"]
+
+
+def test_a_sites_limit_and_a_users_own_request_hold(fresh: Path) -> None:
+    words = ("--profile", "slurm", "-n", "models", "--set-resources", "train_model:runtime=2880")
+    overlay = fresh / "profiles/my-site"
+    overlay.mkdir()
+    text = (fresh / "profiles/site-example/config.yaml").read_text()
+    (overlay / "config.yaml").write_text(text.replace("max_runtime: 1440", "max_runtime: 90"))
+    plan = snakemake(fresh, *words, "--workflow-profile", "profiles/my-site")
+    runtimes = {rule: re.findall(r"\bruntime=(\d+)", block)[0] for rule, block in planned(plan)}
+    assert (runtimes["train_model"], runtimes["capture_teacher"]) == ("2880", "90")
+    wrong = ("--default-resources", "max_runtime=1d", "-n", "models")
+    output = snakemake(fresh, "--profile", "slurm", *wrong, fails=True)
+    assert "max_runtime" in output
+    assert "expected minutes, a whole number" in output
 
 
 def test_shards_are_jobs_with_a_gpu_and_the_job_that_assembles_them_has_none(fresh: Path) -> None:
@@ -126,24 +150,27 @@ def test_a_run_that_the_disk_cannot_hold_is_refused_before_its_first_job(fresh: 
     assert "Nothing to be done" in again
 
 
-def test_only_the_profile_retries_and_what_it_asks_for_grows_with_the_attempt(fresh: Path) -> None:
+def test_only_the_profile_retries_and_it_names_no_site(fresh: Path) -> None:
     profile = yaml.safe_load((fresh / "profiles/slurm/config.yaml").read_text())
     assert profile["retries"] == 2
     assert not any("retries" in file.read_text() for file in [fresh / "Snakefile", *(fresh / "rules").glob("*.smk")])
-    every = [profile["default-resources"], *profile["set-resources"].values()]
-    assert all(value.endswith(" * attempt") for resources in every for value in resources.values())
-    assert all(set(resources) == {"mem_mb", "runtime"} for resources in every)  # no account, partition, GPU model
-    assert profile["slurm-array-jobs"] == "score"
+    assert set(profile["default-resources"]) == {"mem_mb", "runtime", "max_runtime"}  # no account, partition, GPU model
+    assert profile["slurm-pass-command-as-script"]
+    assert "slurm-array-jobs" not in profile  # the plugin's arrays do not work with it
     assert profile["jobs"] >= 152  # cells of the paper's table
+
+
+def test_what_every_command_needs_stands_in_every_profile_that_may_be_the_only_one(fresh: Path) -> None:
+    """Snakemake reads profiles/default by itself, unless an overlay is named."""
+    read = {name: yaml.safe_load((fresh / f"profiles/{name}/config.yaml").read_text()) for name in ("default", "slurm")}
+    assert read["default"].items() <= read["slurm"].items()
+    assert read["default"]["show-failed-logs"]
 
 
 def test_the_slurm_profile_names_every_rule_that_is_submitted_and_no_other(fresh: Path) -> None:
     profile = yaml.safe_load((fresh / "profiles/slurm/config.yaml").read_text())
-    named = {*profile["set-threads"], *profile["set-resources"]}
     submitted = {name for name, kind in all_kinds().items() if not kind.is_local}
-    assert named == submitted - {"stage_tasks"}  # a few files, for which the defaults are enough
-    assert set(profile["set-threads"]) == named - {"stage_dataset"}
-    assert set(profile["set-resources"]) == named - {"score"}
+    assert set(profile["set-threads"]) == submitted - {"stage_tasks", "stage_dataset"}  # for which one core is enough
 
 
 def test_a_site_overlay_adds_account_and_partition_to_every_job(fresh: Path) -> None:
@@ -153,8 +180,8 @@ def test_a_site_overlay_adds_account_and_partition_to_every_job(fresh: Path) -> 
     assert len(blocks) > 300
     assert all("slurm_account=my-account, slurm_partition=gpu" in block for block in blocks)
     [train] = [block for block in blocks if "output: results/models/trained/sft/" in block]
-    assert "mem_mb=200000" in train
-    assert "runtime=1440" in train
+    assert int(re.findall(r"mem_mb=(\d+)", train)[0]) > 128_000
+    assert "max_runtime=1440" in train
 
 
 def test_the_miniature_study_is_planned_from_any_folder(fresh: Path, tmp_path: Path) -> None:
@@ -182,12 +209,18 @@ def test_stage_targets_are_planned(fresh: Path, stage: str) -> None:
         (["--config", "lr=1"], "a study is one file and complete in itself"),
         (["--directory", "elsewhere"], "a study names its own directory"),
         (["--configfile", "config/mini.yaml", "config/config.yaml"], "several --configfile"),
+        (["--configfile", "config/mini.yaml", "config/schema.json"], "or write --configfile=config/mini.yaml"),
     ],
 )
 def test_ways_around_the_study_are_refused(fresh: Path, words: list[str], message: str) -> None:
     output = snakemake(fresh, "-n", "results/table2.csv", *words, fails=True)
     assert message in output
     assert "Traceback" not in output
+
+
+def test_a_target_may_follow_a_configfile_that_is_named_with_an_equals_sign(fresh: Path) -> None:
+    """With a space, Snakemake takes the target for a second configfile, before it reads the Snakefile."""
+    assert jobs(snakemake(fresh, "-n", "--configfile=config/mini.yaml", "results/table2.csv"))["table"] == 1
 
 
 def test_a_faulty_study_is_refused_by_a_dry_run_with_all_mistakes(fresh: Path) -> None:

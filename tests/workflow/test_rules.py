@@ -51,11 +51,19 @@ def test_a_rule_uses_its_kinds_own_address(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_rule_calls_its_step_and_hands_on_the_time_limit_that_it_declares(name: str) -> None:
+def test_a_rule_calls_its_step_and_a_training_gets_its_time_limit(name: str) -> None:
     [shell] = [line for line in section(name, "shell") if "step" in line]
-    minutes = "--minutes {resources.runtime} " if "runtime=" in RULES[name] else ""
-    assert shell.startswith(f"python -m llmfusion step {name} {minutes}--spec {{params.spec:q}} --out ")
-    assert shell.endswith(" --inputs {input:q} > {log} 2>&1")
+    minutes = "--minutes {resources.runtime} " if name in ("stage_base", "train_model") else ""
+    [output] = re.findall(r"--out \{output\.(\w+):q\}", shell)
+    made = f"--spec - --out {{output.{output}:q}} --log {{log:q}} --inputs {{input:q}} <<< {{params.spec:q}}"
+    assert shell == f"python -m llmfusion step {name} {minutes}{made}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rule_that_is_submitted_asks_for_memory_and_time_by_its_kinds_address(name: str) -> None:
+    kind = all_kinds()[name]
+    expected = [] if kind.is_local else [kind.address]
+    assert (lookups(name, "memory_mb"), lookups(name, "minutes")) == (expected, expected)
 
 
 def test_only_rules_of_local_kinds_are_local() -> None:

@@ -106,9 +106,9 @@ class Job:
     def restrict_to_readers_of(self, source: Path) -> None:
         """Publish to nobody who may not read ``source``, a file or folder outside the study that is read here.
 
-        One that is not there restricts nothing: whoever reads it says so.
+        One that is not there, or cannot be reached, restricts nothing: whoever reads it says so.
         """
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(OSError):
             self.rights &= store.readers(source)
         for folder in (self.folder, self.work):
             _restrict(folder, self.rights)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion.errors import DamagedError, UserError
-from llmfusion.io.files import file_type, read_regular
+from llmfusion.io.files import JSON_LIMIT, file_type, read_regular
 
 TOUCH_SECONDS = 30.0
 STALE_SECONDS = 300.0
@@ -65,7 +65,7 @@ class Lease:
                 self._move_aside(holder)
                 continue
             if not reported and holder is not None:
-                logger.warning("waiting for %s: held by %s", self.path, _describe(holder))
+                logger.warning("waiting for %s%s", self.path, _describe(holder))
                 reported = True
             time.sleep(POLL_SECONDS)
         self.waited_seconds = time.monotonic() - began
@@ -153,7 +153,7 @@ def is_held(path: Path) -> bool:
 def _read(path: Path) -> dict[str, Any] | None:
     """Who holds a lease: None where there is no such file, empty where it cannot be read."""
     try:
-        holder = json.loads(read_regular(path))
+        holder = json.loads(read_regular(path, limit=JSON_LIMIT))
     except FileNotFoundError:
         return None
     except (OSError, DamagedError, ValueError, RecursionError):
@@ -170,10 +170,10 @@ def _lstat(path: Path) -> os.stat_result | None:
 
 
 def _describe(holder: dict[str, Any]) -> str:
-    """A holder for a message."""
+    """A holder, as the end of a message."""
     if "pid" not in holder:
-        return f"a writer that cannot be read; taken over after {STALE_SECONDS:.0f} s without a sign of life"
-    return f"process {holder['pid']} on {holder.get('host')}"
+        return f": held by a writer that cannot be read; taken over after {STALE_SECONDS:.0f} s without a sign of life"
+    return f": held by process {holder['pid']} on {holder.get('host')}"
 
 
 def _started(pid: int) -> str | None:

@@ -1,8 +1,8 @@
 """Resume state: files that a job finishes one by one in ``work/``, so that the next start goes on from them.
 
 Each file has a note beside it, written last: the key of the work it belongs to (one spec over the very content of its
-inputs), the file's name and sha256, what the job wants to remember, and the note's own sha256. A file without its note,
-of another key, under another name or of other bytes does not count.
+inputs), the file's name, size and sha256, what the job wants to remember, and the note's own sha256. A file without
+its note, of another key, under another name or of other bytes does not count.
 """
 
 import logging
@@ -25,8 +25,9 @@ def note_path(path: Path) -> Path:
 
 
 def write_note(path: Path, note: dict[str, Any]) -> None:
-    """Write the note of a file, with its own sha256."""
-    note = {"name": path.name, **note}
+    """Write the note of a file, with its name and size and the note's own sha256."""
+    size = {} if note["sha256"] is None else {"size": path.stat().st_size}
+    note = {"name": path.name, **size, **note}
     write_file(note_path(path), canonical({**note, "note_sha256": _sha256_of_note(note)}).encode())
 
 
@@ -103,7 +104,10 @@ class ResumeFolder:
         if "sha256" not in note:
             return False
         path = self.folder / name
-        return note["sha256"] is None or (_is_plain(path) and _sha256_or_none(path) == note["sha256"])
+        if note["sha256"] is None:
+            return True
+        # the size first: what was grown to terabytes is not hashed
+        return _is_plain(path) and path.stat().st_size == note.get("size") and _sha256_or_none(path) == note["sha256"]
 
     def has(self, name: str) -> bool:
         """Whether a file was finished for this key and its bytes are as they were written. A damaged one is removed."""

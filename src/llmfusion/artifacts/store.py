@@ -20,9 +20,11 @@ from typing import Any, cast
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io.digests import canonical, digest, fingerprint_of
 from llmfusion.io.files import (
+    JSON_LIMIT,
     default_rights,
     json_object_or_empty,
     plain_file,
+    plain_files,
     read_regular,
     sha256_file,
     sync,
@@ -153,14 +155,13 @@ def load_manifest(path: Path) -> tuple[dict[str, Any], str]:
     Raises :class:`DamagedError` as :func:`read` does.
     """
     try:
+        path.lstat()
         plain_file(path.parent, path.name)
-        raw = read_regular(path)
+        raw = read_regular(path, limit=JSON_LIMIT)
         content = json.loads(raw)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{path}: is not there; make it with: snakemake {_target(path)}") from None
     except DamagedError as error:
-        if not os.path.lexists(path):
-            raise DamagedError(f"{path}: is not there; make it with: snakemake {_target(path)}") from None
         raise DamagedError(f"{error}; {_remedy(path)}") from None
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read: {error.strerror}") from None
@@ -238,9 +239,8 @@ def text_of(content: dict[str, Any]) -> str:
 
 def _verify(folder: Path, name: str, expected: dict[str, Any], manifest: Path, memory: Path | None) -> None:
     path = folder / name
-    if not os.path.lexists(path):
-        raise DamagedError(f"{path}: is missing: expected a file of {expected['size']} bytes; {_remedy(manifest)}")
     try:
+        path.lstat()
         size = plain_file(folder, name).stat().st_size
         if size != expected["size"]:
             raise DamagedError(f"{path}: has {size} bytes, expected {expected['size']}")
@@ -248,6 +248,9 @@ def _verify(folder: Path, name: str, expected: dict[str, Any], manifest: Path, m
             return
         # what was remembered may itself be damaged: a valid file is not refused for it
         actual = sha256_file(path, follow_links=False)
+    except (FileNotFoundError, NotADirectoryError):
+        missing = f"is missing: expected a file of {expected['size']} bytes"
+        raise DamagedError(f"{path}: {missing}; {_remedy(manifest)}") from None
     except OSError as error:
         raise DamagedError(f"{path}: cannot be read: {error.strerror}") from None
     except DamagedError as error:
@@ -331,8 +334,8 @@ class Draft:
         return digest(self.spec_text, *sorted(a.sha256 for a in self.inputs.values()))
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest of what lies in ``folder`` now."""
-        names = sorted(str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file())
+        """The manifest of what lies in ``folder`` now: plain files only, anything else raises :class:`DamagedError`."""
+        names = plain_files(self.folder)
         body = {
             "address": self.address,
             "spec": self.spec_text,
@@ -383,6 +386,7 @@ def publish(draft: Draft, output: Path, provenance: dict[str, Any]) -> None:
 
 def _set_rights(folder: Path, rights: int) -> None:
     """Give files and folders below ``folder`` these rights, and have them on the disk. Files may not be executed."""
+    plain_files(folder)  # a link would lead out
     for path in folder.rglob("*"):
         if path.is_dir():
             path.chmod(stat.S_IMODE(path.stat().st_mode) & ~0o777 | rights)  # a folder's group may be handed down

@@ -16,7 +16,7 @@ from llmfusion.artifacts import store
 from llmfusion.artifacts.store import Artifact
 from llmfusion.errors import DamagedError, UserError
 from llmfusion.io.digests import canonical, digest, fingerprint_of
-from llmfusion.io.files import plain_file, read_regular
+from llmfusion.io.files import JSON_LIMIT, plain_file, read_regular
 from llmfusion.study.addresses import manifest_of, output_of, provenance_of
 
 REPORTS = ("cost.csv",)  # in results/, of what jobs took: no artifacts
@@ -121,7 +121,7 @@ class Verification:
 def _provenance(path: Path) -> tuple[dict[str, Any], bytes]:
     """A record of provenance and its bytes. Raises :class:`DamagedError` where there is none that can be read."""
     try:
-        raw = read_regular(plain_file(path.parent, path.name))
+        raw = read_regular(plain_file(path.parent, path.name), limit=JSON_LIMIT)
         record = json.loads(raw)
         canonical(record)
     except OSError as error:

@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     tables = {name: path for name, path in files.items() if path.exists()}
     missing = [name for name in files if name not in tables]
     if not tables:
-        target = f"snakemake results/{missing[0]}.csv --configfile {arguments.study}"
+        target = f"snakemake results/{missing[0]}.csv --configfile={arguments.study}"
         print(f"error: {results}: no table is made yet; make one with: {target}", file=sys.stderr)
         return 1
     costs = {name: results / f"{name}.csv" for name in (*(f"{table}.cost" for table in tables), "cost")}

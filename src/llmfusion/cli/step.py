@@ -11,6 +11,8 @@ from pathlib import Path
 
 from llmfusion.cli import warm
 from llmfusion.errors import UserError
+from llmfusion.io import job_log
+from llmfusion.io.redaction import redacted
 from llmfusion.study.plugins import plugin_names
 
 STEPS = plugin_names("llmfusion.steps")
@@ -49,10 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
             return warm.ask(sys.argv[1:])
         _make(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        job_log.report(f"error: {redacted(str(error))}", arguments.log)
         return 1
     except Exception:
-        traceback.print_exc()
+        job_log.report(redacted(traceback.format_exc()), arguments.log)
         return 1
     return 0
 

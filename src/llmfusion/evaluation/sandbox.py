@@ -27,6 +27,9 @@ from llmfusion.evaluation.seccomp import filter_program
 MEMORY = 1 << 30
 SOURCES = Path(__file__).parents[2]
 INSIDE = tuple(f"llmfusion/evaluation/{name}.py" for name in ("candidate", "peer", "values"))
+ALONE = ("-P", "-s", "-S", "-B")  # no folder of the script, the user's or packages in the path; writes no bytecode
+# Sets of texts have the same order on both sides and in every run: a verdict must not depend on the run.
+SAME_HASHES = {"PYTHONHASHSEED": "0"}
 START = (
     "import sys; sys.path.insert(0, '/program'); from llmfusion.evaluation.candidate import main; "
     "del sys.path[0]; main()"
@@ -41,7 +44,7 @@ REASONS |= dict.fromkeys(
 HARM = '''
 def f(secret):
     """Names of the harm that could be done."""
-    import os, socket
+    import fcntl, os, socket
     def spawned():
         if os.fork() == 0:
             os._exit(0)
@@ -53,6 +56,7 @@ def f(secret):
         "read a file of this machine": lambda: open(secret).close(),
         "start a process": spawned,
         "open a socket": socket.socket,
+        "have signals sent": lambda: fcntl.fcntl(os.pipe()[0], 8, os.getppid()),  # F_SETOWN
         **{f"write to {path}": lambda path=path: written(path) for path in places},
         "see the environment": lambda: os.environ["PATH"],
         "import a package": lambda: __import__("pip"),
@@ -111,6 +115,7 @@ def command() -> list[str]:
     bound = [*LIBRARIES, "/etc/ld.so.cache", f"{sys.base_prefix}/lib", str(interpreter)]
     bound = [path for path in dict.fromkeys(bound) if Path(path).exists()]
     out = [bubblewrap(), "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    out += [word for name, value in SAME_HASHES.items() for word in ("--setenv", name, value)]
     out += [word for path in bound for word in ("--ro-bind", path, path)]
     patterns = ("python3*/site-packages", "python3*/dist-packages")
     for packages in sorted({str(p) for folder in bound for pattern in patterns for p in Path(folder).glob(pattern)}):
@@ -119,7 +124,7 @@ def command() -> list[str]:
         out += ["--dev-bind", device, device]
     for module in INSIDE:
         out += ["--ro-bind", str(SOURCES / module), f"/program/{module}"]
-    return [*out, "--remount-ro", "/", "--chdir", "/", str(interpreter), "-I", "-S", "-B", "-c", START]
+    return [*out, "--remount-ro", "/", "--chdir", "/", str(interpreter), *ALONE, "-c", START]
 
 
 class Judge:
@@ -130,7 +135,7 @@ class Judge:
             [sys.executable, "-m", "llmfusion.evaluation.judge"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={"PYTHONPATH": str(SOURCES), "LC_ALL": "C.UTF-8"},
+            env={"PYTHONPATH": str(SOURCES), "LC_ALL": "C.UTF-8", **SAME_HASHES},
             cwd="/",
         )
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from llmfusion.evaluation.sandbox import verdicts
 
+LONGEST = 2**20  # bytes of a line that is read
 RULES = 2  # raised when the same program may get another verdict
 
 
@@ -31,19 +33,27 @@ def resumed_verdicts(
     with open(log, "a", encoding="ascii") as file:
         for task, verdict in zip(rest, verdicts(rest, jobs, timeout), strict=True):
             told = {key: value for key, value in verdict.items() if key != "task_id"}
-            file.write(json.dumps({"task": _key(task, timeout), "verdict": told}) + "\n")
+            file.write(_line(_key(task, timeout), told))
             file.flush()
             yield verdict
 
 
 def _read(log: Path, tasks: Sequence[dict[str, Any]], timeout: float) -> list[dict[str, Any]]:
-    """The verdicts in the file that are of these tasks; what does not fit, as a line cut short, is cut off."""
-    if not log.is_file():
+    """The verdicts in the file that are of these tasks; what does not fit, as a line cut short, is cut off.
+
+    What is no file, or a link to one, makes room for one.
+    """
+    if log.is_symlink() or not log.is_file():
+        if log.is_dir() and not log.is_symlink():
+            shutil.rmtree(log)
+        else:
+            log.unlink(missing_ok=True)
         return []
     found = []
     size = 0
     with open(log, "r+b") as file:
-        for line, task in zip(file, tasks, strict=False):
+        for task in tasks:
+            line = file.readline(LONGEST)
             verdict = _verdict_of(line, _key(task, timeout))
             if verdict is None:
                 break
@@ -54,15 +64,20 @@ def _read(log: Path, tasks: Sequence[dict[str, Any]], timeout: float) -> list[di
 
 
 def _verdict_of(line: bytes, key: str) -> dict[str, Any] | None:
+    """The verdict of a line of this task, which must be as it was written; None for any other."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or row.get("task") != key or not isinstance(row.get("verdict"), dict):
+    if not isinstance(row, dict) or not isinstance(row.get("verdict"), dict):
         return None
-    verdict = row["verdict"]
-    is_whole = isinstance(verdict.get("passed"), bool) and isinstance(verdict.get("reason"), str)
-    return verdict if is_whole else None
+    return row["verdict"] if _line(key, row["verdict"]).encode() == line else None
+
+
+def _line(key: str, verdict: dict[str, Any]) -> str:
+    """A line of the file, with a checksum over task and verdict."""
+    checksum = hashlib.sha256(json.dumps([key, verdict]).encode()).hexdigest()
+    return json.dumps({"task": key, "verdict": verdict, "checksum": checksum}) + "\n"
 
 
 def _key(task: dict[str, Any], timeout: float) -> str:

@@ -50,6 +50,18 @@ def written_to(log: Path) -> Iterator[None]:
         second_name(log).unlink(missing_ok=True)
 
 
+def report(text: str, log: Path | None) -> None:
+    """Print an error; also to ``log`` where this process has not opened it and no other one works with it.
+
+    Snakemake prints the log of a job that failed, not what SLURM kept of its output.
+    """
+    print(text, file=sys.stderr)
+    if log is not None and not log.exists():
+        put_back(log)
+        with contextlib.suppress(OSError), open(log, "x", encoding="utf-8") as file:
+            print(text, file=file)
+
+
 def sync() -> None:
     """Raise ``OSError`` unless everything that was written to standard output and error has reached its file."""
     _flush()

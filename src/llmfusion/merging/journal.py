@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from llmfusion.errors import DamagedError
 from llmfusion.io.digests import digest
-from llmfusion.io.files import read_regular, write_file
+from llmfusion.io.files import JSON_LIMIT, read_regular, write_file
 
 
 class FinishedTensor(TypedDict):
@@ -64,7 +64,7 @@ class Journal:
 
     def _lines(self) -> list[bytes]:
         try:
-            return read_regular(self.path).splitlines()
+            return read_regular(self.path, limit=JSON_LIMIT).splitlines()
         except (OSError, DamagedError):
             return []
 

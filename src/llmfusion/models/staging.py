@@ -1,5 +1,6 @@
 """Base models that are not trained here: one function a kind, each fills a folder and returns its facts."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def stage_gguf(base: GgufModel, folder: Path, chat_template: str | None) -> dict
     """Convert a GGUF file into a float32 checkpoint (quantised weights are expanded). Returns the manifest's facts."""
     progress_bars.show_only_in_terminals()
     file = ROOT / base.path
-    require(file.suffix == ".gguf" and not file.is_dir(), f"{file}: is no .gguf file")
+    with explain_failure(file, "model"):
+        require(file.suffix == ".gguf" and not file.is_dir(), f"{file}: is no .gguf file")
     model, tokenizer = _read_gguf(file)
     model.save_pretrained(folder, max_shard_size="4GB")
     tokenizer.save_pretrained(folder)
@@ -92,17 +94,18 @@ def _read_gguf(file: Path) -> tuple[Any, Any]:
 
 def taken_files(source: Path) -> list[Path]:
     """The files of a folder that are staged, by name. Raises :class:`UserError` for one that is no plain file."""
-    require(source.is_dir(), f"{source}: is no folder")
-    names = sorted({path.name for pattern in MODEL_FILES for path in source.glob(pattern)})
-    for name in names:
-        require(name.isprintable(), f"{source}: the file {name!r} has a name that cannot be printed; rename it")
-    return [model_file(source, name) for name in names]
+    with explain_failure(source, "model"):
+        require(source.is_dir(), f"{source}: is no folder")
+        os.listdir(source)  # a glob has no error for a folder that nobody may read
+        names = sorted({path.name for pattern in MODEL_FILES for path in source.glob(pattern)})
+        for name in names:
+            require(name.isprintable(), f"{source}: the file {name!r} has a name that cannot be printed; rename it")
+        return [model_file(source, name) for name in names]
 
 
 def _link_files(source: Path, base: HubModel | PathModel, folder: Path, chat_template: str | None) -> dict[str, Any]:
     """Take over a checkpoint's files. Raises :class:`UserError` where weights or ``config.json`` are missing."""
-    with explain_failure(source, "model"):
-        files = taken_files(source)
+    files = taken_files(source)
     names = {file.name for file in files}
     if not any(name.endswith(".safetensors") for name in names):
         pickles = sorted(path.name for path in source.glob("*.bin"))

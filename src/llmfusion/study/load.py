@@ -16,7 +16,7 @@ from llmfusion.study.schema.study import Study
 
 def read_study(file: str | Path) -> Study:
     """Read and check one study file. Raises :class:`StudyError` with every mistake in it."""
-    name = _short_path(Path(file))
+    name = short_path(Path(file))
     try:
         raw, lines = strict_yaml.load(file)
     except OSError as error:
@@ -39,10 +39,10 @@ def refusal(file: str | Path, problems: list[Problem]) -> StudyError:
     lines: dict[Key, int] = {}
     with contextlib.suppress(OSError, strict_yaml.YamlError):  # changed or gone since
         lines = strict_yaml.load(file)[1]
-    return StudyError(report(_short_path(Path(file)), problems, lines))
+    return StudyError(report(short_path(Path(file)), problems, lines))
 
 
-def _short_path(file: Path) -> str:
+def short_path(file: Path) -> str:
     """A path for messages: relative to the working directory or the clone if it lies in one of them."""
     whole = Path(os.path.realpath(file))  # unlike Path.resolve() also of a link to itself
     for base in (Path.cwd(), ROOT):

@@ -19,7 +19,7 @@ from llmfusion.study.addresses import FINGERPRINTS, TABLES, output_of
 from llmfusion.study.errors import StudyError, nearest
 from llmfusion.study.graph import ArtifactGraph, PlannedArtifact, build_graph
 from llmfusion.study.kinds import all_kinds, gpus_of, kind_of, wildcards_of
-from llmfusion.study.load import read_study
+from llmfusion.study.load import read_study, short_path
 from llmfusion.study.schema.study import Study
 from llmfusion.study.shell_names import problem_of
 from llmfusion.study.staged import check_staged
@@ -169,8 +169,9 @@ def load_study(
     if directory is not None:
         raise SystemExit(f"--directory {directory}: a study names its own directory; set its key 'directory' instead")
     if len(files) != 1:
-        names = ", ".join(map(str, files))
-        raise SystemExit(f"several --configfile given: a study is one file and complete in itself: {names}")
+        names = [short_path(Path(file)) for file in files]
+        given = f"several --configfile given: a study is one file and complete in itself: {', '.join(names)}"
+        raise SystemExit(f"{given}. Put targets before --configfile, or write --configfile={''.join(names[:1])}")
     _refuse_shell_names(files[0])
     try:
         return WorkflowStudy(*checked(files[0]), Limits.of(default_resources))

@@ -21,7 +21,7 @@ def test_a_note_is_written_last_and_says_what_was_written(tmp_path):
     folder.put(NAME, write(b"rows"), {"more": 1})
     note = json.loads((tmp_path / "rows.json").read_bytes())
     assert note.pop("note_sha256") == digest(canonical(note))
-    assert note == {"key": "key", "name": NAME, "sha256": sha256_file(tmp_path / NAME), "more": 1}
+    assert note == {"key": "key", "name": NAME, "size": 4, "sha256": sha256_file(tmp_path / NAME), "more": 1}
     assert folder.has(NAME)
     assert (tmp_path / NAME).stat().st_mode & 0o777 == 0o644
     other = ResumeFolder(tmp_path, "other")

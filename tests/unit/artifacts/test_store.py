@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,22 @@ def test_a_damaged_memory_is_not_believed(monkeypatch: pytest.MonkeyPatch, note:
     for path in Path("work/verified").iterdir():
         path.write_bytes(note)
     read(manifest)
+
+
+@pytest.mark.parametrize(
+    "make_it", [lambda p: p.symlink_to("/etc/hostname"), os.mkfifo, lambda p: p.symlink_to("/etc")]
+)
+def test_what_is_no_plain_file_is_not_published_and_what_a_link_leads_to_keeps_its_rights(
+    make_it: Callable[[Path], object], tmp_path: Path
+) -> None:
+    output = Path("results/models/base/p/manifest.json")
+    made = draft(output)
+    make_it(made.folder / "more")
+    before = [Path(name).stat().st_mode for name in ("/etc", "/etc/hostname")]
+    with pytest.raises(DamagedError, match=r"more: is a (symbolic link|FIFO)"):
+        publish(made, output, {})
+    assert not output.parent.exists()
+    assert [Path(name).stat().st_mode for name in ("/etc", "/etc/hostname")] == before
 
 
 def test_a_file_the_manifest_does_not_list_cannot_be_asked_for() -> None:

@@ -27,7 +27,7 @@ def test_one_verdict_a_line_in_order(tmp_path: Path, capsys: pytest.CaptureFixtu
     source, target = files(tmp_path, json.dumps(bad), json.dumps(TASK))
     assert main(["sandbox", str(source), str(target), "--jobs", "2", "--timeout", "10"]) == 0
     assert [json.loads(line) for line in target.read_text().splitlines()] == [
-        {"task_id": 7, "passed": False, "reason": "wrong answer"},
+        {"task_id": 7, "passed": False, "reason": "wrong answer", "detail": "line 2 of the test: assert c(1) == 1"},
         {"task_id": "HumanEval/0", "passed": True, "reason": "passed"},
     ]
     assert capsys.readouterr().out == "1 of 2 passed\n"

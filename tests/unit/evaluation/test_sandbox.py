@@ -196,7 +196,7 @@ def test_files_environment_and_processes_of_this_machine_are_out_of_sight(
     ):
         assert path.exists()
         assert value_of(f"os.path.exists({str(path)!r})") is False
-    assert set(value_of("dict(os.environ)")) <= {"LC_CTYPE", "PWD"}
+    assert set(value_of("dict(os.environ)")) <= {"LC_CTYPE", "PWD", "PYTHONHASHSEED"}
     assert value_of("sorted(os.listdir('/'))") == sorted(
         {"program", "dev", "etc", "usr", "root", "lib", "lib64"} & set(value_of("os.listdir('/')"))
     )
@@ -489,6 +489,11 @@ def test_the_reference_solutions_of_humaneval_pass_and_their_neighbours_do_not()
     assert [v["reason"] for v in verdicts(tasks, jobs=2)] == ["passed"] * len(tasks)
     swapped = [{**p, "completion": "    return None\n"} for p in problems]
     assert not any(v["passed"] for v in verdicts(swapped, jobs=2))
+
+
+def test_sets_of_texts_have_the_same_order_on_both_sides_and_in_every_run() -> None:
+    test = "def check(f):\n    words = 'a quick brown fox jumps'.split()\n    assert f(words) == list(set(words))\n"
+    assert [judged("    return list(set(x))\n", test) for _ in range(3)] == [(True, "passed")] * 3
 
 
 def test_verdicts_come_in_the_order_of_the_tasks() -> None:

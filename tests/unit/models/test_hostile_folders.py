@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.hostile.folders import GOOD_GGUF, gguf_cases, honest_cases, hostile_cases
+from tests.hostile.folders import GOOD_GGUF, gguf_cases, honest_cases, hostile_cases, special_gguf_cases
 
 ROOT = Path(__file__).parents[3]
 LONGEST_MESSAGE = 1500
-GGUF_NAMES = [f"gguf: {name}" for name in (*(name for name, _ in gguf_cases()), GOOD_GGUF)]
+GGUF_NAMES = [f"gguf: {name}" for name in (*(name for name, _ in (*gguf_cases(), *special_gguf_cases())), GOOD_GGUF)]
 NAMES = [name for name, *_ in [*hostile_cases(), *honest_cases()]] + GGUF_NAMES
 
 

@@ -98,6 +98,34 @@ def test_comparisons_count_both_reasons_and_programs_those_there_are(tmp_path: P
     assert json.dumps(reasons) == '{"ValueError": 1, "the program ended": 1}'
 
 
+def test_an_item_whose_test_cannot_be_run_is_listed_and_costs_no_other_verdict(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = {**FUNCTION, "test": "def check(f):\n    assert f(object()) == 4\n"}
+    facts = scored(tmp_path, "code", ["    return 2 * x\n"] * 3, [FUNCTION, odd, FUNCTION]).facts
+    assert (facts["right"], facts["k"], facts["n"], facts["unsupported"]) == ("101", 2, 3, [1])
+    assert facts["reasons"] == {"passed": 2, "test not supported": 1}
+    assert "quiz: 1 of 3 items count as not right for every model, first item 1: test not supported: " in caplog.text
+    assert "unsupported" not in scored(tmp_path / "b", "code", ["    return 2 * x\n"], [FUNCTION]).facts
+
+
+def test_a_score_goes_on_from_the_verdicts_of_a_killed_one(tmp_path: Path) -> None:
+    whole = scored(tmp_path / "a", "code", ANSWERS["code"], ITEMS["code"])
+    log = whole.work / "verdicts.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    killed = tmp_path / "b" / log.relative_to(tmp_path / "a")
+    killed.parent.mkdir(parents=True)
+    # the second says that it failed in a way that only this file can tell: it is believed, and the third is judged
+    killed.write_bytes(
+        lines[0] + lines[1].replace(b'"passed": true, "reason": "passed"', b'"passed": false, "reason": "x"')
+    )
+    facts = scored(tmp_path / "b", "code", ANSWERS["code"], ITEMS["code"]).facts
+    assert facts["reasons"] == {"passed": 1, "wrong answer": 1, "x": 1}
+    killed.write_bytes(lines[0] + lines[1][:20])
+    assert scored(tmp_path / "b", "code", ANSWERS["code"], ITEMS["code"]).facts == whole.facts
+    assert killed.read_bytes() == b"".join(lines)
+
+
 def test_answers_that_are_not_one_an_item_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="expected an answer to each of 3 items, found 2; ask again with -R answer"):
         scored(tmp_path, "number", ANSWERS["number"][:2], ITEMS["number"])

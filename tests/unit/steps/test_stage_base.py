@@ -1,5 +1,7 @@
 import os
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from llmfusion.models.loading import load_model
 from llmfusion.steps.stage_base import build
 from tests.unit.stand_ins import ARCHITECTURE, STAND_IN, artifact, job
 
+LICENSED = {"license": "mit", "vocabulary": "v"}
 RUN = {"kind": "scratch", "mix": "m", "steps": 3, "batch_size": 4, "lr": 1e-3, "save_dtype": "float32"}
 
 
@@ -59,3 +62,43 @@ def test_a_private_file_of_a_model_is_published_to_nobody_else(tmp_path, pivot, 
     assert made.rights == 0o700
     assert (made.folder / "chat_template.jinja").stat().st_mode & 0o777 == 0o600
     assert (made.folder / "config.json").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[Callable[[], object]], str]:
+    """Calls something as a user without rights and returns what it was told."""
+    before = os.geteuid()
+
+    def call(action: Callable[[], object]) -> str:
+        os.seteuid(65534)
+        try:
+            with pytest.raises(UserError) as refused:
+                action()
+        finally:
+            os.seteuid(before)
+        return str(refused.value)
+
+    return call
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody who may not read")
+@pytest.mark.parametrize("locked", [".", "model", "model/config.json", "model/model.safetensors"])
+def test_what_cannot_be_read_is_told_with_its_name(pivot, as_nobody, locked):
+    place = Path(tempfile.mkdtemp(dir="/tmp"))
+    shutil.copytree(pivot.folder, place / "model")
+    (place / "model").chmod(0o755)
+    for path in (place / "model").iterdir():
+        path.chmod(0o644)
+    place.chmod(0o755)
+    (place / locked).chmod(0o000)
+    made = job(Path(tempfile.mkdtemp()), {"base": {**LICENSED, "kind": "path", "path": str(place / "model")}})
+    for folder in (made.folder.parent.parent, made.folder.parent, made.folder, made.work):
+        folder.chmod(0o755)
+    os.chown(made.folder, 65534, 65534)
+    os.chown(made.work, 65534, 65534)
+    told = as_nobody(lambda: build(made))
+    shutil.rmtree(place)
+    shutil.rmtree(made.folder.parent.parent)
+    assert told.startswith(str(place / ("model" if locked == "." else locked)))
+    assert "Permission denied" in told
+    assert len(told.splitlines()) == 1

@@ -108,7 +108,7 @@ def test_a_state_without_its_note_or_a_note_without_its_state_does_not_count_and
 def test_a_bit_of_the_records_that_flips_is_noticed_like_one_of_the_weights(folder):
     """They become part of the result, so they are hashed with the weights; the note holds what identifies the file."""
     path = resume_state.save(folder, 1, *trained(1), {"records": [{"loss": 2.34375}]})
-    assert set(json.loads(note_path(path).read_bytes())) == {"key", "name", "sha256", "note_sha256"}
+    assert set(json.loads(note_path(path).read_bytes())) == {"key", "name", "size", "sha256", "note_sha256"}
     content = path.read_bytes()
     assert content.count(b"2.34375") == 1
     path.write_bytes(content.replace(b"2.34375", b"2.34374"))

@@ -45,7 +45,7 @@ def cost(workload: Workload, spec: Spec, shards: int, model: str, task: str) -> 
 
 KIND = Kind(
     step="score",
-    recipe=1,
+    recipe=2,
     address="scores/{model}/{task}",
     stage="scores",
     report_stage="scores",
