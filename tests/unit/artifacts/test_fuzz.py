@@ -357,7 +357,9 @@ def test_what_belongs_to_no_artifact_is_named_by_verify(name: str, capsys: pytes
     assert errors == f"mismatch: {name}: belongs to no artifact of the study: move it away\n"
 
 
-@pytest.mark.parametrize("name", ["results/cost.csv", "results/.t.csv.0123456789ab.draft/t.csv", "results/.nfs01"])
+@pytest.mark.parametrize(
+    "name", ["results/cost.csv", "results/t.cost.csv", "results/.t.csv.0123456789ab.draft/t.csv", "results/.nfs01"]
+)
 def test_reports_drafts_of_running_jobs_and_the_file_systems_own_files_belong(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
