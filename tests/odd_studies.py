@@ -174,10 +174,10 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     # ------------------------------------------------------------------------------------------------------ templates
     "a template with deep brackets": (prompt("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}"), "nested too deeply"),
     "a template with deep blocks": (prompt("{% if 1 %}" * 2000 + "{% endif %}" * 2000), "nested too deeply"),
-    "a template of a megabyte": (prompt("a" * 500_000), "a template may have 50,000"),
+    "a template of a megabyte": (prompt("a" * 500_000), "a template has at most 50,000"),
     "a template with a constant that would fill the memory": (
         prompt("{{ 'a' * 10**10 }}{{ question }}"),
-        "is no safe Jinja template",
+        "tasks.mmlu.prompt: is no safe Jinja template: line 1: it does more work",
     ),
     "a template with unknown fields": (prompt("{{ x }}"), "tasks.mmlu.prompt: reads x"),
     "a chat template that is none": (added('chat_template: "{{ messages"'), "is no Jinja template"),

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -111,7 +112,12 @@ def drafts_of(output: Path) -> list[Path]:
 
 def remove_drafts(output: Path) -> None:
     """Remove what killed writers of this artifact left behind; only for the holder of its lease."""
-    for path in drafts_of(output):
+    remove(drafts_of(output))
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files and folders, as far as that is possible."""
+    for path in paths:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

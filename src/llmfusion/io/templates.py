@@ -552,7 +552,7 @@ class Template:
         self.name = name
         environment = _environment(style)
         if len(text) > LONGEST_TEMPLATE:
-            raise UnsafeTemplate(f"{name}: has {len(text):,} characters; a template may have {LONGEST_TEMPLATE:,}")
+            raise UnsafeTemplate(f"{name}: has {len(text):,} characters; a template has at most {LONGEST_TEMPLATE:,}")
         try:
             self.fields = frozenset(meta.find_undeclared_variables(environment.parse(text)))
             self._template = environment.from_string(text)

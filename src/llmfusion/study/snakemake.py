@@ -126,11 +126,11 @@ class WorkflowStudy:
 
 
 def stages_of(graph: ArtifactGraph) -> dict[str, list[str]]:
-    """Files of a study by the stage, a target of Snakemake, that asks for them."""
-    out: dict[str, list[str]] = {}
+    """Files of a study by the stage, a target of Snakemake, that asks for them; none for a stage that it leaves out."""
+    out: dict[str, list[str]] = {kind.stage: [] for kind in all_kinds().values() if kind.stage is not None}
     for address in graph.artifacts:
         if (stage := kind_of(address).stage) is not None:
-            out.setdefault(stage, []).append(output_of(address))
+            out[stage].append(output_of(address))
     tables = (table for address, table in graph.artifacts.items() if address.startswith(TABLES))
     out["scores"] = sorted({cell for table in tables for cell in table.inputs})  # only cells that a table needs
     return out
@@ -169,9 +169,9 @@ def load_study(
     if directory is not None:
         raise SystemExit(f"--directory {directory}: a study names its own directory; set its key 'directory' instead")
     if len(files) != 1:
-        names = ", ".join(short_path(Path(file)) for file in files)
-        advice = f"Put targets before --configfile, or write --configfile={short_path(Path(files[0]))}"
-        raise SystemExit(f"several --configfile given: a study is one file and complete in itself: {names}. {advice}")
+        names = [short_path(Path(file)) for file in files]
+        given = f"several --configfile given: a study is one file and complete in itself: {', '.join(names)}"
+        raise SystemExit(f"{given}. Put targets before --configfile, or write --configfile={''.join(names[:1])}")
     _refuse_shell_names(files[0])
     try:
         return WorkflowStudy(*checked(files[0]), Limits.of(default_resources))

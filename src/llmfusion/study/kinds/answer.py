@@ -67,7 +67,7 @@ def problems(declared: Declared) -> Iterator[Problem]:
 
 KIND = Kind(
     step="answer",
-    recipe=1,
+    recipe=2,
     address="answers/{model}/{batch}",
     stage=None,
     report_stage="answers",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llmfusion.study.workload import Assumptions, Workload
 
 STEP = "capture"
-RECIPE = 2
+RECIPE = 3
 
 
 class Spec(StepSpec):

@@ -39,7 +39,7 @@ def cost(workload: Workload, spec: Spec, shards: int, model: str, mix: str) -> C
 
 KIND = Kind(
     step="generate",
-    recipe=1,
+    recipe=2,
     address="data/generated/{model}/{mix}",
     stage="teachers",
     report_stage="generated answers",

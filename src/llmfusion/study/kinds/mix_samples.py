@@ -51,7 +51,7 @@ def problems(declared: Declared) -> Iterator[Problem]:
 
 KIND = Kind(
     step="mix",
-    recipe=1,
+    recipe=2,
     address="data/mix/{mix}",
     stage="data",
     report_stage="data",

@@ -245,7 +245,7 @@ def _other_vocabularies(declared: Declared, run: TrainedModel) -> Iterator[tuple
 
 KIND = Kind(
     step="train",
-    recipe=1,
+    recipe=2,
     address="models/trained/{trained}",
     stage="models",
     report_stage="trainings",

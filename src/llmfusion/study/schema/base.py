@@ -66,7 +66,7 @@ class Licensed(Section):
     )
 
 
-def template_fields(text: str, style: "Style" = "prompt", **example: Any) -> frozenset[str]:
+def template_fields(text: str, style: "Style", **example: Any) -> frozenset[str]:
     """Names that a Jinja template reads.
 
     Raises ValueError, in the user's words, if it cannot be compiled, or does what no template must do when it is
