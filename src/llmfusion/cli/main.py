@@ -13,6 +13,8 @@ from importlib import import_module
 
 from llmfusion import __version__
 from llmfusion.errors import UserError
+from llmfusion.io import job_log
+from llmfusion.io.hub_address import require_hub_address
 from llmfusion.io.logs import redact_output
 
 COMMANDS = {
@@ -49,9 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        require_hub_address()
         return int(import_module(f"llmfusion.cli.{parsed.command}").run(parsed))
     except UserError as error:  # of a command that has no words of its own for it, e.g. a plug-in that lacks something
-        print(f"error: {error}", file=sys.stderr)
+        job_log.report(f"error: {error}", getattr(parsed, "log", None))
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

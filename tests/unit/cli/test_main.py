@@ -68,6 +68,22 @@ def completions(line: str, word: int = 1, program: tuple[str, ...] = ("llmfusion
     return sorted(word.strip() for word in words.split("\v") if word)
 
 
+@pytest.mark.parametrize(
+    "address", ["http://me:s3cr3tpw@[::1", "http://me:s3cr3tpw@host:99999", "me:s3cr3tpw@host", "http://", "ftp://host"]
+)
+@pytest.mark.parametrize("command", ["doctor", "step"])
+def test_an_address_of_the_hub_that_is_none_is_one_line_also_in_a_jobs_log(
+    address: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    log = tmp_path / "job.log"
+    step = ["stage_dataset", "--spec", "{}", "--out", str(tmp_path / "results/a/manifest.json"), "--log", str(log)]
+    assert main([command, *(step if command == "step" else [str(ROOT / "config/mini.yaml")])]) == 1
+    expected = "error: HF_ENDPOINT is no address: expected http(s)://host[:port], or unset it for the public hub\n"
+    assert capsys.readouterr().err == expected
+    assert command == "doctor" or log.read_text() == expected
+
+
 def test_commands_are_completed() -> None:
     assert completions("llmfusion s") == ["sandbox", "schema", "step"]
     assert set(completions("llmfusion ")) >= set(COMMANDS)
