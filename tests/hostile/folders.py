@@ -225,6 +225,9 @@ def hostile_cases() -> Iterator[tuple[str, Change, str]]:
     yield "a blob is a link", snapshot(lambda f: link("blob0")(f.parent.parent / "blobs")), "blob0"
     yield "a blob is a FIFO", snapshot(lambda f: fifo("blob0")(f.parent.parent / "blobs")), "blob0"
     yield "a file's name has a line end", content("a\nerror: b.json", "{}"), "rename"
+    yield "a file's name has braces", content("{output}.txt", "x"), "wildcards to Snakemake; rename"
+    many = f"expected at most {1000:,}"
+    yield "a thousand and one texts", lambda f: [(f / f"{n}.txt").touch() for n in range(1001)], many
     yield "only pickles", lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled"
     yield "an empty folder", lambda f: [p.unlink() for p in f.iterdir()], "weights"
     yield "no folder", shutil.rmtree, "no folder"
@@ -352,6 +355,7 @@ def _configs() -> Iterator[tuple[str, Change, str]]:
     for value in (*classes, *([name] for name in names)):
         yield f"config: architectures {str(value)[:40]!r}", config(architectures=value), ""
     odd: dict[str, list[Any]] = {
+        "model_type": [5, ["llama"], {"a": 1}],
         "vocab_size": ["300", -1, 0, 2.5, HUGE, 10**30, [], {}, True, 10**9],
         "hidden_size": ["16", 0, -3, HUGE, 10**9, 17, [16]],
         "num_hidden_layers": ["2", -1, HUGE, 10**6, [2], 2.0, True, 10**400],
@@ -377,6 +381,22 @@ def _configs() -> Iterator[tuple[str, Change, str]]:
     for key, values in odd.items():
         for value in values:
             yield f"config: {key} {str(value)[:30]!r} ({type(value).__name__})", config(**{key: value}), ""
+
+
+def _growing_tokenizers() -> Iterator[tuple[str, str, Any, str]]:
+    """Parts of ``tokenizer.json`` that make more of a text, or take longer for it, than any text is worth."""
+    hundredfold = {"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 100}
+    yield "a text 10^12 times as long", "normalizer", {"type": "Sequence", "normalizers": [hundredfold] * 6}, "1e+12"
+    yield "a megabyte before every text", "normalizer", {"type": "Prepend", "prepend": "a" * 10**6}, "1e+06"
+    begin = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    named = {"<s>": {"id": "<s>", "ids": [99999], "tokens": ["<s>"]}}
+    template = {"type": "TemplateProcessing", "pair": [], "special_tokens": named}
+    yield "10,000 tokens before every text", "post_processor", {**template, "single": [begin] * 10**4}, "adds"
+    yield "a token over the rows before every text", "post_processor", {**template, "single": [begin, text]}, "rows"
+    yield "30,000 added tokens", "added_tokens", [{"id": 0, "content": "x"}] * 30_000, "at most 20,000"
+    split = {"type": "Split", "pattern": {"Regex": "(a|aa)+[^a ]"}, "behavior": "Isolated", "invert": False}
+    yield "a pattern that tries all ways to cut", "pre_tokenizer", split, "retry-limit"
 
 
 def _tokenizers() -> Iterator[tuple[str, Change, str]]:
@@ -406,6 +426,11 @@ def _tokenizers() -> Iterator[tuple[str, Change, str]]:
     }
     for name, change_body in changes.items():
         yield f"tokenizer: {name}", tokenizer(change_body), ""
+    for name, part, made, word in _growing_tokenizers():
+        yield f"tokenizer: {name}", tokenizer(partial(dict.update, **{part: made})), word
+    emptied: dict[str, Any] = {"vocab": {}, "merges": []}
+    yield "tokenizer: an empty vocabulary", tokenizer(lambda body: body["model"].update(emptied)), "is empty"
+    yield "tokenizer: cuts at random", tokenizer(lambda body: body["model"].update(dropout=0.5)), "at random"
     file = "tokenizer_config.json"
     for name, text in {"no JSON": b"{", "a list": b"[]", "deep": DEEP.encode(), "no UTF-8": b"\xff{}",
                        "a key twice": b'{"a": 1, "a": 2}'}.items():  # fmt: skip

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from llmfusion.study.errors import Problem, from_pydantic, nearest, report
+from llmfusion.errors import DamagedError, UserError
+from llmfusion.study.errors import Problem, StudyError, from_pydantic, nearest, report
 from llmfusion.study.schema.study import Study
 from tests.unit.mini_study import small
 
@@ -85,3 +86,9 @@ def test_long_values_are_shown_shortened() -> None:
     data = small()
     data["scale"] = "x" * 500
     assert len(told(data)["scale",]) < 120
+
+
+def test_no_message_holds_what_a_terminal_obeys() -> None:
+    text = "models/\x1b]0;x\x07\r\u202e\udcff:\n\tlines and größe 模型 stay"
+    for error in (UserError, DamagedError, StudyError):
+        assert str(error(text)) == "models/?]0;x????:\n\tlines and größe 模型 stay"

@@ -50,9 +50,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         plan = _plan(arguments)
         for remark in plan.matching.remarks:
-            print(f"note: {remark}", file=sys.stderr)
+            print(f"note: {printable(remark)}", file=sys.stderr)
         if arguments.dry_run:
-            print(_description(plan, arguments))
+            print(printable(_description(plan, arguments)))
         else:
             _merge(plan, arguments)
     except (UserError, PluginError) as error:
@@ -77,6 +77,8 @@ def _plan(arguments: argparse.Namespace) -> "MergePlan":
     require(threads is None or threads > 0, f"--threads {threads}: expected 1 or more")
     options = parse_options(arguments.method, arguments.set, len(arguments.models))
     require(not arguments.out.exists(), f"{arguments.out}: exists already; take another name or move it away")
+    for folder in (arguments.pivot, *arguments.models, arguments.out):
+        require(printable(folder) == str(folder), f"{folder}: its name is no text that can be printed; rename it")
     for folder in (arguments.pivot, *arguments.models):
         require(folder.is_dir(), f"{folder}: is no folder")
     return plan_merge(arguments.pivot, arguments.models, options)
@@ -94,7 +96,7 @@ def _merge(plan: "MergePlan", arguments: argparse.Namespace) -> None:
         print(f"note: config.json is the pivot's; {load_hint}", file=sys.stderr)
     if "warning" in facts:
         print(f"warning: {facts['warning']}", file=sys.stderr)
-    print(f"{arguments.out}: {summary(facts)} in {time.monotonic() - started:.1f} s")
+    print(printable(f"{arguments.out}: {summary(facts)} in {time.monotonic() - started:.1f} s"))
 
 
 def progress_line(started: float) -> Callable[[int, int], None] | None:

@@ -572,7 +572,9 @@ class Template:
         budget.left = _MANY  # while the input is measured
         token = _budget.set(_Budget(budget.weigh(variables)))
         try:
-            return "".join(self._template.root_render_func(self._template.new_context(variables)))
+            text = "".join(self._template.root_render_func(self._template.new_context(variables)))
+            text.encode()  # half a character, as "\\ud800" is, is no text to a tokenizer
+            return text
         except _Refusal as error:
             raise RefusedByTemplate(f"{self._place(error)}: {_short(error)}", "refused") from None
         except (SecurityError, RecursionError, MemoryError) as error:

@@ -8,6 +8,7 @@ everything that is about loading or computing, and not about the model, has been
 import errno
 import inspect
 import json
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,8 @@ DEEPEST = 32  # levels of lists and objects in settings
 LARGEST = 2**53  # no number of a model's settings is larger
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?")  # keys of counts: a layer has a tensor at least
 COUNTS = ("vocab_size", "hidden_size", "n_embd", "num_attention_heads", "n_head", "max_position_embeddings")
+MOST_ADDED_TOKENS = 20_000  # Gemma 3 has 6,415
+MOST_GROWTH = 1000
 MOST_LABELS = 100_000  # of a classifier; transformers makes a name for each
 DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 # keys of config.json about how a model is loaded and computed: files and code to read, kernels to download and run,
@@ -130,6 +133,8 @@ def _require_ordinary(content: Any, path: Path) -> None:
 
 def check_config(config: dict[str, Any], path: Path) -> None:
     """Raise :class:`DamagedError` for a ``config.json`` whose keys that count cannot be right."""
+    if not isinstance(config.get("model_type", ""), str):
+        raise DamagedError(f'{path}: model_type is {_shown(config["model_type"])}, expected a text, e.g. "llama"')
     names = config.get("architectures")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         expected = 'expected a list with the name of a class of transformers, e.g. ["LlamaForCausalLM"]'
@@ -271,6 +276,51 @@ def _check_tokenizer_file(path: Path) -> None:
     ids = [*ids, *(token.get("id") if isinstance(token, dict) else None for token in added)]
     if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
         raise DamagedError(f"{path}: a token's id is no number from 0 to {2**31 - 1}; take a complete tokenizer.json")
+    if not vocabulary:
+        raise DamagedError(f"{path}: its vocabulary is empty; take a complete tokenizer.json")
+    if model.get("dropout"):
+        raise DamagedError(f"{path}: its dropout is {model['dropout']}: texts are cut at random; set it to null")
+    _require_few_tokens(added, "added_tokens", path)
+    _require_bounded_growth(content, path)
+
+
+def _require_few_tokens(tokens: Any, key: str, path: Path) -> None:
+    """Raise :class:`DamagedError` for more added tokens than any model has: each takes longer than the one before."""
+    if isinstance(tokens, (list, dict)) and len(tokens) > MOST_ADDED_TOKENS:
+        raise DamagedError(f"{path}: {key} has {len(tokens):,} tokens, expected at most {MOST_ADDED_TOKENS:,}")
+
+
+def _require_bounded_growth(content: dict[str, Any], path: Path) -> None:
+    """Raise :class:`DamagedError` for a tokenizer that makes far more of a text than there is.
+
+    A replacement of every character by a hundred, six times over, is a line of JSON.
+    """
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(content.get(part))) > MOST_GROWTH:
+            raise DamagedError(
+                f"{path}: {part} makes a text up to {growth:.0e} times as long; take the model's own file"
+            )
+    if (items := _count_items(content.get("post_processor"))) > MOST_GROWTH:
+        raise DamagedError(f"{path}: post_processor adds {items:,} tokens to every text; take the model's own file")
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a text can be behind a part of a tokenizer."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1
+    pattern = part.get("pattern")
+    replaced = pattern.get("String") if isinstance(pattern, dict) else None
+    added = max((len(part[key]) for key in ("content", "prepend") if isinstance(part.get(key), str)), default=0)
+    own = max(1, added / len(replaced)) if isinstance(replaced, str) and replaced else 1 + added
+    return own * math.prod(map(_growth, part.values()))
+
+
+def _count_items(part: Any) -> int:
+    """How many elements the lists in a part of a tokenizer have."""
+    values = part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+    return (len(part) if isinstance(part, list) else 0) + sum(map(_count_items, values))
 
 
 def _require_utf8(path: Path) -> None:
@@ -291,6 +341,8 @@ def _check_tokenizer_settings(settings: dict[str, Any], path: Path) -> None:
     if not is_right:
         expected = "expected Jinja text, or a list of templates with a name each"
         raise DamagedError(f"{path}: chat_template is {_shown(template)}, {expected}")
+    for key in ("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"):
+        _require_few_tokens(settings.get(key), key, path)
     for key, value in settings.items():
         if not re.fullmatch(r"(bos|eos|pad|unk|sep|cls|mask)_token", key) or value is None or isinstance(value, str):
             continue

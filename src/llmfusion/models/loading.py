@@ -34,6 +34,7 @@ from llmfusion.models.folder import (
     tokenizer_files,
 )
 
+PROBE = f"a {'a' * 100} 1.\n"  # also where a pattern would try all ways to cut it
 MOST_BUFFERS = 2**28  # values of a model that are no weights: frequencies, masks
 
 
@@ -69,6 +70,8 @@ def read_tokenizer(model: Artifact | Path) -> Any:
         if getattr(tokenizer, "vocab_file", None) is not None:
             tokenizer.vocab_file = str(model_folder.folder / Path(tokenizer.vocab_file).name)
         len(tokenizer)  # fails here, if it is going to
+        if not tokenizer.encode(PROBE, add_special_tokens=False):
+            raise DamagedError(f"{model_folder.folder}: the tokenizer makes no tokens of a text; take a complete one")
     return tokenizer
 
 

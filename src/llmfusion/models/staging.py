@@ -20,7 +20,14 @@ from llmfusion.models.loading import (
     model_facts,
     require_possible_size,
 )
-from llmfusion.study.schema.base_models import MODEL_FILES, GgufModel, HubModel, PathModel
+from llmfusion.study.schema.base_models import (
+    MOST_MODEL_FILES,
+    GgufModel,
+    HubModel,
+    PathModel,
+    problem_of_file_name,
+    taken_names,
+)
 
 
 def stage_hub(base: HubModel, folder: Path, chat_template: str | None) -> dict[str, Any]:
@@ -97,9 +104,12 @@ def taken_files(source: Path) -> list[Path]:
     with explain_failure(source, "model"):
         require(source.is_dir(), f"{source}: is no folder")
         os.listdir(source)  # a glob has no error for a folder that nobody may read
-        names = sorted({path.name for pattern in MODEL_FILES for path in source.glob(pattern)})
+        names = taken_names(source)
+        most = f"{source}: has {len(names):,} files that belong to a model, expected at most {MOST_MODEL_FILES:,}"
+        require(len(names) <= MOST_MODEL_FILES, f"{most}; take a folder of one model")
         for name in names:
-            require(name.isprintable(), f"{source}: the file {name!r} has a name that cannot be printed; rename it")
+            if (problem := problem_of_file_name(name)) is not None:
+                raise UserError(f"{source}: the file {name!r} has a name that {problem}; rename it")
         return [model_file(source, name) for name in names]
 
 
@@ -129,7 +139,7 @@ def _facts(base: HubModel | PathModel | GgufModel, folder: Path, chat_template: 
         needed = require_possible_size(model, model_class_of(model))
         tokenizer = load_tokenizer(folder, chat_template)
         facts = model_facts(folder, tokenizer)
-        largest_id = max(tokenizer.get_vocab().values(), default=0)
+        largest_id = max([*tokenizer.get_vocab().values(), *tokenizer.encode("a")])
     stored = facts["parameters"]
     require(
         needed <= stored,
@@ -138,7 +148,7 @@ def _facts(base: HubModel | PathModel | GgufModel, folder: Path, chat_template: 
     )
     tokens = max(facts["tokenizer_size"], largest_id + 1)
     rows = facts["vocabulary_size"]
-    require(tokens <= (rows or 0), f"the tokenizer has {tokens} tokens, the model only {rows} rows for them")
+    require(tokens <= (rows or 0), f"{folder}: the tokenizer has {tokens} tokens, the model only {rows} rows for them")
     return {**facts, "license": base.license}
 
 

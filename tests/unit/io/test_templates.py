@@ -156,6 +156,8 @@ def test_a_templates_own_refusal_is_told_from_its_failures():
     with pytest.raises(TemplateError, match="line 3: UndefinedError: 'dict object' has no attribute 'name'") as failed:
         render("{# one\ntwo #}\n{{ messages[0].name.upper() }}")
     assert failed.value.summary == "UndefinedError, line 3"
+    with pytest.raises(TemplateError, match=r"the chat template: UnicodeEncodeError: .* surrogates not allowed"):
+        render(r"{{ '\ud800' }}")
     with pytest.raises(TemplateError, match="the chat template, line 2: unexpected '}'"):
         Template("{{ 1 }}\n{{ } }}", "the chat template", "chat")
 

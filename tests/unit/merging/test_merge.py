@@ -125,7 +125,16 @@ WRONG = [
     (["--pivot", "gone"], "gone: is no folder"),
     (["--models", "gone", "gone"], "gone: is no folder"),
     (["--out", "."], "exists already"),
+    (["--out", "a\x1b[2J"], "its name is no text that can be printed"),
+    (["--models", "\udcff", "m2"], "its name is no text that can be printed"),
 ]
+
+
+def test_a_folder_through_a_link_to_itself_is_refused_in_a_sentence(tmp_path, pivot, folders, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    words = ["--method", "ta", "--pivot", pivot.folder, "--models", *folders, "--out", tmp_path / "loop" / "out"]
+    assert merge(*words) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path / 'loop'}")
 
 
 @pytest.mark.parametrize(("changed", "message"), WRONG, ids=[" ".join(c) for c, _ in WRONG])

@@ -12,6 +12,7 @@ from llmfusion.study.addresses import output_of
 from llmfusion.study.graph import PlannedArtifact, build_graph
 from llmfusion.study.kinds import gpus_of
 from llmfusion.study.load import read_study
+from llmfusion.study.schema.base_models import PathModel, model_files
 from tests.unit.mini_study import small_study
 
 
@@ -240,3 +241,15 @@ def test_every_file_of_a_models_folder_is_an_input_that_snakemake_watches(tmp_pa
     assert found.artifacts["models/base/own"].inputs == [
         str(tmp_path / name) for name in ("config.json", "model-1.safetensors", "tokenizer.json")
     ]
+
+
+@pytest.mark.parametrize("name", ["{output}.txt", "{base}.json", "a\nb.json"])
+def test_a_file_of_a_model_that_snakemake_would_misread_is_left_to_the_job_that_stages_it(
+    tmp_path: Path, name: str
+) -> None:
+    for file in ("config.json", "model.safetensors", name):
+        (tmp_path / file).touch()
+    entry = PathModel(kind="path", path=str(tmp_path), vocabulary="v", license="mit")
+    assert model_files(entry) == [f"{tmp_path}/config.json"]
+    (tmp_path / name).unlink()
+    assert model_files(entry) == [f"{tmp_path}/config.json", f"{tmp_path}/model.safetensors"]

@@ -1,5 +1,6 @@
 """Base models: staged from the hub, a folder or a GGUF file, or trained from scratch."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -107,6 +108,7 @@ class ScratchModel(Training):
 BaseModelEntry = Annotated[HubModel | PathModel | GgufModel | ScratchModel, Field(discriminator="kind")]
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*", "NOTICE*")  # never code or pickles
+MOST_MODEL_FILES = 1000  # of a folder; all stand on the command line of the job that stages them
 
 
 def model_files(entry: HubModel | PathModel | GgufModel | ScratchModel) -> list[str]:
@@ -115,5 +117,19 @@ def model_files(entry: HubModel | PathModel | GgufModel | ScratchModel) -> list[
         return [entry.path]
     if not isinstance(entry, PathModel):
         return []
-    names = sorted(p.name for pattern in MODEL_FILES for p in (ROOT / entry.path).glob(pattern))
+    names = taken_names(ROOT / entry.path)
+    if len(names) > MOST_MODEL_FILES or any(problem_of_file_name(name) for name in names):
+        names = []  # the job that stages the folder says what is wrong with it
     return [f"{entry.path}/{name}" for name in names or ["config.json"]]
+
+
+def taken_names(folder: Path) -> list[str]:
+    """Names of the files of a model's folder that are staged."""
+    return sorted({path.name for pattern in MODEL_FILES for path in folder.glob(pattern)})
+
+
+def problem_of_file_name(name: str) -> str | None:
+    """Why a file of a model's folder cannot be staged under its name; None where it can."""
+    if not name.isprintable():
+        return "cannot be printed"
+    return "has braces, which are wildcards to Snakemake" if "{" in name or "}" in name else None
