@@ -186,6 +186,17 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         changed("max_length: 128", "max_length: 128\n    english: 0.9"),
         "mixes.raw.english: is replaced: write languages: [en]",
     ),
+    "a title that a terminal obeys": (
+        changed("title: InfiFusion's Table 2 in miniature", 'title: "\\e]0;x\\a"'),
+        ":3: title: got '\\x1b]0;x\\x07': it is shown as it is, and has no control characters",
+    ),
+    "a label with a carriage return": (changed("label: MMLU-like", 'label: "MMLU\\r100"'), "tasks.mmlu.label: got"),
+    "a licence with a NUL": (
+        dataset('{kind: path, path: x, layout: text, domain: x, license: "m\\0"}'),
+        "license: got",
+    ),
+    "a key that a terminal obeys": (added('"\\e[2J": 1'), ": '\\x1b[2J': unknown key"),
+    "a key of two lines": (added('"a\\n  b": 1'), ": 'a\\n  b': unknown key"),
     "a language by its name": (
         changed("max_length: 128", "max_length: 128\n    languages: [english]"),
         "mixes.raw.languages[0]: got 'english'; expected ISO 639-1 codes",

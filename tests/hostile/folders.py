@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,10 @@ def _indexes() -> Iterator[tuple[str, Change, str]]:
     yield "index: a tensor twice", index(twice, copy), "is also in"
 
 
+def _rename(header: dict[str, Any], new: str) -> None:
+    header[new] = header.pop("model.norm.weight")
+
+
 def _headers() -> Iterator[tuple[str, Change, str]]:
     file = "model.safetensors"
     yield "weights: empty", content(file, b""), file
@@ -315,6 +320,18 @@ def _headers() -> Iterator[tuple[str, Change, str]]:
     }.items():
         yield f"weights: {name}", entry(**changes), file
     yield "weights: an entry is a list", weights(lambda h: h.update({"model.norm.weight": []})), file
+    for name, tensor in {
+        "a name that a terminal obeys": "\x1b[2J\x1b]0;x\x07",
+        "a name with a NUL": "a\0b",
+        "a name of two lines": "a\nb",
+        "an empty name": "",
+        "a name of a megabyte": "y" * 10**6,
+    }.items():
+        rename = partial(_rename, new=tensor)
+        yield f"weights: {name}", weights(rename), "a tensor has the name"
+    for name, metadata in {"a list": ["pt"], "of numbers": {"format": 1}, "a text": "pt"}.items():
+        describe = partial(dict.update, __metadata__=metadata)
+        yield f"weights: metadata that is {name}", weights(describe), "__metadata__"
     yield "weights: truncated", lambda f: os.truncate(f / file, 5000), file
     yield "weights: a tail", lambda f: (f / file).write_bytes((f / file).read_bytes() + b"\0" * 64), file
     yield "weights: a hole of 1 TB", lambda f: os.truncate(f / file, 2**40), file

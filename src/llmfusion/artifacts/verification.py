@@ -17,7 +17,7 @@ from llmfusion.artifacts.store import Artifact
 from llmfusion.errors import DamagedError, UserError
 from llmfusion.io.digests import canonical, digest, fingerprint_of
 from llmfusion.io.files import JSON_LIMIT, plain_file, read_regular
-from llmfusion.study.addresses import manifest_of, output_of, provenance_of
+from llmfusion.study.addresses import costs_of, manifest_of, output_of, provenance_of
 
 REPORTS = ("cost.csv",)  # in results/, of what jobs took: no artifacts
 EARLIER = {"host", "versions", "started"}  # what a record of provenance held before it named its manifest
@@ -125,7 +125,7 @@ class Verification:
                 if path not in self.looked_at:  # else it is a mismatch already
                     continue
                 listed = [path.with_suffix(suffix).name for suffix in (".csv", ".md")]
-            claimed |= {path, provenance_of(path), *(path.parent / name for name in listed)}
+            claimed |= {path, provenance_of(path), costs_of(path), *(path.parent / name for name in listed)}
         return claimed
 
 

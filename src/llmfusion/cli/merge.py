@@ -4,6 +4,7 @@ Exit status 2 for wrong options, checkpoints that do not fit together and a full
 """
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmfusion.errors import UserError, require
+from llmfusion.errors import UserError, printable, require
 
 if TYPE_CHECKING:
     from llmfusion.merging.plan import MergePlan
@@ -67,11 +68,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def printable(message: object) -> str:
-    """A message without control characters, which names of files and tensors may hold; lines stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in str(message))
-
-
 def _plan(arguments: argparse.Namespace) -> "MergePlan":
     """The checked merge."""
     from llmfusion.merging.options import parse_options
@@ -124,7 +120,7 @@ def _description(plan: "MergePlan", arguments: argparse.Namespace) -> str:
     from llmfusion.study.schema.base import dump
 
     threads = arguments.threads or default_threads()
-    disk = next(folder for folder in arguments.out.resolve().parents if folder.exists())
+    disk = next(folder for folder in Path(os.path.realpath(arguments.out)).parents if folder.exists())
     options = dump(plan.options, "method", "pivot", "parents") or "all defaults"
     memory = format_bytes(plan.memory(threads))
     merged = sum(bool(tensor.models) for tensor in plan.tensors)

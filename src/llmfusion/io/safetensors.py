@@ -19,6 +19,7 @@ OVERFLOW = {"F32": float("inf"), "BF16": (2 - 2.0**-8) * 2.0**127, "F16": 65520.
 HEADER_LIMIT = 100 * 2**20
 TENSOR_LIMIT = 1_000_000  # in a file; the largest models have a fifth of it in all
 MOST_DIMENSIONS = 16
+LONGEST_NAME = 1000  # characters of a tensor's name
 LARGEST = 2**63  # no dimension and no offset reaches it
 INDEX = "model.safetensors.index.json"
 SIZES = {  # bytes a value
@@ -46,7 +47,11 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """Header of a safetensors file and the offset of its data. Raises :class:`DamagedError`."""
+    """Header of a safetensors file and the offset of its data.
+
+    Raises :class:`DamagedError`, also for what other readers of the header would refuse: what is merged or linked from
+    here is read by them.
+    """
     size = model_file(file.parent, file.name).stat().st_size
     try:
         with open(file, "rb") as handle:
@@ -61,6 +66,13 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         raise DamagedError(f"{file}: the header is no JSON object; fetch the file again")
     if len(header) > TENSOR_LIMIT:
         raise DamagedError(f"{file}: the header names {len(header):,} tensors, expected at most {TENSOR_LIMIT:,}")
+    metadata = header.get("__metadata__")
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise DamagedError(f"{file}: the header's __metadata__ is {str(metadata)[:80]!r}, expected an object of texts")
+    for name in header:
+        if not (name.isprintable() and 0 < len(name) <= LONGEST_NAME):
+            expected = f"expected 1 to {LONGEST_NAME} characters that can be printed"
+            raise DamagedError(f"{file}: a tensor has the name {name[:80]!r}, {expected}; fetch the file again")
     return header, 8 + length
 
 

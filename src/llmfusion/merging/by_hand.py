@@ -23,7 +23,7 @@ def merge_folders(
     What is refused leaves nothing; a process that is killed leaves what it has finished, and the same call goes on from
     there. Raises :class:`UserError` where ``out`` exists, the disk is too full, or values are not finite.
     """
-    out = out.resolve()
+    out = Path(os.path.realpath(out))  # unlike Path.resolve() also through a link to itself
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.parent / f".{out.name}.draft"
     with Lease(out.parent / f".{out.name}.lease") as lease:

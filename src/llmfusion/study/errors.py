@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from llmfusion.errors import printable
 from llmfusion.study.schema.base import REPOSITORY
 
 Key = tuple[str | int, ...]
@@ -24,6 +25,9 @@ class Problem:
 
 class StudyError(Exception):
     """The study cannot be used. ``str()`` is the complete message for the user, one line a mistake."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def nearest(name: object, known: Iterable[str], limit: int = 12) -> str:
@@ -56,8 +60,13 @@ def report(file: str, problems: Iterable[Problem], lines: dict[Key, int]) -> str
 def _dotted(key: Key) -> str:
     out = ""
     for part in key:
-        out += f"[{part}]" if isinstance(part, int) else f".{part}" if out else str(part)
+        out += f"[{part}]" if isinstance(part, int) else f".{_word(part)}" if out else _word(part)
     return out
+
+
+def _word(key: str) -> str:
+    """A key as it is read on one line."""
+    return key if key.isprintable() else repr(key)
 
 
 def from_pydantic(error: ValidationError, raw: Any, schema: Schema) -> list[Problem]:

@@ -126,11 +126,11 @@ class WorkflowStudy:
 
 
 def stages_of(graph: ArtifactGraph) -> dict[str, list[str]]:
-    """Files of a study by the stage, a target of Snakemake, that asks for them."""
-    out: dict[str, list[str]] = {}
+    """Files of a study by the stage, a target of Snakemake, that asks for them; none for a stage that it leaves out."""
+    out: dict[str, list[str]] = {kind.stage: [] for kind in all_kinds().values() if kind.stage is not None}
     for address in graph.artifacts:
         if (stage := kind_of(address).stage) is not None:
-            out.setdefault(stage, []).append(output_of(address))
+            out[stage].append(output_of(address))
     tables = (table for address, table in graph.artifacts.items() if address.startswith(TABLES))
     out["scores"] = sorted({cell for table in tables for cell in table.inputs})  # only cells that a table needs
     return out

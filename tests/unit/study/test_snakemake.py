@@ -1,12 +1,13 @@
 """The study as the Snakefile sees it: stages, wildcard values, inputs, specs, and messages without a traceback."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from llmfusion import ROOT
-from llmfusion.study.snakemake import checked, load_study
-from tests.unit.mini_study import MINI, write
+from llmfusion.study.snakemake import addresses_of, checked, load_study
+from tests.unit.mini_study import MINI, small, write
 
 
 def test_the_snakefile_gets_stages_names_inputs_and_specs() -> None:
@@ -48,3 +49,13 @@ def test_gpus_are_those_of_the_spec() -> None:
     loaded = load_study(MINI)
     assert loaded.gpus("models/{model}")({"model": "trained/sft"}) == 1
     assert loaded.gpus("scores/{model}/{task}")({"model": "trained/sft", "task": "mmlu"}) == 0
+
+
+def test_a_study_without_teachers_has_an_empty_stage_for_them(tmp_path: Path) -> None:
+    data = small()
+    data["models"]["trained"] = {"sft": data["models"]["trained"]["sft"]}
+    data["models"]["merged"] = {}
+    data["tables"] = {"table2": {"tasks": ["mmlu"], "rows": [{"model": "trained/sft", "category": "c", "label": "l"}]}}
+    loaded = load_study(write(tmp_path, json.dumps(data)))
+    assert loaded.stages["teachers"] == []
+    assert addresses_of(loaded.graph, ["teachers"]) == []

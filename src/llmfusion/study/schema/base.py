@@ -1,6 +1,7 @@
 """What all sections of a study share: strict models, names, addresses."""
 
 import re
+import unicodedata
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -34,11 +35,19 @@ def _path(text: str) -> str:
     return text
 
 
+def _shown(text: str) -> str:
+    """A text that is shown as it is: on terminals, which obey control characters, and in tables."""
+    if any(unicodedata.category(character) == "Cc" and character not in "\n\t" for character in text):
+        raise ValueError(f"got {text[:60]!r}: it is shown as it is, and has no control characters")
+    return text
+
+
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80), AfterValidator(_not_reserved)]
 Address = Annotated[str, Field(pattern=r"^(base|trained|merged)/[a-z0-9][a-z0-9._-]*$")]
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Shown = Annotated[str, AfterValidator(_shown)]
 FilePath = Annotated[str, Field(min_length=1), AfterValidator(_path)]
 
 
@@ -61,7 +70,7 @@ def started_from(entry: Any) -> str | None:
 class Licensed(Section):
     """An input from outside, whose licence the study states."""
 
-    license: str = Field(
+    license: Shown = Field(
         min_length=1, description="licence of this input as its owner states it; every model made from it inherits it"
     )
 

@@ -15,6 +15,7 @@ from llmfusion.study.schema.base import (
     Positive,
     Section,
     Share,
+    Shown,
     template_fields,
 )
 
@@ -251,7 +252,7 @@ class TaskPrompt(Section):
 class Task(TaskPrompt):
     items: Source = Field(description="where the test items come from")
     shots_from: Source | None = Field(None, description="where few-shot examples come from; needed if shots > 0")
-    label: str = Field(description="column header in the table")
+    label: Shown = Field(description="column header in the table")
 
 
 def outside_files(source: HubSource | PathSource | GeneratedSource | None) -> list[str]:

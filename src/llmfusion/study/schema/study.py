@@ -11,7 +11,7 @@ from pydantic import Field, create_model, field_validator
 from llmfusion.study.kinds import all_kinds
 from llmfusion.study.plugins import PluginError
 from llmfusion.study.scales import SCALES
-from llmfusion.study.schema.base import FilePath, Name, Section, started_from, template_fields
+from llmfusion.study.schema.base import FilePath, Name, Section, Shown, started_from, template_fields
 from llmfusion.study.schema.base_models import BaseModelEntry
 from llmfusion.study.schema.data import Dataset, Mix, Task
 from llmfusion.study.schema.merging import Merge
@@ -41,7 +41,7 @@ class Models(Section):
 class BuiltinSections(Section):
     """One study: everything the workflow needs to know, in one file."""
 
-    title: str = Field(min_length=1, description="one line that says what is studied")
+    title: Shown = Field(min_length=1, description="one line that says what is studied")
     scale: ScaleName = Field(
         description="small: real models that need no GPU; miniature: made-up models; "
         "the numbers of both are labelled as such everywhere"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from llmfusion.study.schema.base import Address, Name, Section
+from llmfusion.study.schema.base import Address, Name, Section, Shown
 
 
 class RowEntry(Section):
@@ -14,8 +14,8 @@ class RowEntry(Section):
         description="the model of this row, or its replicates (the same method with other seeds): "
         "the row is then their mean"
     )
-    category: str = Field(description="block of the table")
-    label: str = Field(description="what the row is called")
+    category: Shown = Field(description="block of the table")
+    label: Shown = Field(description="what the row is called")
 
     @property
     def models(self) -> list[str]:
