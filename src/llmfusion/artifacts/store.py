@@ -68,7 +68,7 @@ class Artifact:
 
     @property
     def place(self) -> Path:
-        """What its readers must be able to read: its folder, or the manifest of a score or a table."""
+        """What its readers must be able to read beside its files: its folder, or the manifest of a score or a table."""
         manifest = manifest_of(Path(output_of(self.manifest["address"])))
         return self.folder if manifest.name == "manifest.json" else self.folder / manifest.name
 
@@ -323,7 +323,8 @@ class Draft:
 
     def __post_init__(self) -> None:
         for artifact in self.inputs.values():
-            self.restrict_to_readers_of(artifact.place)
+            for path in (artifact.place, *map(artifact.file, artifact.manifest["files"])):
+                self.restrict_to_readers_of(path)
 
     def restrict_to_readers_of(self, source: Path) -> None:
         """Publish to nobody who may not read ``source`` (a file or a folder), of which this artifact is made."""

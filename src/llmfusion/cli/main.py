@@ -8,6 +8,7 @@ description.
 import argparse
 import gc
 import os
+import signal
 import sys
 from importlib import import_module
 
@@ -39,8 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns its exit status: 0, 1 for what went wrong, 2 for mistakes in what was given, 130 after Ctrl-C.
     """
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as __main__ leaves it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(words: list[str]) -> int:
     redact_output()
-    words = sys.argv[1:] if arguments is None else arguments
     parser = _parser(_command_of(words))
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
@@ -56,9 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:  # of a command that has no words of its own for it, e.g. a plug-in that lacks something
         job_log.report(f"error: {error}", getattr(parsed, "log", None))
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def entry() -> None:

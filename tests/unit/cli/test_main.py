@@ -84,6 +84,37 @@ def test_an_address_of_the_hub_that_is_none_is_one_line_also_in_a_jobs_log(
     assert command == "doctor" or log.read_text() == expected
 
 
+INTERRUPTED_AT = """
+import os, signal, sys
+class Finder:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "MODULE":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "status", "says"),
+    [
+        ("llmfusion.cli.main", -2, ""),
+        ("argparse", -2, ""),
+        ("llmfusion.cli.step", 130, "interrupted\n"),
+        ("llmfusion.study.plugins", 130, "interrupted\n"),
+    ],
+)
+def test_ctrl_c_while_a_job_still_imports_shows_no_traceback(
+    module: str, status: int, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_AT.replace("MODULE", module))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}"}
+    command = [sys.executable, "-m", "llmfusion", "step", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, says)
+
+
 def test_commands_are_completed() -> None:
     assert completions("llmfusion s") == ["sandbox", "schema", "step"]
     assert set(completions("llmfusion ")) >= set(COMMANDS)
