@@ -220,9 +220,11 @@ def _watch(place: Path, file: int, kill_at: int, kill_with: int) -> Watch:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            if isinstance(arguments[0], int) or not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            if not arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 return
         elif event not in FILE_EVENTS:
+            return
+        if isinstance(arguments[0], int):  # a file that is open
             return
         path = os.fsdecode(arguments[0])
         if path.startswith(str(place)) or not os.path.isabs(path):
