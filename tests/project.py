@@ -128,7 +128,8 @@ def results(folder: Path, name: str = "tiny") -> dict[str, bytes]:
 
 def left_over(directory: Path) -> list[str]:
     """What a finished study must not hold: drafts, temporary files, resume state."""
-    work = (p for p in (directory / "work").rglob("*") if p.is_file() and not p.name.startswith("lease"))
+    files = (p for p in (directory / "work").rglob("*") if p.is_file() and not p.name.startswith("lease"))
+    work = (p for p in files if p != directory / "work/fingerprints.json")  # of the whole study, for later jobs
     return [str(p.relative_to(directory)) for p in [*(directory / "results").rglob(".*"), *work]]
 
 

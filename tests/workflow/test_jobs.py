@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llmfusion.artifacts.store import _text
+from llmfusion.artifacts import store
 from llmfusion.io.digests import canonical, digest
 from llmfusion.study.addresses import output_of
 from llmfusion.study.snakemake import checked
@@ -202,7 +202,7 @@ def test_specs_longer_than_an_argument_can_be_are_planned_and_run(fresh: Path) -
         body["facts"] = facts
         file = fresh / "runs/twenty" / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(_text({**body, "sha256": digest(canonical(body))}))
+        file.write_text(store.text_of({**body, "sha256": digest(canonical(body))}))
     words = ("results/seeds.csv", "--cores", "1", f"--configfile={twenty}")
     assert jobs(snakemake(fresh, *words)) == {"table": 1}
     rows = (fresh / "runs/twenty/results/seeds.csv").read_text().splitlines()

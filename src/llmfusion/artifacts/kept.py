@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion.artifacts.lease import is_held
+from llmfusion.artifacts.store import drafts_of, remove
 from llmfusion.io.files import json_object_or_empty, sha256_file
 from llmfusion.study.addresses import manifest_of, output_of
 from llmfusion.study.graph import ArtifactGraph, PlannedArtifact
@@ -27,11 +28,21 @@ logger = logging.getLogger(__name__)
 
 
 def keep_outputs(workflow: Any, graph: ArtifactGraph) -> None:
-    """Keep what Snakemake's jobs are about to delete; called before the first of them, by the main process."""
+    """Keep what Snakemake's jobs are about to delete; called before the first of them, by the main process.
+
+    Raises ``SystemExit`` with a message for the user where nothing can be kept, before anything is deleted.
+    """
     if workflow.is_main_process:
         addresses = {output_of(address): address for address in graph.artifacts}
         planned = (addresses.get(str(file)) for job in workflow.dag.needrun_jobs() for file in job.output)
-        keep(sorted({address for address in planned if address is not None}))
+        try:
+            keep(sorted({address for address in planned if address is not None}))
+        except OSError as error:
+            place = error.filename2 or error.filename or KEPT
+            raise SystemExit(
+                f"{place}: cannot be written ({error.strerror}): no copy of what is to be made again can be kept, "
+                "and a job that fails would lose it; nothing was started"
+            ) from None
 
 
 def put_back_outputs(workflow: Any, graph: ArtifactGraph) -> None:
@@ -73,19 +84,31 @@ def put_back(artifacts: Mapping[str, PlannedArtifact]) -> list[str]:
     """
     out = []
     for address, planned in artifacts.items() if KEPT.is_dir() else ():
-        folder = KEPT / address
         output = Path(output_of(address))
-        if not folder.is_dir() or is_held(Path("work") / address / "lease"):
-            continue
-        if not all(path.exists() for path in _outputs(output)):
-            if not _is_wanted(folder, output, planned):
-                continue
-            _restore(folder, output)
-            out.append(str(output))
-        _forget(folder)
+        try:
+            if _put_back(address, output, planned):
+                out.append(str(output))
+        except OSError as error:
+            logger.warning("%s: cannot be put back from %s: %s", output, KEPT / address, error.strerror)
     if out:
         logger.warning("put back, because the job that was to make it again did not: %s", ", ".join(out))
     return out
+
+
+def _put_back(address: str, output: Path, planned: PlannedArtifact) -> bool:
+    """Whether an output that was kept was put back; then what killed writers left of its successor is removed."""
+    folder = KEPT / address
+    drafts = drafts_of(output)  # before the lease is looked at: a writer that comes after it makes others
+    if not folder.is_dir() or is_held(Path("work") / address / "lease"):
+        return False
+    is_lost = not all(path.exists() for path in _outputs(output))
+    if is_lost:
+        if not _is_wanted(folder, output, planned):
+            return False
+        _restore(folder, output)
+        remove(drafts)
+    _forget(folder)
+    return is_lost
 
 
 def _forget(folder: Path) -> None:

@@ -1,11 +1,11 @@
 """One writer per artifact, also when an earlier writer's Snakemake was killed and started again.
 
 A lease is a file made with O_EXCL. Its owner touches it every 30 s; it is stale after 5 minutes without a touch, or
-at once when its process is gone on this host. Clocks of hosts differ, so its age is measured against a file that the
-waiting process has just written beside it; and whatever its time says, also one in the future, it is stale once a
-waiting process has seen it unchanged for 5 minutes. Taking over a stale lease moves it aside first; two that try at
-the same moment are told apart by the token inside, and whoever lost finds out at the latest in :meth:`Lease.check`,
-before publishing.
+at once when its process is gone on this host, where both see the same processes (containers may not). Clocks of hosts
+differ, so its age is measured against a file that the waiting process has just written beside it; and whatever its
+time says, also one in the future, it is stale once a waiting process has seen it unchanged for 5 minutes. Taking over
+a stale lease moves it aside first; two that try at the same moment are told apart by the token inside, and whoever
+lost finds out at the latest in :meth:`Lease.check`, before publishing.
 """
 
 import contextlib
@@ -87,7 +87,7 @@ class Lease:
         pid = os.getpid()
         job = os.environ.get("SLURM_JOB_ID")
         holder = {"host": socket.gethostname(), "pid": pid, "started": _started(pid), "job": job, "token": self.token}
-        holder["note"] = self.note
+        holder |= {"processes": _processes(), "note": self.note}
         private = self.path.with_name(f"{self.path.name}.{self.token}")
         private.write_text(json.dumps(holder))
         try:
@@ -101,7 +101,7 @@ class Lease:
 
     def _is_stale(self, found: os.stat_result, holder: dict[str, Any]) -> bool:
         """Whether nobody living holds the lease: ``found`` is its state, ``holder`` its content."""
-        if holder.get("host") == socket.gethostname() and isinstance(holder.get("pid"), int):
+        if _is_visible(holder) and isinstance(holder.get("pid"), int):
             started = _started(holder["pid"])
             return started is None or started != holder.get("started")
         state = (found.st_ino, found.st_mtime_ns)
@@ -174,6 +174,22 @@ def _describe(holder: dict[str, Any]) -> str:
     if "pid" not in holder:
         return f": held by a writer that cannot be read; taken over after {STALE_SECONDS:.0f} s without a sign of life"
     return f": held by process {holder['pid']} on {holder.get('host')}"
+
+
+def _is_visible(holder: dict[str, Any]) -> bool:
+    """Whether a living holder would be among the processes that can be seen here."""
+    return holder.get("host") == socket.gethostname() and holder.get("processes", _processes()) == _processes()
+
+
+def _processes() -> str | None:
+    """Which processes can be seen from here: those of one start of one kernel, in one namespace; None if unknown.
+
+    Containers and copied virtual machines may share a host name, and not their processes.
+    """
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
 
 
 def _started(pid: int) -> str | None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -67,7 +68,7 @@ class Artifact:
 
     @property
     def place(self) -> Path:
-        """What its readers must be able to read: its folder, or the manifest of a score or a table."""
+        """What its readers must be able to read beside its files: its folder, or the manifest of a score or a table."""
         manifest = manifest_of(Path(output_of(self.manifest["address"])))
         return self.folder if manifest.name == "manifest.json" else self.folder / manifest.name
 
@@ -111,7 +112,12 @@ def drafts_of(output: Path) -> list[Path]:
 
 def remove_drafts(output: Path) -> None:
     """Remove what killed writers of this artifact left behind; only for the holder of its lease."""
-    for path in drafts_of(output):
+    remove(drafts_of(output))
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files and folders, as far as that is possible."""
+    for path in paths:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -317,7 +323,8 @@ class Draft:
 
     def __post_init__(self) -> None:
         for artifact in self.inputs.values():
-            self.restrict_to_readers_of(artifact.place)
+            for path in (artifact.place, *map(artifact.file, artifact.manifest["files"])):
+                self.restrict_to_readers_of(path)
 
     def restrict_to_readers_of(self, source: Path) -> None:
         """Publish to nobody who may not read ``source`` (a file or a folder), of which this artifact is made."""

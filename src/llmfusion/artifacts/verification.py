@@ -17,9 +17,10 @@ from llmfusion.artifacts.store import Artifact
 from llmfusion.errors import DamagedError, UserError
 from llmfusion.io.digests import canonical, digest, fingerprint_of
 from llmfusion.io.files import JSON_LIMIT, plain_file, read_regular
-from llmfusion.study.addresses import manifest_of, output_of, provenance_of
+from llmfusion.study.addresses import costs_of, manifest_of, output_of, provenance_of
 
 REPORTS = ("cost.csv",)  # in results/, of what jobs took: no artifacts
+EARLIER = {"host", "versions", "started"}  # what a record of provenance held before it named its manifest
 NOT_OURS = (".nfs", ".draft", ".old", ".tmp")  # in names of hidden files: of file systems, and of jobs that are running
 
 
@@ -73,7 +74,7 @@ class Verification:
         except DamagedError as error:
             self.mismatches.append(str(error))
             return
-        if not {"sha256", "manifest"} & set(record):
+        if not {"sha256", "manifest"} & set(record) and set(record) >= EARLIER:
             return
         is_as_written = raw == store.text_of(record).encode()
         if record.pop("sha256", None) != digest(canonical(record)) or not is_as_written:
@@ -92,7 +93,7 @@ class Verification:
         """Files below ``folder`` that no manifest claims; ``above``: folders on the way, where a link leads back."""
         here = os.path.realpath(folder)
         if os.path.lexists(folder / "manifest.json") and above:
-            yield from _strangers_in_artifact(folder / "manifest.json")
+            yield from self._strangers_in_artifact(folder / "manifest.json")
             return
         entries = sorted(folder.iterdir()) if here not in above and folder.is_dir() else []
         claimed = self._claimed(entries) | (set() if above else {folder / name for name in REPORTS})
@@ -101,6 +102,16 @@ class Verification:
                 yield from self._strangers(path, above | {here})
             elif path not in claimed and not _is_hidden(path):
                 yield path
+
+    def _strangers_in_artifact(self, manifest: Path) -> Iterator[Path]:
+        """Files of an artifact's folder that its manifest does not list; the manifest where it is not its own."""
+        try:
+            listed = store.load_manifest(manifest)[0]["files"]
+        except DamagedError:
+            if manifest not in self.looked_at:  # else it is a mismatch already; its files are nobody else's
+                yield manifest
+            return
+        yield from (manifest.parent / name for name in store.unlisted_files(manifest, listed))
 
     def _claimed(self, entries: list[Path]) -> set[Path]:
         """Manifests of scores and tables among these, with what they list and their provenance."""
@@ -114,7 +125,7 @@ class Verification:
                 if path not in self.looked_at:  # else it is a mismatch already
                     continue
                 listed = [path.with_suffix(suffix).name for suffix in (".csv", ".md")]
-            claimed |= {path, provenance_of(path), *(path.parent / name for name in listed)}
+            claimed |= {path, provenance_of(path), costs_of(path), *(path.parent / name for name in listed)}
         return claimed
 
 
@@ -131,14 +142,6 @@ def _provenance(path: Path) -> tuple[dict[str, Any], bytes]:
     if not isinstance(record, dict):
         raise DamagedError(f"{path}: expected a JSON object, found {type(record).__name__}")
     return record, raw
-
-
-def _strangers_in_artifact(manifest: Path) -> Iterator[Path]:
-    try:
-        listed = store.load_manifest(manifest)[0]["files"]
-    except DamagedError:  # named when it is read; its files are nobody else's
-        return
-    yield from (manifest.parent / name for name in store.unlisted_files(manifest, listed))
 
 
 def _is_hidden(path: Path) -> bool:

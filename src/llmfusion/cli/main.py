@@ -8,11 +8,14 @@ description.
 import argparse
 import gc
 import os
+import signal
 import sys
 from importlib import import_module
 
 from llmfusion import __version__
 from llmfusion.errors import UserError
+from llmfusion.io import job_log
+from llmfusion.io.hub_address import require_hub_address
 from llmfusion.io.logs import redact_output
 
 COMMANDS = {
@@ -37,8 +40,17 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns its exit status: 0, 1 for what went wrong, 2 for mistakes in what was given, 130 after Ctrl-C.
     """
+    try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as __main__ leaves it
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(words: list[str]) -> int:
     redact_output()
-    words = sys.argv[1:] if arguments is None else arguments
     parser = _parser(_command_of(words))
     if "_ARGCOMPLETE" in os.environ:
         import argcomplete
@@ -49,13 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
+        require_hub_address()
         return int(import_module(f"llmfusion.cli.{parsed.command}").run(parsed))
     except UserError as error:  # of a command that has no words of its own for it, e.g. a plug-in that lacks something
-        print(f"error: {error}", file=sys.stderr)
+        job_log.report(f"error: {error}", getattr(parsed, "log", None))
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 def entry() -> None:

@@ -1,7 +1,7 @@
 """Run a command whose steps do not each import torch anew: ``llmfusion warm -- snakemake --profile profiles/mini``.
 
 On miniature models a step takes less time than its imports. This process imports them once and then forks for every
-step that the command starts; the step's own process sends its arguments, environment and files here, forwards
+step that the command starts; the step's own process sends its arguments, environment, umask and files here, forwards
 signals, and ends as the fork ended. What a step does is the same either way, and so is every byte of its result. For
 machines without a GPU: a driver that was started before a fork cannot be used after it.
 """
@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from llmfusion.cli.main import main
 from llmfusion.errors import UserError
+from llmfusion.io.files import default_rights
 
 ADDRESS = "LLMFUSION_WARM"  # environment variable: the socket of the process that forks
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
@@ -65,7 +66,8 @@ def ask(arguments: list[str]) -> int:
             place = f"{ADDRESS} names {os.environ[ADDRESS]}, where nobody listens ({error.strerror})"
             raise UserError(f"{place}: unset it, or run under `llmfusion warm`") from None
         environment = {name: value for name, value in os.environ.items() if name != ADDRESS}
-        request = {"arguments": arguments, "folder": os.getcwd(), "environment": environment}
+        umask = 0o777 & ~default_rights()
+        request = {"arguments": arguments, "folder": os.getcwd(), "environment": environment, "umask": umask}
         _send(connection, request, [0, 1, 2])
         pid = _receive(connection)["pid"]
         for number in FORWARDED:
@@ -196,6 +198,7 @@ class Server:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(request["folder"])
+        os.umask(request["umask"])
         os.environ.clear()
         os.environ.update(request["environment"])
         sys.modules["torch"].set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))

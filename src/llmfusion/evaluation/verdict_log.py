@@ -33,7 +33,7 @@ def resumed_verdicts(
     with open(log, "a", encoding="ascii") as file:
         for task, verdict in zip(rest, verdicts(rest, jobs, timeout), strict=True):
             told = {key: value for key, value in verdict.items() if key != "task_id"}
-            file.write(_line(_key(task, timeout), told))
+            file.write(line_of(_key(task, timeout), told))
             file.flush()
             yield verdict
 
@@ -71,10 +71,10 @@ def _verdict_of(line: bytes, key: str) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("verdict"), dict):
         return None
-    return row["verdict"] if _line(key, row["verdict"]).encode() == line else None
+    return row["verdict"] if line_of(key, row["verdict"]).encode() == line else None
 
 
-def _line(key: str, verdict: dict[str, Any]) -> str:
+def line_of(key: str, verdict: dict[str, Any]) -> str:
     """A line of the file, with a checksum over task and verdict."""
     checksum = hashlib.sha256(json.dumps([key, verdict]).encode()).hexdigest()
     return json.dumps({"task": key, "verdict": verdict, "checksum": checksum}) + "\n"

@@ -60,8 +60,13 @@ def provenance_of(output: Path) -> Path:
     return output.with_name("provenance.json") if in_folder else output.with_suffix(".provenance.json")
 
 
+def costs_of(table: Path) -> Path:
+    """The report of what a table took, beside any of its files; no artifact."""
+    return table.with_suffix(".cost.csv")
+
+
 def files_beside_others(address: str) -> list[str]:
-    """All files that an artifact without a folder of its own writes: a score, or a table (CSV and Markdown, too).
+    """All files of an artifact without a folder of its own: a score, or a table (CSV and Markdown, too; its costs).
 
     Relative to the study's directory; none for an artifact in a folder.
     """
@@ -69,7 +74,8 @@ def files_beside_others(address: str) -> list[str]:
     if address.startswith(SINGLE_FILES):
         return [str(output), str(provenance_of(output))]
     if address.startswith(TABLES):
-        return [str(path) for path in (output, output.with_suffix(".md"), manifest_of(output), provenance_of(output))]
+        own = (output, output.with_suffix(".md"), manifest_of(output), provenance_of(output), costs_of(output))
+        return [str(path) for path in own]
     return []
 
 

@@ -26,7 +26,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("boundaries")
     output = root / "mix" / output_of(MIX)
-    draft = Draft(MIX, "{}", {}, draft_folder(output, "token"), {"max_length": 128, "samples": 16})
+    draft = Draft(MIX, "{}", {}, draft_folder(output, "token"), {"max_length": 128, "samples": 16, "license": "mit"})
     draft.folder.mkdir(parents=True)
     samples = [question(f"q{i}", f"What is {i} plus {2 * i}?", f"{3 * i}" + " is it" * (i % 5)) for i in range(16)]
     write_jsonl(draft.folder / "samples.jsonl", samples)

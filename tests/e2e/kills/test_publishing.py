@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmfusion.artifacts.store import Draft, draft_folder, publish, read
+from llmfusion.artifacts.verification import Verification
 from llmfusion.errors import DamagedError
 from llmfusion.study.addresses import manifest_of, output_of
 from tests.e2e.kills.child import (
@@ -146,5 +147,9 @@ def text_of_table(place: Path) -> str:
 
 
 def contents(place: Path) -> dict[str, bytes]:
-    """All files of the table and beside it."""
-    return {p.name: p.read_bytes() for p in (place / "results").iterdir()}
+    """All files of the table and beside it; of its provenance, which holds times, that it is there and sound."""
+    files = {p.name: p.read_bytes() for p in (place / "results").iterdir()}
+    walk = Verification(place)
+    assert walk.verify("tables/table2")
+    assert walk.mismatches == []
+    return files | {"table2.provenance.json": b""}

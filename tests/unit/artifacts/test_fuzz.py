@@ -306,6 +306,8 @@ PROVENANCES: dict[str, Damage] = {
     "another host": lambda path: path.write_text(path.read_text().replace('"host": "', '"host": "x')),
     "a list": lambda path: path.write_text("[]"),
     "NaN": lambda path: path.write_text('{"seconds": NaN, "manifest": "0"}'),
+    "an empty object": lambda path: path.write_text("{}"),
+    "of no version": lambda path: path.write_text('{"seconds": 1.0}'),
     "only its own hash": lambda path: path.write_text('{"sha256": "0"}'),
 }
 
@@ -357,7 +359,23 @@ def test_what_belongs_to_no_artifact_is_named_by_verify(name: str, capsys: pytes
     assert errors == f"mismatch: {name}: belongs to no artifact of the study: move it away\n"
 
 
-@pytest.mark.parametrize("name", ["results/cost.csv", "results/.t.csv.0123456789ab.draft/t.csv", "results/.nfs01"])
+@pytest.mark.parametrize("damage", ["copied", "truncated"])
+def test_a_folder_whose_manifest_is_not_its_own_is_named_by_verify_though_nothing_was_made_from_it(
+    damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path("results/models/base/copy")
+    shutil.copytree(manifest_of(Path(output_of(MODEL))).parent, copy)
+    if damage == "truncated":
+        os.truncate(copy / "manifest.json", 50)
+    assert verified(TABLE, capsys) == (
+        1,
+        f"mismatch: {copy}/manifest.json: belongs to no artifact of the study: move it away\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["results/cost.csv", "results/t.cost.csv", "results/.t.csv.0123456789ab.draft/t.csv", "results/.nfs01"]
+)
 def test_reports_drafts_of_running_jobs_and_the_file_systems_own_files_belong(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,12 +3,14 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llmfusion.artifacts import kept
 from llmfusion.artifacts.job import Job, Request, run_job
 from llmfusion.artifacts.lease import Lease
+from llmfusion.artifacts.store import draft_folder
 from llmfusion.study.addresses import output_of
 from llmfusion.study.graph import PlannedArtifact
 
@@ -71,6 +73,43 @@ def test_what_a_job_did_not_make_again_is_put_back_with_snakemakes_record_of_it(
     assert content(address) == before
     assert kept._record(Path(output_of(address))).read_text() == "as it was made"
     assert not Path("work/kept").exists()
+
+
+def test_what_a_killed_job_left_of_the_successor_goes_when_the_old_one_is_put_back() -> None:
+    make(BASE)
+    kept.keep([BASE])
+    deleted_by_snakemake(BASE)
+    draft = draft_folder(Path(output_of(BASE)), "0123456789abcdef")
+    draft.mkdir()
+    (draft / "half.safetensors").write_text("x")
+    with Lease(Path("work") / BASE / "lease"):
+        assert (kept.put_back(planned(BASE)), draft.exists()) == ([], True)
+    assert (kept.put_back(planned(BASE)), draft.exists()) == ([output_of(BASE)], False)
+
+
+@pytest.mark.parametrize("place", ["work", "work/kept", "work/kept/models", "work/kept/models/base/.p"])
+def test_nothing_is_started_where_no_copy_can_be_kept(place: str) -> None:
+    make(BASE)
+    if place == "work":
+        shutil.rmtree(place)
+    Path(place).parent.mkdir(parents=True, exist_ok=True)
+    Path(place).symlink_to("/dev/full")
+    job = SimpleNamespace(output=[output_of(BASE)])
+    workflow = SimpleNamespace(is_main_process=True, dag=SimpleNamespace(needrun_jobs=lambda: [job]))
+    graph = SimpleNamespace(artifacts=planned(BASE))
+    with pytest.raises(SystemExit, match=f"^{place}.*: cannot be written .*; nothing was started$"):
+        kept.keep_outputs(workflow, graph)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_put_back_is_named_and_the_rest_is_put_back(caplog: pytest.LogCaptureFixture) -> None:
+    make(BASE)
+    make(CELL)
+    kept.keep([BASE, CELL])
+    for address in (BASE, CELL):
+        deleted_by_snakemake(address)
+    (Path("work/kept") / BASE / "provenance.json").unlink()
+    assert kept.put_back(planned(BASE) | planned(CELL)) == [output_of(CELL)]
+    assert f"{output_of(BASE)}: cannot be put back from work/kept/{BASE}: No such file" in caplog.text
 
 
 def test_what_was_made_again_is_left_alone_and_forgotten() -> None:

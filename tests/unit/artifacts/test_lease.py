@@ -120,6 +120,24 @@ def test_another_hosts_lease_is_stale_by_age_alone(tmp_path: Path, age: float, f
     assert is_free(tmp_path / "lease") is free
 
 
+@pytest.mark.parametrize(
+    ("age", "free"), [(0, False), (lease.STALE_SECONDS - 30, False), (lease.STALE_SECONDS + 1, True)]
+)
+def test_a_holder_in_another_container_of_the_same_host_name_is_stale_by_age_alone(
+    tmp_path: Path, age: float, free: bool
+) -> None:
+    hold(tmp_path / "lease", age=age, pid=dead_pid(), processes="another kernel pid:[1]")
+    assert is_free(tmp_path / "lease") is free
+
+
+def test_a_lease_says_whose_processes_its_holder_is_among(tmp_path: Path) -> None:
+    with Lease(tmp_path / "lease"):
+        written = json.loads((tmp_path / "lease").read_text())
+    hold(tmp_path / "lease", **(written | {"pid": dead_pid()}))
+    assert os.readlink("/proc/self/ns/pid") in written["processes"]
+    assert is_free(tmp_path / "lease")
+
+
 @pytest.mark.parametrize(("content", "age", "free"), [(b"", 0, False), (b"\0\0", 0, False), (b"", 1000, True)])
 def test_an_unreadable_lease_is_stale_by_age_alone(tmp_path: Path, content: bytes, age: float, free: bool) -> None:
     (tmp_path / "lease").write_bytes(content)

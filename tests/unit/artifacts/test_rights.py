@@ -98,6 +98,17 @@ def test_a_folder_that_only_its_owner_may_enter_is_private_although_its_files_ar
     assert modes("models/base/p")["p"] == 0o700
 
 
+@pytest.mark.parametrize("name", ["a.txt", "sub/b.bin"])
+def test_what_is_made_from_an_artifact_with_one_private_file_is_private(name: str) -> None:
+    make("models/base/p")
+    Path("results/models/base/p", name).chmod(0o640)
+    make("models/trained/q", "models/base/p")
+    make("scores/trained/q/t", "models/trained/q")
+    found = modes("models/trained/q") | modes("scores/trained/q/t")
+    assert {found["q"], found["sub"]} == {0o750}
+    assert {found["a.txt"], found["manifest.json"], found["t.json"]} == {0o640}
+
+
 def test_a_groups_shared_folder_stays_shared(tmp_path: Path) -> None:
     """The setgid bit hands the group down, with umask 002 the group may write: a colleague makes an artifact again."""
     os.umask(0o002)

@@ -68,6 +68,53 @@ def completions(line: str, word: int = 1, program: tuple[str, ...] = ("llmfusion
     return sorted(word.strip() for word in words.split("\v") if word)
 
 
+@pytest.mark.parametrize(
+    "address", ["http://me:s3cr3tpw@[::1", "http://me:s3cr3tpw@host:99999", "me:s3cr3tpw@host", "http://", "ftp://host"]
+)
+@pytest.mark.parametrize("command", ["doctor", "step"])
+def test_an_address_of_the_hub_that_is_none_is_one_line_also_in_a_jobs_log(
+    address: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    log = tmp_path / "job.log"
+    step = ["stage_dataset", "--spec", "{}", "--out", str(tmp_path / "results/a/manifest.json"), "--log", str(log)]
+    assert main([command, *(step if command == "step" else [str(ROOT / "config/mini.yaml")])]) == 1
+    expected = "error: HF_ENDPOINT is no address: expected http(s)://host[:port], or unset it for the public hub\n"
+    assert capsys.readouterr().err == expected
+    assert command == "doctor" or log.read_text() == expected
+
+
+INTERRUPTED_AT = """
+import os, signal, sys
+class Finder:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == "MODULE":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "status", "says"),
+    [
+        ("llmfusion.cli.main", -2, ""),
+        ("argparse", -2, ""),
+        ("llmfusion.cli.step", 130, "interrupted\n"),
+        ("llmfusion.study.plugins", 130, "interrupted\n"),
+    ],
+)
+def test_ctrl_c_while_a_job_still_imports_shows_no_traceback(
+    module: str, status: int, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED_AT.replace("MODULE", module))
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}"}
+    command = [sys.executable, "-m", "llmfusion", "step", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (status, says)
+
+
 def test_commands_are_completed() -> None:
     assert completions("llmfusion s") == ["sandbox", "schema", "step"]
     assert set(completions("llmfusion ")) >= set(COMMANDS)

@@ -3,9 +3,12 @@
 import json
 import os
 import socket
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from llmfusion.cli import warm
 from llmfusion.cli.warm import Server
 
 
@@ -61,3 +64,22 @@ def test_who_is_ended_while_it_asks_leaves_nothing_open(server, tmp_path):
     server._accept()
     assert len(os.listdir("/proc/self/fd")) == before
     assert not server.running
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_a_fork_publishes_to_nobody_whom_the_asking_process_would_not_let_read(server, tmp_path, monkeypatch, umask):
+    """The step's shell, or a site's job script, may set another umask than the one of ``llmfusion warm``."""
+    asked = []
+    monkeypatch.setenv(warm.ADDRESS, str(tmp_path / "socket"))
+    monkeypatch.setattr(warm, "_send", lambda connection, request, files: asked.append(request))
+    monkeypatch.setattr(warm, "_receive", lambda connection: {})
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(set_num_threads=lambda number: None))
+    before = os.umask(umask)
+    with pytest.raises(KeyError, match="pid"):
+        warm.ask(["step"])
+    os.umask(before)
+    pid = os.fork()
+    if pid == 0:
+        server._take_over(asked[0], [], socket.socket())
+        os._exit(os.umask(0))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == umask

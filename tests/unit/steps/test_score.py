@@ -8,6 +8,7 @@ import pytest
 
 from llmfusion.artifacts.job import Job
 from llmfusion.errors import DamagedError
+from llmfusion.evaluation import verdict_log
 from llmfusion.io.jsonl import write_jsonl
 from llmfusion.steps import score
 from tests.unit.stand_ins import artifact, job
@@ -116,9 +117,8 @@ def test_a_score_goes_on_from_the_verdicts_of_a_killed_one(tmp_path: Path) -> No
     killed = tmp_path / "b" / log.relative_to(tmp_path / "a")
     killed.parent.mkdir(parents=True)
     # the second says that it failed in a way that only this file can tell: it is believed, and the third is judged
-    killed.write_bytes(
-        lines[0] + lines[1].replace(b'"passed": true, "reason": "passed"', b'"passed": false, "reason": "x"')
-    )
+    told = json.loads(lines[1])["verdict"] | {"passed": False, "reason": "x"}
+    killed.write_bytes(lines[0] + verdict_log.line_of(json.loads(lines[1])["task"], told).encode())
     facts = scored(tmp_path / "b", "code", ANSWERS["code"], ITEMS["code"]).facts
     assert facts["reasons"] == {"passed": 1, "wrong answer": 1, "x": 1}
     killed.write_bytes(lines[0] + lines[1][:20])

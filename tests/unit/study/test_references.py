@@ -201,17 +201,23 @@ def test_a_table_cannot_have_the_name_of_another_tables_costs() -> None:
     assert ("tables.table2.cost", text) in found(change)
 
 
-@pytest.mark.parametrize("section", ["tables", "tasks"])
-def test_two_names_whose_files_would_be_the_same_are_refused_with_both(section: str) -> None:
+@pytest.mark.parametrize(
+    ("section", "suffix", "file"),
+    [
+        ("tables", "provenance", "t.provenance.json"),
+        ("tasks", "provenance", "t.provenance.json"),
+        ("tables", "cost", "t.cost.csv"),
+    ],
+)
+def test_two_names_whose_files_would_be_the_same_are_refused_with_both(section: str, suffix: str, file: str) -> None:
     """``t.provenance`` has its manifest where ``t`` has the record of how it was made."""
 
     def change(data: dict[str, Any]) -> None:
         entry = next(iter(data[section].values()))
-        data[section] = {"t": entry, "t.provenance": entry, "other.provenance": entry, **data[section]}
+        data[section] = {"t": entry, f"t.{suffix}": entry, f"other.{suffix}": entry, **data[section]}
 
     texts = [text for key, text in found(change) if "would both write" in text]
-    assert len(texts) == 1
-    assert texts[0] == "'t.provenance' and 't' would both write t.provenance.json; rename one of them"
+    assert texts == [f"'t.{suffix}' and 't' would both write {file}; rename one of them"]
 
 
 @pytest.mark.parametrize(("section", "what"), [("tables", "table"), ("tasks", "cell of a task")])
