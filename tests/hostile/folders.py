@@ -715,6 +715,7 @@ def gguf_cases() -> Iterator[tuple[str, bytes]]:
     yield "an alignment of 2^31", gguf(changed(**{"general.alignment": 2**31}))
     yield "an alignment of text", gguf(changed(**{"general.alignment": "x"}))
     yield "no tensors", gguf(shapes={})
+    yield "more layers than it says", gguf(shapes={**GGUF_SHAPES, "blk.7.attn_norm.weight": (16,)})
     yield "an absurd shape", gguf(shapes={**GGUF_SHAPES, "x": (2**62, 2**62)})
     yield "a shape of 0", gguf(shapes={**GGUF_SHAPES, "x": (0, 4)})
     yield "ten dimensions", gguf(shapes={**GGUF_SHAPES, "x": (1,) * 10})

@@ -19,7 +19,7 @@ from llmfusion.io.digests import canonical, digest, fingerprint_of
 from llmfusion.io.files import JSON_LIMIT, plain_file, read_regular
 from llmfusion.study.addresses import costs_of, manifest_of, output_of, provenance_of
 
-REPORTS = ("cost.csv",)  # in results/, of what jobs took: no artifacts
+REPORTS = ("cost.csv", "report.html")  # in results/: what jobs took, and the page of `llmfusion report`; no artifacts
 EARLIER = {"host", "versions", "started"}  # what a record of provenance held before it named its manifest
 NOT_OURS = (".nfs", ".draft", ".old", ".tmp")  # in names of hidden files: of file systems, and of jobs that are running
 

@@ -6,6 +6,7 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ TOKENIZER_ARRAYS = {  # with the types of their items
 }
 MOST_TENSORS = 1_000_000
 MOST_KEYS = 100_000
+LAYER = re.compile(r"blk\.(\d{1,9})\.")  # of tensors' names
 MOST_ITEMS = 4_000_000  # of an array: tokens and merges of the largest tokenizers are a tenth of it
 LONGEST_STRING = 16 * 2**20  # bytes
 LARGEST_HEADER = 512 * 2**20
@@ -195,6 +197,9 @@ class _Reader:
         if type(blocks) is not int or not 0 < blocks <= len(tensors):
             layers = f"{architecture}.block_count is {blocks!r:.80}"
             raise self.wrong(f"{layers}, expected a number of layers up to that of its tensors, {len(tensors)}")
+        stored = {int(found[1]) for tensor in tensors if (found := LAYER.match(tensor.name))}
+        if stored and max(stored) >= blocks:  # transformers would leave the others out, and say nothing
+            raise self.wrong(f"{key} is {blocks}, its tensors are of {max(stored) + 1} layers")
         if not isinstance(metadata.get("tokenizer.ggml.model"), str):
             raise self.wrong("says no tokenizer.ggml.model: it has no tokenizer")
         if not metadata.get("tokenizer.ggml.tokens"):

@@ -1,5 +1,6 @@
 """Base models that are not trained here: one function a kind, each fills a folder and returns its facts."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from llmfusion import ROOT
 from llmfusion.data import hub
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io import progress_bars
-from llmfusion.io.files import link_or_copy, model_file
+from llmfusion.io.files import link_or_copy, model_file, read_json_object
 from llmfusion.io.gguf import read_gguf_header
 from llmfusion.io.safetensors import FLOATS
 from llmfusion.models.folder import ModelFolder, explain_failure, generation_settings, private_folder
@@ -66,7 +67,19 @@ def stage_gguf(base: GgufModel, folder: Path, chat_template: str | None) -> dict
     model, tokenizer = _read_gguf(file)
     model.save_pretrained(folder, max_shard_size="4GB")
     tokenizer.save_pretrained(folder)
-    return _facts(base, folder, chat_template)
+    _drop_added_tokens(folder / "tokenizer.json", read_gguf_header(file).metadata["tokenizer.ggml.tokens"])
+    return _facts_of(file, base, folder, chat_template)
+
+
+def _drop_added_tokens(path: Path, tokens: int) -> None:
+    """Take the added tokens behind the first ``tokens`` out of ``tokenizer.json``.
+
+    transformers makes a GPT2Tokenizer of every byte-level vocabulary, and that adds GPT-2's ``<|endoftext|>`` where the
+    file has none: one token more than Llama 3 has rows.
+    """
+    body = read_json_object(path)
+    body["added_tokens"] = [token for token in body["added_tokens"] if token["id"] < tokens]
+    path.write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
 
 
 def _read_gguf(file: Path) -> tuple[Any, Any]:
@@ -125,9 +138,16 @@ def _link_files(source: Path, base: HubModel | PathModel, folder: Path, chat_tem
     for file in files:
         with explain_failure(source, "model"):
             link_or_copy(file.resolve(), folder / file.name)
+    return _facts_of(source, base, folder, chat_template)
+
+
+def _facts_of(
+    source: Path, base: HubModel | PathModel | GgufModel, folder: Path, chat_template: str | None
+) -> dict[str, Any]:
+    """The manifest's facts; what is wrong is said of the ``source``, which is what the user has."""
     try:
         return _facts(base, folder, chat_template)
-    except UserError as error:  # what the user has is the source
+    except UserError as error:
         raise type(error)(str(error).replace(str(folder), str(source))) from error
 
 

@@ -65,7 +65,7 @@ def markdown_of(
     lines: list[dict[str, Any]] = frame.to_dict("records")
     compared = {key: unit for key, unit in (("difference", "points"), ("gain_percent", "%")) if key in frame}
     head = ["", *labels.values(), "average", *(f"vs {reference} ({unit})" for unit in compared.values())]
-    out = [f"# {title}", ""]
+    out = [f"# {_line(title)}", ""]
     scale = SCALES[lines[0]["scale"]]
     out += [f"**{scale.label}**", ""] if scale.label else []
     out += [_cells(head), "|---" + "|---:" * (len(head) - 1) + "|"]
@@ -73,10 +73,10 @@ def markdown_of(
     for line in lines:
         if line["category"] != category:
             category = line["category"]
-            out.append(f"| **{category}** |" + " |" * (len(head) - 1))
+            out.append(f"| **{_cell(category)}** |" + " |" * (len(head) - 1))
         means = [f"{line[name]} ±{line[f'{name}_stderr']}" for name in (*labels, "average")]
         out.append(_cells([line["label"], *means, *(_compared_cell(line, key) for key in compared)]))
-    items = ", ".join(f"{label} n={lines[0][f'{task}_n'] // replicates}" for task, label in labels.items())
+    items = ", ".join(f"{_line(label)} n={lines[0][f'{task}_n'] // replicates}" for task, label in labels.items())
     kind = f"over {replicates} replicates" if replicates > 1 else "of sampling the items"
     return "\n".join([*out, "", f"Per cent right ± one standard error {kind} ({items}).", ""])
 
@@ -117,4 +117,14 @@ def _compared_cell(line: dict[str, Any], key: str) -> str:
 
 
 def _cells(texts: Sequence[str]) -> str:
-    return "| " + " | ".join(texts) + " |"
+    return "| " + " | ".join(map(_cell, texts)) + " |"
+
+
+def _cell(text: str) -> str:
+    """A text within one cell of a Markdown table."""
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    """A text on one line."""
+    return " ".join(text.splitlines())

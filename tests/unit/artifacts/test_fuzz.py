@@ -374,7 +374,14 @@ def test_a_folder_whose_manifest_is_not_its_own_is_named_by_verify_though_nothin
 
 
 @pytest.mark.parametrize(
-    "name", ["results/cost.csv", "results/t.cost.csv", "results/.t.csv.0123456789ab.draft/t.csv", "results/.nfs01"]
+    "name",
+    [
+        "results/cost.csv",
+        "results/report.html",
+        "results/t.cost.csv",
+        "results/.t.csv.0123456789ab.draft/t.csv",
+        "results/.nfs01",
+    ],
 )
 def test_reports_drafts_of_running_jobs_and_the_file_systems_own_files_belong(
     name: str, capsys: pytest.CaptureFixture[str]

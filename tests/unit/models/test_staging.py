@@ -100,6 +100,8 @@ def write_gguf(file, model, tokenizer):
     writer.add_token_merges([" ".join(pair) for pair in body["model"]["merges"]])
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
     for name, tensor in state.items():
         stem, _, suffix = name.rpartition(".")
@@ -143,6 +145,29 @@ def test_a_gguf_file_becomes_a_checkpoint_with_the_same_tensors_and_tokens(tmp_p
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (again.eos_token, again.decode(again(text)["input_ids"])) == ("<|endoftext|>", text)
     assert facts["architecture"] == "Qwen2ForCausalLM"
+
+
+def test_a_byte_level_gguf_file_without_gpt2s_end_token_keeps_its_number_of_tokens(tmp_path, pivot):
+    own = load_tokenizer(pivot, None)
+    assert "<|endoftext|>" not in own.get_vocab()
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    qwen2 = Architecture(model_type="qwen2", num_key_value_heads=1, max_position_embeddings=128, **shape)
+    model = make_model(qwen2, own, 5)
+    assert model.config.vocab_size == len(own)  # as Llama 3 has a row for each token, and no more
+    write_gguf(tmp_path / "tiny.gguf", model, own)
+    folder, facts = convert_gguf(tmp_path, tmp_path / "tiny.gguf")
+    assert facts["tokenizer_size"] == len(own)
+    assert load_tokenizer(folder, None).get_vocab() == own.get_vocab()
+
+
+def test_what_is_wrong_with_a_converted_gguf_file_is_said_of_the_file(tmp_path, pivot):
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    qwen2 = Architecture(model_type="qwen2", num_key_value_heads=1, max_position_embeddings=128, **shape)
+    own = load_tokenizer(pivot, None)
+    own.chat_template = "{{ ''.__class__ }}"
+    write_gguf(tmp_path / "tiny.gguf", make_model(qwen2, own, 5), own)
+    with pytest.raises(UserError, match=r"tiny\.gguf: the chat template, line 1: it reads '__class__'"):
+        convert_gguf(tmp_path, tmp_path / "tiny.gguf")
 
 
 def test_another_file_is_no_gguf(tmp_path):

@@ -47,3 +47,12 @@ def test_a_category_is_named_once_as_long_as_it_goes_on() -> None:
     page = markdown_of(results_frame(rows, "paper"), "T", {"a": "A"})
     lines = [line for line in page.splitlines() if line.startswith("| **")]
     assert lines == ["| **C** | | |", "| **D** | | |", "| **C** | | |"]
+
+
+def test_a_bar_or_a_line_end_in_a_text_makes_no_cell_and_no_line_of_its_own() -> None:
+    rows = [row("x", 1, category="P(a|b)", label="one\ntwo | three")]
+    page = markdown_of(results_frame(rows, "paper"), "T\nU", {"a": "A | B"}, reference=None)
+    assert "# T U" in page.splitlines()
+    assert r"|  | A \| B | average |" in page.splitlines()
+    assert r"| **P(a\|b)** | | |" in page.splitlines()
+    assert r"| one two \| three | 25.00 ±21.65 | 25.00 ±21.65 |" in page.splitlines()
