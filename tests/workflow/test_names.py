@@ -82,5 +82,5 @@ def test_files_of_the_users_own_may_have_any_name_but_braces(fresh: Path) -> Non
     snakemake(fresh, "--cores", "1", DATASET, f"--configfile={with_own(own)}")
     assert nothing_was_run(fresh)
     output = snakemake(fresh, "-n", DATASET, f"--configfile={with_own('config/{x}.jsonl')}", fails=True)
-    assert "datasets.text-facts.path: got 'config/{x}.jsonl'; braces and control characters are wildcards" in output
+    assert "datasets.text-facts.path: got 'config/{x}.jsonl': braces are wildcards to Snakemake" in output
     assert "Traceback" not in output
