@@ -1,9 +1,6 @@
 """Shared fixtures: a tokenizer trained on generated worlds and two-layer Llamas of width 16, made once a session."""
 
-import logging
 import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,28 +34,6 @@ def pytest_configure() -> None:
     os.environ.update(
         HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false"
     )
-
-
-@pytest.fixture(autouse=True)
-def _same_signals_afterwards() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
-def _same_logging_afterwards() -> Iterator[None]:
-    """A step that a test starts in this process sets up logging for its own."""
-    root = logging.getLogger()
-    own = logging.getLogger("llmfusion")
-    before = (root.level, own.level, logging.getLogRecordFactory(), set(root.handlers))
-    yield
-    root.setLevel(before[0])
-    own.setLevel(before[1])
-    logging.setLogRecordFactory(before[2])
-    for handler in set(root.handlers) - before[3]:
-        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
