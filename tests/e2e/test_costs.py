@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from llmfusion.reporting.measured import fit_coefficients, read_measurement, seconds_of
+from llmfusion.reporting.measured import fit_coefficients, read_measurement
 from llmfusion.study.snakemake import checked
-from llmfusion.study.workload import Assumptions, Workload, assumed_seconds
+from llmfusion.study.workload import Assumptions, Workload, assumed_seconds, seconds_of
 from tests.e2e.conftest import COST, PROFILE, ROWS, TARGET, Project, tiny
 from tests.project import llmfusion, snakemake, study
 

@@ -1,4 +1,7 @@
-"""safetensors without torch: headers, memory-mapped tensors, and the layout of a file that is written in place."""
+"""safetensors without torch: headers, memory-mapped tensors, and the layout of a file that is written in place.
+
+numpy is imported with the first tensor: headers alone are also read where a study is planned.
+"""
 
 import json
 import math
@@ -6,15 +9,16 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from llmfusion.errors import DamagedError
 from llmfusion.io.files import model_file, parse_json, read_json_object
+from llmfusion.io.lazy import np
 
-FLOATS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "BF16": np.dtype("<u2"), "F16": np.dtype("<f2")}
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FLOATS = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # numpy's names of dtypes; bfloat16 as its bits
 OVERFLOW = {"F32": float("inf"), "BF16": (2 - 2.0**-8) * 2.0**127, "F16": 65520.0}  # the least that rounds to infinity
 HEADER_LIMIT = 100 * 2**20
 TENSOR_LIMIT = 1_000_000  # in a file; the largest models have a fifth of it in all
@@ -170,14 +174,14 @@ def _parse_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInf
     return TensorInfo(file, dtype, shape, data_start + start, data_start + end)
 
 
-def tensor_bytes(info: TensorInfo) -> NDArray[np.uint8]:
+def tensor_bytes(info: TensorInfo) -> "NDArray[np.uint8]":
     """A tensor's bytes, memory-mapped, read-only."""
     if not info.nbytes:
         return np.zeros(0, np.uint8)
     return np.memmap(info.file, np.uint8, "r", info.start, (info.nbytes,))
 
 
-def tensor_values(info: TensorInfo) -> NDArray[Any]:
+def tensor_values(info: TensorInfo) -> "NDArray[Any]":
     """A floating-point tensor, flat and memory-mapped as it is stored; bfloat16 as its bits in uint16."""
     plain = np.asarray(tensor_bytes(info))  # slicing a memmap costs microseconds
     return plain.view(FLOATS[info.dtype])

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io.digests import canonical, digest
 from llmfusion.io.files import common_rights, copy_file, default_rights, plain_file, read_json_object, sha256_file, sync
-from llmfusion.io.safetensors import FLOATS, INDEX, OVERFLOW, TensorInfo, tensor_bytes, tensor_values
+from llmfusion.io.safetensors import INDEX, OVERFLOW, SIZES, TensorInfo, tensor_bytes, tensor_values
 from llmfusion.merging import kernels
 from llmfusion.merging.blocks import BLOCK, Array, Block, PivotDeltas, Rounding
 from llmfusion.merging.journal import FinishedTensor, Journal
@@ -167,7 +167,7 @@ def _require_finite(values: Array, dtype: str, name: str) -> None:
 def _copy(tensor: TensorMatch, dtype: str, start: int, write: "_Writer") -> None:
     """Write the pivot's values from ``start`` on, in another dtype if the merge has one."""
     if dtype == tensor.pivot.dtype:
-        content = tensor_bytes(tensor.pivot)[start * FLOATS[dtype].itemsize if start else 0 :]
+        content = tensor_bytes(tensor.pivot)[start * SIZES[dtype] if start else 0 :]
         for offset in range(0, content.size, COPY_BYTES):
             write(content[offset : offset + COPY_BYTES])
         return

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmfusion.io.files import format_bytes
 from llmfusion.reporting.machine import assumptions_for
-from llmfusion.reporting.measured import Coefficients, fit_coefficients, read_measurement, seconds_of
+from llmfusion.reporting.measured import Coefficients, fit_coefficients, read_measurement
 from llmfusion.reporting.schedule import wall_seconds
 from llmfusion.study.addresses import TABLES
 from llmfusion.study.graph import ArtifactGraph
@@ -19,7 +19,7 @@ from llmfusion.study.scales import SCALES
 from llmfusion.study.schema.study import Study
 from llmfusion.study.sizes import ModelSize
 from llmfusion.study.snakemake import WorkflowStudy
-from llmfusion.study.workload import Assumptions, JobWork, Workload, assumed_seconds
+from llmfusion.study.workload import Assumptions, JobWork, Workload, assumed_seconds, seconds_of
 
 # lines of the report in the order of the work; stages of other kinds follow
 STAGES = (
@@ -230,7 +230,10 @@ def require_disk(workflow: Any, study: WorkflowStudy) -> None:
     need = estimate.disk_need(_jobs_at_once(workflow), [address for address in planned if address])
     fits, message = check_disk(estimate.workload.directory, need)
     if not fits:
-        advice = "`llmfusion estimate` shows what this rests on; `--no-hooks` starts all the same"
+        advice = (
+            "`llmfusion estimate` shows what this rests on; `--no-hooks` starts all the same, but a job that fails "
+            "then loses the result that it was to make again"
+        )
         raise SystemExit(f"disk: {message}; nothing was started. {advice}")
 
 

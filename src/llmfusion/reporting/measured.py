@@ -114,8 +114,3 @@ def _non_negative_least_squares(works: Array, seconds: Array, assumed: Array) ->
     out: Array = np.where(works.any(axis=0), 0.0, assumed)
     out[columns] = solution
     return out
-
-
-def seconds_of(work: Sequence[float], coefficients: Sequence[float]) -> float:
-    """A job's seconds: the sum of its amounts of work times their coefficients."""
-    return float(sum(amount * rate for amount, rate in zip(work, coefficients, strict=True)))

@@ -2,7 +2,7 @@
 
 import math
 
-from llmfusion.study.workload import Assumptions, JobWork, assumed_seconds
+from llmfusion.study.workload import Assumptions, JobWork, assumed_seconds, seconds_of
 
 GB = 1e9
 PROGRAM = 4 * GB  # torch, transformers and two processes of Snakemake
@@ -26,7 +26,6 @@ def minutes(job: JobWork, attempt: int, most: int | None = None) -> int:
 
     Not measured times but the assumptions count, so that Snakemake's processes in a job come to the same number.
     """
-    rates = assumed_seconds(Assumptions())[job.rates]
-    seconds = MARGIN * sum(amount * rate for amount, rate in zip(job.work, rates, strict=True))
+    seconds = MARGIN * seconds_of(job.work, assumed_seconds(Assumptions())[job.rates])
     wanted = max(SHORTEST, 10 * math.ceil(seconds / 600)) * (1 if job.resume else attempt)
     return wanted if most is None else min(wanted, most)

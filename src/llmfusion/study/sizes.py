@@ -1,12 +1,10 @@
 """How large a base model is: from its files, the study, the hub's metadata or its name; never a silent guess.
 
 Everything is read from headers; weights are not touched, and nothing is asked over the network. What the hub says of
-a repository comes from :mod:`llmfusion.models.hub`, for the commands that may ask it.
+a repository comes from :mod:`llmfusion.data.hub`, for the commands that may ask it.
 """
 
 import contextlib
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +16,7 @@ from llmfusion import ROOT
 from llmfusion.errors import DamagedError
 from llmfusion.io.files import json_object_or_empty
 from llmfusion.io.gguf import read_gguf_header
+from llmfusion.io.safetensors import read_checkpoint_headers
 from llmfusion.study.schema.base_models import GgufModel, HubModel, PathModel, ScratchModel
 
 NUMBER = r"(\d+(?:\.\d+)?)"
@@ -28,7 +27,6 @@ MILLIONS = re.compile(rf"{START}{NUMBER}m(?![a-z0-9])")
 ACTIVE = re.compile(rf"{START}a{NUMBER}b(?![a-z0-9])")
 EXPERTS_OF_A_TOKEN = 2  # of a model called 8x7B, as in Mixtral
 SAMPLE_BYTES = 2**20
-HEADER_LIMIT = 100 * 2**20
 
 
 @dataclass(frozen=True)
@@ -103,29 +101,12 @@ def hub_snapshot(entry: HubModel) -> Path:
 def size_of_folder(folder: Path) -> ModelSize:
     """Size of a checkpoint folder, from ``config.json`` and the headers of its safetensors files."""
     size = size_of_config(json_object_or_empty(folder / "config.json"))
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        files = weight_files(folder)
-        if files:
-            values = sum(_values_of(file) for file in files)
+    with contextlib.suppress(OSError, DamagedError):
+        if tensors := read_checkpoint_headers(folder):
+            files = {tensor.file for tensor in tensors.values()}
+            values = sum(prod(tensor.shape) for tensor in tensors.values())
             return replace(size, parameters=values, bytes=sum(file.stat().st_size for file in files))
     return size
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder that its index names, there or not; without an index all that are there."""
-    index = json_object_or_empty(folder / "model.safetensors.index.json").get("weight_map")
-    names = {Path(str(name)).name for name in index.values()} if isinstance(index, dict) else set()
-    return sorted(folder / name for name in names) or sorted(folder.glob("*.safetensors"))
-
-
-def _values_of(file: Path) -> int:
-    """Values in a safetensors file, by its header."""
-    with open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        if length > min(HEADER_LIMIT, os.fstat(handle.fileno()).st_size):
-            raise ValueError(f"{file}: no safetensors header")
-        header = json.loads(handle.read(length))
-    return sum(prod(map(int, tensor["shape"])) for name, tensor in header.items() if name != "__metadata__")
 
 
 def size_of_gguf(file: Path) -> ModelSize:

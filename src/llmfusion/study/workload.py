@@ -8,12 +8,14 @@ start of a program. What the work of each kind of artifact is, its declaration s
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from llmfusion import ROOT
+from llmfusion.errors import DamagedError
+from llmfusion.io.safetensors import weight_files
 from llmfusion.study.addresses import is_shard, output_of, whole_of
 from llmfusion.study.errors import nearest
 from llmfusion.study.graph import ArtifactGraph, PlannedArtifact
@@ -23,7 +25,7 @@ from llmfusion.study.schema.base import started_from
 from llmfusion.study.schema.base_models import GgufModel, HubModel, PathModel
 from llmfusion.study.schema.data import PathSource, most_samples
 from llmfusion.study.schema.study import Study
-from llmfusion.study.sizes import ModelSize, Rows, hub_snapshot, rows_of, size_of_base, weight_files
+from llmfusion.study.sizes import ModelSize, Rows, hub_snapshot, rows_of, size_of_base
 
 TEST_ITEMS = {"mmlu": 14042, "gsm8k": 1319, "math": 5000, "humaneval": 164}  # by layout, of the tests the papers use
 BYTES_PER_TOKEN = 4.0  # of a row of JSON
@@ -210,8 +212,11 @@ class Workload:
         if isinstance(entry, GgufModel):
             return size
         assert isinstance(entry, HubModel | PathModel)
-        files = weight_files(ROOT / entry.path if isinstance(entry, PathModel) else hub_snapshot(entry))
-        return 0.0 if files and all(self._on_disk_of_study(file) for file in files) else size
+        folder = ROOT / entry.path if isinstance(entry, PathModel) else hub_snapshot(entry)
+        with contextlib.suppress(OSError, DamagedError):  # staging will say what is wrong with the folder
+            files = weight_files(folder)
+            return 0.0 if files and all(map(self._on_disk_of_study, files)) else size
+        return size
 
     def _on_disk_of_study(self, file: Path) -> bool:
         place = next(folder for folder in (self.directory, *self.directory.parents) if folder.exists())
@@ -296,3 +301,8 @@ class Workload:
 def assumed_seconds(assumed: Assumptions) -> dict[str, tuple[float, ...]]:
     """Coefficients of each kind of work when nothing has been measured."""
     return {name: rate(assumed) for kind in all_kinds().values() for name, rate in kind.rates.items()}
+
+
+def seconds_of(work: Sequence[float], coefficients: Sequence[float]) -> float:
+    """A job's seconds: the sum of its amounts of work times their coefficients."""
+    return float(sum(amount * rate for amount, rate in zip(work, coefficients, strict=True)))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from llmfusion.reporting.measured import fit_coefficients, read_measurement, seconds_of
-from llmfusion.study.workload import assumed_seconds
+from llmfusion.reporting.measured import fit_coefficients, read_measurement
+from llmfusion.study.workload import assumed_seconds, seconds_of
 from tests.unit.finished_jobs import finish, slow_seconds, study_file, workload
 
 

@@ -141,6 +141,8 @@ def test_the_study_tells_before_the_hub_and_the_hub_before_the_name(tmp_path: Pa
         (2).to_bytes(8, "little") + b"{}garbage"[:1],
         (19).to_bytes(8, "little") + b'{"a":{"shape":"xx"}}',
         (30).to_bytes(8, "little") + b'{"a":{"shape":[[[1]]],"d":1}}  ',
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
+        (23).to_bytes(8, "little") + b'{"a":{"shape":[1e400]}}',
     ],
 )
 def test_headers_that_cannot_be_read_tell_nothing(tmp_path: Path, damage: bytes) -> None:

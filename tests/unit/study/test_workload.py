@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from llmfusion import ROOT
-from llmfusion.reporting.measured import seconds_of
 from llmfusion.study.addresses import output_of
-from llmfusion.study.workload import Assumptions, JobWork, Workload, assumed_seconds
+from llmfusion.study.workload import Assumptions, JobWork, Workload, assumed_seconds, seconds_of
 from tests.unit.finished_jobs import study_file, workload
 
 PAPER = ROOT / "config/config.yaml"
