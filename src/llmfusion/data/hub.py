@@ -23,6 +23,7 @@ DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", 
 # formats, and consolidated*.safetensors the same weights a second time
 MODEL_ALLOWED = list(MODEL_FILES)
 MODEL_IGNORED = ["*/*", "consolidated*"]
+OFFLINE = "Offline, download it elsewhere and use kind: path"
 PREPARED = {".parquet": 2.5, ".gz": 5.0, ".zst": 5.0, ".xz": 6.0, ".zip": 5.0}  # bytes of rows a byte of a packed file
 
 
@@ -72,11 +73,7 @@ def describe(source: HubModel | HubSource) -> Repository:
             source.repo, repo_type=kind, revision=source.revision, files_metadata=True, timeout=20
         )
     except Exception as error:  # of many types, from many layers; the user needs its message and what to do
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{source.repo} at {source.revision[:12]}: the hub does not describe it: {reason}. Is this machine online, "
-            "the licence accepted on the hub and HF_TOKEN set?"
-        ) from error
+        raise UserError(failure(source, "the hub does not describe it", error)) from error
     sizes = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
     card = info.card_data.to_dict() if info.card_data else {}
     names = _model_files(sizes) if isinstance(source, HubModel) else _data_files(sizes, source, card)
@@ -85,6 +82,15 @@ def describe(source: HubModel | HubSource) -> Repository:
     license_name = ", ".join(map(str, stated)) if isinstance(stated, list) else str(stated)
     total = getattr(getattr(info, "safetensors", None), "total", None)
     return Repository(source.repo, kind, license_name, bool(info.gated), files, total)
+
+
+def failure(source: HubModel | HubSource, what: str, error: Exception) -> str:
+    """A sentence for what the hub's client raised: what did not work, its reason, and what to look at."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{source.repo} at {source.revision[:12]}: {what}: {reason}. Is this machine online, the licence accepted on "
+        "the hub and HF_TOKEN set?"
+    )
 
 
 def _is_cached(source: HubModel | HubSource, kind: str, name: str) -> bool:
@@ -110,13 +116,8 @@ def _data_files(names: Mapping[str, int], source: HubSource, card: Mapping[str, 
     return [name for name in rows if _names_split(name, source)] or rows
 
 
-def _splits(source: HubSource) -> set[str]:
-    """The splits that ``train[:10%]+test`` names."""
-    return {part.partition("[")[0] for part in source.split.split("+")}
-
-
 def _names_split(path: str, source: HubSource) -> bool:
-    return bool(_splits(source) & set(re.split(r"[/.\-]", path)))
+    return bool(set(source.split_names) & set(re.split(r"[/.\-]", path)))
 
 
 def _as_list(value: object) -> list[str]:
@@ -135,7 +136,7 @@ def _patterns_of_card(source: HubSource, card: Mapping[str, Any]) -> Iterator[st
             for entry in files if isinstance(files, list) else [files]:
                 if not isinstance(entry, dict):
                     yield from _as_list(entry)
-                elif entry.get("split") in _splits(source):
+                elif entry.get("split") in source.split_names:
                     yield from _as_list(entry.get("path"))
 
 

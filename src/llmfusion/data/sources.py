@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmfusion import ROOT
-from llmfusion.data import worlds
+from llmfusion.data import hub, worlds
 from llmfusion.errors import UserError
 from llmfusion.io import progress_bars
 from llmfusion.io.files import sha256_file
@@ -53,11 +53,7 @@ def _hub(source: HubSource) -> Iterator[Row]:
     except UserError:
         raise
     except Exception as error:  # the hub's client raises dozens of kinds; the user needs its words and the way out
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{source.repo} at {source.revision[:12]}: could not be loaded: {reason}. Is this machine online, the "
-            "licence accepted on the hub and HF_TOKEN set? Offline, download it elsewhere and use kind: path"
-        ) from error
+        raise UserError(f"{hub.failure(source, 'could not be loaded', error)} {hub.OFFLINE}") from error
     for table in tables:
         yield from table
 

@@ -45,11 +45,7 @@ def stage_hub(base: HubModel, folder: Path, chat_template: str | None) -> dict[s
             base.repo, revision=base.revision, allow_patterns=hub.MODEL_ALLOWED, ignore_patterns=hub.MODEL_IGNORED
         )
     except Exception as error:  # of many types, from many layers; the user needs its message and what to do
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{base.repo} at {base.revision[:12]}: could not be downloaded: {reason}. Is this machine online, the "
-            "licence accepted on the hub and HF_TOKEN set? Offline, download it elsewhere and use kind: path"
-        ) from error
+        raise UserError(f"{hub.failure(base, 'could not be downloaded', error)} {hub.OFFLINE}") from error
     return _link_files(Path(downloaded), base, folder, chat_template)
 
 

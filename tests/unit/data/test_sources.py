@@ -14,7 +14,7 @@ from llmfusion.data import sources
 from llmfusion.data.layout import item_layouts, sample_layouts
 from llmfusion.errors import UserError
 from llmfusion.study.schema.data import HubSource, PathSource
-from tests.unit.data.hub import REVISION, dataset_hub
+from tests.unit.hub_server import REVISION, Hub, serving
 
 ROWS = [{"problem": f"p{i}", "solution": f"s{i}"} for i in range(5)]
 
@@ -110,8 +110,8 @@ def parquet(rows):
 def read_from_hub(tmp_path, files, asked, repo="owner/set"):
     """What :func:`sources.rows` gives for each entry, and the files downloaded for it, out of a process of its own."""
     cache = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0", "no_proxy": "*"}
-    with dataset_hub("owner/set", files) as hub:
-        environment = {**os.environ, **cache, "HF_ENDPOINT": hub.endpoint}
+    with serving(Hub({"datasets/owner/set": files})) as hub:
+        environment = {**os.environ, **cache, "HF_ENDPOINT": hub.url}
         process = subprocess.Popen(
             [sys.executable, "-c", READ_EACH], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -121,8 +121,8 @@ def read_from_hub(tmp_path, files, asked, repo="owner/set"):
             for _ in asked:
                 process.stdin.flush()
                 given = json.loads(process.stdout.readline())
-                out.append((given, [name for name in hub.downloaded if name.endswith(("parquet", "jsonl"))]))
-                hub.downloaded.clear()
+                out.append((given, [name for name in hub.downloads() if name.endswith(("parquet", "jsonl"))]))
+                hub.requests.clear()
                 process.stdin.write("\n")
             process.stdin.flush()
     return out
