@@ -17,8 +17,8 @@ from typing import Any
 
 from llmfusion.artifacts.lease import is_held
 from llmfusion.artifacts.store import drafts_of, remove
-from llmfusion.io.files import json_object_or_empty, sha256_file
-from llmfusion.study.addresses import manifest_of, output_of
+from llmfusion.io.files import json_object_or_empty, replacing, sha256_file
+from llmfusion.study.addresses import manifest_of, output_of, provenance_of
 from llmfusion.study.graph import ArtifactGraph, PlannedArtifact
 
 KEPT = Path("work/kept")
@@ -67,7 +67,7 @@ def keep(addresses: Iterable[str]) -> None:
         passing = folder.with_name(f".{folder.name}")
         shutil.rmtree(passing, ignore_errors=True)
         (passing / RECORDS).mkdir(parents=True)
-        for path in [*_outputs(output), _provenance(output)]:
+        for path in [*_outputs(output), provenance_of(output)]:
             if path.is_file():
                 shutil.copy2(path, passing / path.name)
             if (record := _record(path)).is_file():
@@ -124,11 +124,6 @@ def _outputs(output: Path) -> list[Path]:
     return [output] if output.suffix == ".json" else [output, output.with_suffix(".md"), manifest_of(output)]
 
 
-def _provenance(output: Path) -> Path:
-    in_folder = output.name == "manifest.json"
-    return output.with_name("provenance.json") if in_folder else output.with_suffix(".provenance.json")
-
-
 def _record(output: Path) -> Path:
     """Snakemake's record of how an output was made: its name in base64, in pieces that a file system takes."""
     name = urlsafe_b64encode(str(output).encode()).decode()
@@ -138,7 +133,7 @@ def _record(output: Path) -> Path:
 
 def _is_wanted(folder: Path, output: Path, planned: PlannedArtifact) -> bool:
     """Whether what is kept in ``folder`` is what the study asks for, of the inputs as they are, and still complete."""
-    provenance = _provenance(output)
+    provenance = provenance_of(output)
     kept = folder / manifest_of(output).name
     if not provenance.is_file() or provenance.read_bytes() != (folder / provenance.name).read_bytes():
         return False  # something else has been published meanwhile
@@ -159,6 +154,5 @@ def _restore(folder: Path, output: Path) -> None:
         if (kept := folder / RECORDS / path.name).is_file():
             record.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(kept, record)
-        passing = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        shutil.copy2(folder / path.name, passing)
-        os.replace(passing, path)
+        with replacing(path) as temporary:
+            shutil.copy2(folder / path.name, temporary)

@@ -5,6 +5,7 @@ program may ask of the test's side is little (call a function or advance an iter
 what the test may ask of the program's is the rest. Standard library only: this also runs inside the sandbox.
 """
 
+import abc
 import builtins
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -48,7 +49,7 @@ class Refused(Exception):
     """The other side has an answer that it cannot tell; the text says what it is."""
 
 
-class Peer:
+class Peer(abc.ABC):
     """One side. ``read()`` gives the next line of the other side, ``write(line)`` sends one.
 
     A side says in :meth:`offer` what it hands out, in :meth:`accept` what it takes, in :meth:`perform` what it does.
@@ -103,17 +104,17 @@ class Peer:
             raise Malformed("a number that was never given")
         return self.given[number]
 
+    @abc.abstractmethod
     def describe(self, value: Any) -> Node:
         """Kind, number and whatever else the other side needs of a value that is not plain."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def stand_in(self, kind: Any, number: Any, *about: Any) -> Any:
         """What stands for an object of the other side."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def perform(self, operation: Any, number: Any, arguments: list[Any], keywords: dict[str, Any]) -> Any:
         """Do what the other side asks for."""
-        raise NotImplementedError
 
     def request(self, operation: str, number: int, arguments: Sequence[Any] = (), keywords: Keywords = None) -> Any:
         """Have the other side do something. Returns what it returns, raises what it raises.

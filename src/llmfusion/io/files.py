@@ -19,6 +19,7 @@ from llmfusion.errors import DamagedError
 # another user
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 JSON_LIMIT = 100 * 2**20  # bytes; the largest tokenizers of models have a third of it
+SETTINGS_LIMIT = 16 * 2**20  # bytes of a config.json and the like
 FILE_TYPES = (
     (stat.S_ISLNK, "symbolic link"),
     (stat.S_ISDIR, "folder"),

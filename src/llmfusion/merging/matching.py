@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llmfusion.errors import DamagedError, UserError, require
-from llmfusion.io.files import JSON_LIMIT, model_file, read_json_object, read_regular
+from llmfusion.io.files import JSON_LIMIT, SETTINGS_LIMIT, model_file, read_json_object, read_regular
 from llmfusion.io.safetensors import FLOATS, TensorInfo, read_checkpoint_headers, tensor_bytes
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -37,7 +37,6 @@ STRUCTURE = (
     "n_head",
 )
 SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "n_embd", "n_layer", "n_inner")
-SETTINGS_LIMIT = 16 * 2**20  # bytes of a config.json
 BEHAVIOUR = ("rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_epsilon", "sliding_window")
 
 

@@ -20,10 +20,9 @@ from typing import Any
 
 from llmfusion.artifacts.store import Artifact
 from llmfusion.errors import DamagedError, UserError
-from llmfusion.io.files import model_file, read_json_object, read_regular
+from llmfusion.io.files import SETTINGS_LIMIT, model_file, read_json_object, read_regular
 from llmfusion.io.safetensors import INDEX, TensorInfo, read_headers, weight_files
 
-SETTINGS_LIMIT = 16 * 2**20  # bytes of config.json and the like
 DEEPEST = 32  # levels of lists and objects in settings
 LARGEST = 2**53  # no number of a model's settings is larger
 LAYERS = re.compile(r"(num|n)_(\w+_)?layers?")  # keys of counts: a layer has a tensor at least

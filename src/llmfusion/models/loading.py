@@ -21,7 +21,7 @@ from llmfusion.artifacts.store import Artifact
 from llmfusion.data.chat import TEMPLATES, chat_format, closing_tokens
 from llmfusion.errors import DamagedError, UserError, require
 from llmfusion.io import progress_bars
-from llmfusion.io.safetensors import FLOATS, TensorInfo, read_headers
+from llmfusion.io.safetensors import FLOATS, TensorInfo
 from llmfusion.models.folder import (
     ModelFolder,
     check_layers,
@@ -322,11 +322,6 @@ def vocabulary_sha256(tokenizer: Any) -> str:
         vocabulary = {token: i for token, i in vocabulary.items() if token not in added}
     hashed["model"]["vocab"] = vocabulary
     return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
-
-
-def count_parameters(path: Path) -> int:
-    """Number of values in a safetensors file, from its header."""
-    return sum(math.prod(tensor.shape) for tensor in read_headers([path]).values())
 
 
 LOGIT_CHANGES = (  # settings of transformers' models that scale or cap logits behind the head

@@ -11,7 +11,6 @@ from transformers import LlamaConfig
 from llmfusion.data.chat import TEMPLATES
 from llmfusion.errors import DamagedError, UserError
 from llmfusion.models.loading import (
-    count_parameters,
     empty_model,
     end_tokens,
     load_model,
@@ -118,7 +117,7 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path, pivot, tokenizer):
 def test_the_facts_of_a_model_are_those_of_its_files(pivot, tokenizer):
     facts = model_facts(pivot.folder, tokenizer)
     total = sum(t.numel() for t in load_file(pivot.folder / "model.safetensors").values())
-    assert facts["parameters"] == total == count_parameters(pivot.folder / "model.safetensors")
+    assert facts["parameters"] == total
     assert (facts["architecture"], facts["hidden_size"], facts["vocabulary_size"], facts["eos_token"]) == (
         "LlamaForCausalLM",
         16,
