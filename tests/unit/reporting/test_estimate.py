@@ -156,7 +156,8 @@ def on_another_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         status = stat(path, **options)
         if path.parent != folder or path.suffix != ".safetensors":
             return status
-        return SimpleNamespace(st_dev=-1, st_size=status.st_size, st_mode=status.st_mode)
+        fields = {name: getattr(status, name) for name in dir(status) if name.startswith("st_")}
+        return SimpleNamespace(**{**fields, "st_dev": -1})
 
     monkeypatch.setattr(Path, "stat", other)
 
