@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,14 +32,7 @@ def _socket(path: Path, secret: Path) -> None:
         server.bind(str(path))
 
 
-def _hard_link_of_another_owner(path: Path, secret: Path) -> None:
-    if os.geteuid():
-        pytest.skip("only root can give a file to somebody else")
-    os.link(secret, path)
-    os.chown(secret, 12345, -1)
-
-
-@pytest.mark.parametrize("make", [_symbolic_link, _fifo, _socket, _hard_link_of_another_owner])
+@pytest.mark.parametrize("make", [_symbolic_link, _fifo, _socket])
 def test_whatever_is_no_plain_file_of_the_folder_is_refused(tmp_path: Path, make: object) -> None:
     secret = tmp_path / "secret"
     secret.write_text("token")
@@ -48,6 +42,22 @@ def test_whatever_is_no_plain_file_of_the_folder_is_refused(tmp_path: Path, make
     with pytest.raises(DamagedError, match=r"chat_template\.jinja"):
         plain_file(folder, "chat_template.jinja")
     with pytest.raises(DamagedError, match=r"chat_template\.jinja"):
+        plain_files(folder)
+
+
+def test_a_hard_link_to_a_file_of_another_owner_than_the_folders_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("token")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    os.link(secret, folder / "chat_template.jinja")
+    assert plain_files(folder) == ["chat_template.jinja"]  # of one owner: as a shared cache has it
+    stat = Path.stat
+    owner = SimpleNamespace(st_uid=os.geteuid() + 1)  # only root could give the file away
+    monkeypatch.setattr(Path, "stat", lambda path, **options: owner if path == folder else stat(path, **options))
+    with pytest.raises(DamagedError, match=r"chat_template\.jinja: is a hard link to a file of another owner"):
         plain_files(folder)
 
 
